@@ -1,0 +1,1 @@
+"""Process groups, collectives with gradients, parallel layers and keyed random draws."""
