@@ -1,0 +1,154 @@
+"""Linear layers split over the tensor-parallel ranks (Shoeybi et al. 2019; Korthikanti et al. 2022 for the row shards).
+
+With one rank they are plain linears. Weights are created empty: ``initialize_parameters`` draws the whole model's weights
+and keeps this rank's slice, so any tensor-parallel size starts from the same model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_nepa.parallel.collectives import (
+    all_gather_rows_async,
+    reduce_from_group,
+    reduce_scatter_rows,
+    reduce_scatter_rows_async,
+)
+from megatron_nepa.parallel.topology import TensorGroup
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """How a parameter is spread over the tensor-parallel ranks.
+
+    The logical tensor is viewed as ``sections`` equal blocks along dimension 0 (q, k, v of a fused projection; gate and
+    up of SwiGLU); each block is split along ``split_dim``. ``split_dim`` None: every rank holds the whole tensor.
+    """
+
+    split_dim: int | None = None
+    sections: int = 1
+
+    def logical_shape(self, local_shape: torch.Size, tensor_size: int) -> tuple[int, ...]:
+        """Shape of the whole model's tensor, for a local shard of ``local_shape``."""
+        if self.split_dim is None:
+            return tuple(local_shape)
+        return tuple(n * tensor_size if i == self.split_dim else n for i, n in enumerate(local_shape))
+
+    def take_shard(self, logical: Tensor, tensor: TensorGroup) -> Tensor:
+        """This rank's part of a whole tensor."""
+        if self.split_dim is None:
+            return logical
+        blocks = logical.chunk(self.sections, dim=0) if self.sections > 1 else (logical,)
+        return torch.cat([block.chunk(tensor.size, dim=self.split_dim)[tensor.rank] for block in blocks])
+
+
+REPLICATED = ParameterLayout()
+
+
+def parameter(shape: tuple[int, ...], layout: ParameterLayout = REPLICATED) -> nn.Parameter:
+    """An uninitialised fp32 parameter of this rank's ``shape``; NaN shows a value that nobody set."""
+    result = nn.Parameter(torch.full(shape, float("nan")))
+    result.layout = layout  # type: ignore[attr-defined]
+    # DeepSpeed counts marked parameters of every tensor-parallel rank, and unmarked ones of rank 0 only, in the gradient norm
+    result.tensor_model_parallel = layout.split_dim is not None  # type: ignore[attr-defined]
+    return result
+
+
+def layout_of(param: nn.Parameter) -> ParameterLayout:
+    """The layout that :func:`parameter` recorded; replicated where none was."""
+    layout = getattr(param, "layout", REPLICATED)
+    assert isinstance(layout, ParameterLayout)
+    return layout
+
+
+class ColumnParallelLinear(nn.Module):
+    """``x W^T + b`` with the output columns split over the ranks.
+
+    Args:
+        in_features, out_features: of the whole layer.
+        tensor: the ranks that share it.
+        sequence_parallel: the input is this rank's rows [n, in] rather than all rows [N, in].
+        sections: independent outputs fused in one product (3 for q, k, v); each is split, so this rank's columns
+            are its share of the first section, then of the second, and so on.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, tensor: TensorGroup, sequence_parallel: bool, sections: int = 1
+    ) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.sequence_parallel = sequence_parallel
+        layout = ParameterLayout(split_dim=0 if tensor.size > 1 else None, sections=sections)
+        self.weight = parameter((out_features // tensor.size, in_features), layout)
+        self.bias = parameter((out_features // tensor.size,), layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, in] to [N, out / size], N being n * size under sequence parallelism and n elsewhere."""
+        if self.tensor.size == 1:
+            return nn.functional.linear(x, self.weight, self.bias)
+        output: Tensor = _ColumnParallelProduct.apply(x, self.weight, self.bias, self.tensor, self.sequence_parallel)
+        return output
+
+
+class RowParallelLinear(nn.Module):
+    """``x W^T`` with the input columns split over the ranks; the bias is left to the caller, who fuses its addition.
+
+    Args:
+        in_features, out_features: of the whole layer.
+        tensor: the ranks that share it.
+        sequence_parallel: return this rank's rows rather than all rows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tensor: TensorGroup, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.sequence_parallel = sequence_parallel
+        layout = ParameterLayout(split_dim=1 if tensor.size > 1 else None)
+        self.weight = parameter((out_features, in_features // tensor.size), layout)
+        self.bias = parameter((out_features,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in / size] to [n, out] without the bias, n being N / size under sequence parallelism and N elsewhere."""
+        partial = nn.functional.linear(x, self.weight)
+        if self.sequence_parallel:
+            return reduce_scatter_rows(partial, self.tensor)
+        return reduce_from_group(partial, self.tensor)
+
+
+class _ColumnParallelProduct(torch.autograd.Function):
+    """The product of a column-parallel layer, with its collectives overlapped.
+
+    Under sequence parallelism the rows are gathered before the product; only this rank's rows are kept, and the backward pass gathers
+    them again while it computes the input's gradient, then sums that gradient over the ranks while it computes the weight's
+    (Korthikanti et al. 2022, section 4.2.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, tensor: TensorGroup, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tensor, ctx.sequence_parallel = tensor, sequence_parallel
+        if sequence_parallel:
+            x, work = all_gather_rows_async(x, tensor)
+            work.wait()
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        if ctx.sequence_parallel:
+            x, gathering = all_gather_rows_async(x, ctx.tensor)
+            grad_rows = grad @ weight
+            gathering.wait()
+            grad_x, summing = reduce_scatter_rows_async(grad_rows, ctx.tensor)
+        else:
+            grad_x = grad @ weight
+            summing = dist.all_reduce(grad_x, group=ctx.tensor.group, async_op=True)
+        grad_weight = grad.t() @ x
+        grad_bias = grad.sum(0)
+        summing.wait()
+        return grad_x, grad_weight, grad_bias, None, None

@@ -1,0 +1,167 @@
+"""Which rank does what: the (data, tensor) device mesh, its groups, and the ``mpu`` that DeepSpeed asks for."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_nepa.config import require
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share one replica, seen from one of them; size 1 needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the run.
+
+    Consecutive ranks form a tensor-parallel group, so that its traffic stays inside a node.
+    """
+
+    mesh: DeviceMesh
+    device: torch.device
+    tensor: TensorGroup
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+    # gloo group of all ranks: small host-side agreements (stop flags, messages) never touch the device
+    host_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """Rank in the whole run."""
+        return self.data_rank * self.tensor.size + self.tensor.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the whole run."""
+        return self.data_size * self.tensor.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the log, the metrics and the figures."""
+        return self.rank == 0
+
+    def mpu(self) -> ModelParallelUnit:
+        """The object that DeepSpeed takes the groups from."""
+        return ModelParallelUnit(self)
+
+
+class ModelParallelUnit:
+    """The ``mpu`` contract of DeepSpeed 0.19: exactly the methods that its engine and optimizers call.
+
+    No ``get_sequence_parallel_*`` here: in DeepSpeed those names mean Ulysses, which changes the gradient divisor and
+    the ZeRO group. Sharding token rows over the tensor-parallel ranks needs none of them.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._tensor_group = topology.mesh.get_group("tensor")
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.data_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.tensor.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor_group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._topology.tensor.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._topology.tensor.size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor_group
+
+
+def init_distributed(device_type: str | None = None) -> torch.device:
+    """Join the process group that the launcher describes and return this rank's device.
+
+    Understands the variables of the ``deepspeed`` launcher and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT) and those of ``srun`` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID); with none of them the process is a run of one.
+
+    Args:
+        device_type: "cuda" or "cpu"; None takes CUDA where it is available.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        in_slurm_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+        os.environ["RANK"] = os.environ["SLURM_PROCID"] if in_slurm_step else "0"
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"] if in_slurm_step else "1"
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"] if in_slurm_step else "0"
+    world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ.setdefault("LOCAL_SIZE", str(world_size))
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        require(
+            world_size == 1,
+            f"{world_size} ranks were started without MASTER_ADDR and MASTER_PORT: set both to the first node's name and a "
+            "free port, or start with deepspeed or torchrun, which do.",
+        )
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return device
+
+
+def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
+    """Divide the ranks into data-parallel replicas of ``tensor_parallel_size`` ranks each.
+
+    Raises:
+        ConfigError: where the tensor-parallel size does not divide the number of ranks.
+    """
+    world_size = dist.get_world_size()
+    require(
+        world_size % tensor_parallel_size == 0,
+        f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks {world_size}: start a multiple of "
+        f"{tensor_parallel_size} ranks (deepspeed --num_gpus) or choose another size.",
+    )
+    shape = (world_size // tensor_parallel_size, tensor_parallel_size)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+    tensor = TensorGroup(
+        rank=mesh.get_local_rank("tensor"),
+        size=tensor_parallel_size,
+        group=mesh.get_group("tensor") if tensor_parallel_size > 1 else None,
+    )
+    host_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
+    assert host_group is not None
+    return Topology(
+        mesh=mesh,
+        device=device,
+        tensor=tensor,
+        data_rank=mesh.get_local_rank("data"),
+        data_size=shape[0],
+        data_group=mesh.get_group("data"),
+        host_group=host_group,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
