@@ -19,6 +19,7 @@ from megatron_nepa.parallel.collectives import (
     reduce_scatter_rows,
     reduce_scatter_rows_async,
 )
+from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import TensorGroup
 
 
@@ -50,10 +51,19 @@ class ParameterLayout:
 REPLICATED = ParameterLayout()
 
 
-def parameter(shape: tuple[int, ...], layout: ParameterLayout = REPLICATED) -> nn.Parameter:
-    """An uninitialised fp32 parameter of this rank's ``shape``; NaN shows a value that nobody set."""
+def parameter(
+    shape: tuple[int, ...], layout: ParameterLayout = REPLICATED, constant: float | None = None
+) -> nn.Parameter:
+    """An fp32 parameter of this rank's ``shape`` that :func:`initialize_parameters` will fill; NaN until then.
+
+    Args:
+        shape: of this rank's part.
+        layout: how the whole tensor is split.
+        constant: initial value of every element; None draws a truncated normal.
+    """
     result = nn.Parameter(torch.full(shape, float("nan")))
-    result.layout = layout  # type: ignore[attr-defined]
+    result.parallel_layout = layout  # type: ignore[attr-defined]
+    result.constant = constant  # type: ignore[attr-defined]
     # DeepSpeed counts marked parameters of every tensor-parallel rank, and unmarked ones of rank 0 only, in the gradient norm
     result.tensor_model_parallel = layout.split_dim is not None  # type: ignore[attr-defined]
     return result
@@ -61,9 +71,28 @@ def parameter(shape: tuple[int, ...], layout: ParameterLayout = REPLICATED) -> n
 
 def layout_of(param: nn.Parameter) -> ParameterLayout:
     """The layout that :func:`parameter` recorded; replicated where none was."""
-    layout = getattr(param, "layout", REPLICATED)
+    layout = getattr(param, "parallel_layout", REPLICATED)
     assert isinstance(layout, ParameterLayout)
     return layout
+
+
+@torch.no_grad()
+def initialize_parameters(module: nn.Module, seed: int, std: float, tensor: TensorGroup) -> None:
+    """Fill every parameter of ``module``; each is a function of (seed, its name) alone.
+
+    Matrices are drawn whole from a normal of standard deviation ``std`` cut at +-2 (release section 2.2), then
+    sliced, one parameter at a time, so that any tensor-parallel size starts from the same model.
+    """
+    for name, param in module.named_parameters():
+        constant = getattr(param, "constant", None)
+        if constant is not None:
+            param.fill_(constant)
+            continue
+        layout = layout_of(param)
+        generator = torch.Generator().manual_seed(derive_key(seed, f"initialize/{name}"))
+        whole = torch.empty(layout.logical_shape(param.shape, tensor.size))
+        nn.init.trunc_normal_(whole, std=std, generator=generator)
+        param.copy_(layout.take_shard(whole, tensor))
 
 
 class ColumnParallelLinear(nn.Module):
@@ -83,9 +112,9 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
-        layout = ParameterLayout(split_dim=0 if tensor.size > 1 else None, sections=sections)
+        layout = ParameterLayout(split_dim=0, sections=sections)
         self.weight = parameter((out_features // tensor.size, in_features), layout)
-        self.bias = parameter((out_features // tensor.size,), layout)
+        self.bias = parameter((out_features // tensor.size,), layout, constant=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] to [N, out / size], N being n * size under sequence parallelism and n elsewhere."""
@@ -108,9 +137,9 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
-        layout = ParameterLayout(split_dim=1 if tensor.size > 1 else None)
+        layout = ParameterLayout(split_dim=1)
         self.weight = parameter((out_features, in_features // tensor.size), layout)
-        self.bias = parameter((out_features,))
+        self.bias = parameter((out_features,), constant=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in / size] to [n, out] without the bias, n being N / size under sequence parallelism and N elsewhere."""

@@ -1,0 +1,52 @@
+"""The model's random draws in training, each a function of (seed, purpose, sample number) alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_nepa.parallel.random import derive_key, uniform_tensor
+
+
+def rope_rescale_factor(rescale: float, group: int, seed: int, sample_index: Tensor) -> Tensor:
+    """Factor ``exp(U(-ln rescale, ln rescale))`` on the RoPE coordinates of every sample (release section 2.3).
+
+    Args:
+        rescale: largest factor.
+        group: consecutive samples that share one draw.
+        seed: of the run.
+        sample_index: sample numbers, int64 [B].
+
+    Returns:
+        fp32 [B].
+    """
+    draw = uniform_tensor(derive_key(seed, "rope_rescale"), sample_index // group, 1)[:, 0]
+    return torch.exp((2 * draw - 1) * math.log(rescale))
+
+
+def drop_path_factors(rate: float, num_layers: int, seed: int, sample_index: Tensor) -> Tensor:
+    """Factor on every residual branch of every sample: 0 with the branch's drop rate, else 1 / keep probability.
+
+    The rate grows linearly from 0 in the first block to ``rate`` in the last; the two branches of a block draw
+    separately.
+
+    Returns:
+        fp32 [2 * num_layers, B]: attention and feed-forward branch of block 0, then of block 1, and so on.
+    """
+    draw = uniform_tensor(derive_key(seed, "drop_path"), sample_index, 2 * num_layers).t()
+    rates = torch.linspace(0, rate, num_layers, device=draw.device).repeat_interleave(2)[:, None]
+    return torch.where(draw < rates, 0.0, 1 / (1 - rates)).contiguous()
+
+
+def patch_mask(ratio: float, num_patches: int, seed: int, sample_index: Tensor) -> Tensor:
+    """Which patches of every sample the mask token replaces: exactly ``round(ratio * num_patches)`` (paper table 1c).
+
+    Returns:
+        bool [B, num_patches].
+    """
+    draw = uniform_tensor(derive_key(seed, "patch_mask"), sample_index, num_patches)
+    # stable, so that equal draws are told apart by position and the count stays exact
+    order = draw.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return order < round(ratio * num_patches)

@@ -1,0 +1,76 @@
+"""NEPA pre-training: the trunk and its next-embedding objective (paper section 3.1, release section 2.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.parallel.collectives import reduce_from_group
+from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.topology import TensorGroup
+
+
+class PretrainingOutput(NamedTuple):
+    """Result of one micro-batch.
+
+    Attributes:
+        loss: mean negative cosine over the replica's pairs, fp32 scalar, equal on its tensor-parallel ranks.
+        health: means over the same pairs, fp32 [3]: cosine, norm of the prediction, norm of the target.
+        prediction: this rank's predicted embeddings, detached, [n, D].
+        target: this rank's input embeddings, detached, [n, D] or one halo row more.
+    """
+
+    loss: Tensor
+    health: Tensor
+    prediction: Tensor
+    target: Tensor
+
+
+class NepaForPretraining(nn.Module):
+    """Predict the embedding of the next patch.
+
+    The parameters are drawn from ``seed`` and their names, whatever the parallel sizes.
+
+    Args:
+        config: of the model.
+        objective: the loss and its ablations.
+        parallel: tensor and sequence parallelism, activation checkpointing.
+        seed: of the run.
+        tensor: ranks that share the replica.
+        kernels: implementations of the fused operations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        objective: ObjectiveConfig,
+        parallel: ParallelConfig,
+        seed: int,
+        tensor: TensorGroup,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.trunk = Trunk(config, parallel, objective.mask_ratio, seed, tensor, kernels)
+        initialize_parameters(self, seed, config.init_std, tensor)
+
+    def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
+        """Loss of a micro-batch; the arguments are those of :meth:`Trunk.forward`."""
+        trunk = self.trunk
+        embedding, prediction, rows, period = trunk(images, sample_index)
+        target = embedding.detach() if self.objective.stop_gradient else embedding
+        shift = int(self.objective.shift)
+        # without the shift every patch predicts itself; the BOS token is no patch and stays out
+        skip = int(trunk.config.bos_token and shift == 0)
+        share, health = trunk.kernels.cosine_loss(
+            prediction, target, shift, skip, period, rows.first, rows.num_rows
+        )
+        if trunk.sequence_parallel:
+            loss_and_health = reduce_from_group(torch.cat((share[None], health)), trunk.tensor)
+            share, health = loss_and_health[0], loss_and_health[1:].detach()
+        return PretrainingOutput(share, health, prediction.detach(), embedding.detach())

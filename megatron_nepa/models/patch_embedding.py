@@ -1,0 +1,114 @@
+"""Images to token rows: the target embedding z and the trunk's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nepa.config import ModelConfig, require
+from megatron_nepa.parallel.collectives import gather_rows, sum_gradients
+from megatron_nepa.parallel.layers import parameter
+from megatron_nepa.parallel.rows import RowShard
+from megatron_nepa.parallel.topology import TensorGroup
+
+
+class PatchEmbedding(nn.Module):
+    """Linear patch embedding, BOS token, learned positions and mask token.
+
+    The target is the patch embedding before positions and mask, without a norm (release section 2.4).
+
+    Args:
+        config: of the model.
+        masking: whether the objective replaces input patches by a learned mask token.
+        tensor: ranks that share the replica.
+        sequence_parallel: whether each of them keeps only its token rows.
+    """
+
+    def __init__(self, config: ModelConfig, masking: bool, tensor: TensorGroup, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.tensor = tensor
+        self.sequence_parallel = sequence_parallel
+        width = config.hidden_size
+        self.weight = parameter((width, config.in_channels, config.patch_size, config.patch_size))
+        self.bias = parameter((width,), constant=0.0)
+        self.bos_token = parameter((width,)) if config.bos_token else None
+        learned = config.position_embedding == "learned"
+        self.positions = parameter((config.sequence_length, width)) if learned else None
+        self.mask_token = parameter((width,)) if masking else None
+        if config.freeze_patch_embedding:
+            self.weight.requires_grad_(False)
+            self.bias.requires_grad_(False)
+
+    def forward(
+        self, images: Tensor, num_samples: int, rows: RowShard, mask: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Embed a micro-batch.
+
+        Args:
+            images: [b, C, H, W] in the weights' dtype: all ``num_samples`` of the micro-batch, or this tensor-parallel
+                rank's equal share of them.
+            num_samples: samples B of the whole micro-batch.
+            rows: the token rows that this rank keeps.
+            mask: patches that the mask token replaces, bool [B, patches], or None.
+            dtype: of the residual stream.
+
+        Returns:
+            The targets z: this rank's rows [n, D], and one halo row more where its rows cut a sample. And
+            the trunk's input [n, D] in ``dtype``.
+        """
+        is_share = images.shape[0] != num_samples
+        weight, bias, bos_token, positions, mask_token = self._shared_parameters(is_share)
+        tokens = self._tokens(images, weight, bias, bos_token)  # [b, T, D]
+        period = tokens.shape[1]
+        local = tokens.flatten(0, 1)
+        if not is_share:
+            halo = int(self.sequence_parallel)
+            target = rows.take(local, halo) if self.sequence_parallel else local
+        else:
+            target = local if self.sequence_parallel else gather_rows(local, self.tensor)
+
+        trunk_input = target[: rows.count]
+        if mask_token is not None and mask is not None:
+            num_prefix = period - mask.shape[1]
+            masked = rows.take(nn.functional.pad(mask, (num_prefix, 0)).flatten())
+            trunk_input = torch.where(masked[:, None], mask_token, trunk_input)
+        trunk_input = trunk_input.to(dtype)
+        if positions is not None:
+            require(
+                positions.shape[0] == period,
+                f"the learned positions are for {positions.shape[0]} tokens but the image has {period}: use the image "
+                "size that the model was built for, or position_embedding none.",
+            )
+            trunk_input = trunk_input + self._position_rows(positions.to(dtype), num_samples, rows)
+        return target, trunk_input
+
+    def _shared_parameters(self, is_share: bool) -> list[Tensor | None]:
+        embedding = [self.weight, self.bias, self.bos_token]
+        on_input = [self.positions, self.mask_token]
+        if self.sequence_parallel:
+            return sum_gradients(embedding + on_input, self.tensor)
+        if is_share:  # all rows are rebuilt on every rank before positions and mask, whose gradients are equal there
+            return sum_gradients(embedding, self.tensor) + on_input
+        return embedding + on_input
+
+    def _tokens(self, images: Tensor, weight: Tensor | None, bias: Tensor | None, bos_token: Tensor | None) -> Tensor:
+        assert weight is not None
+        batch, channels, height, width = images.shape
+        size = self.patch_size
+        require(
+            height % size == 0 and width % size == 0,
+            f"an image of {height} x {width} pixels is not a whole number of {size} x {size} patches.",
+        )
+        patches = images.view(batch, channels, height // size, size, width // size, size)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
+        tokens = nn.functional.linear(patches, weight.flatten(1), bias)
+        if bos_token is None:
+            return tokens
+        return torch.cat((bos_token.expand(batch, 1, -1), tokens), dim=1)
+
+    @staticmethod
+    def _position_rows(positions: Tensor, num_samples: int, rows: RowShard) -> Tensor:
+        # broadcasting over whole samples keeps the gradient a plain sum: an index would scatter it with atomics
+        every_row = positions.expand(num_samples, *positions.shape).flatten(0, 1)
+        return rows.take(every_row) if rows.count != rows.num_rows else every_row

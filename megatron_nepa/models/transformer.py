@@ -1,0 +1,148 @@
+"""The pre-norm transformer block (paper section 3.2, release section 2.2).
+
+A block is written from seam to seam. ``residual_norm`` adds a finished branch to the stream and normalises the sum for the next
+branch in one pass, so a block receives its first norm already applied and applies the first norm of its successor.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron_nepa.config import ModelConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.parallel.collectives import sum_gradients
+from megatron_nepa.parallel.layers import ColumnParallelLinear, RowParallelLinear, parameter
+from megatron_nepa.parallel.topology import TensorGroup
+
+
+class Norm(nn.Module):
+    """Affine parameters of a LayerNorm; the operations that apply it are fused with their neighbours."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = parameter((width,), constant=1.0)
+        self.bias = parameter((width,), constant=0.0)
+
+
+class Attention(nn.Module):
+    """Fused qkv projection, QK-norm, RoPE, attention and output projection (without its bias)."""
+
+    def __init__(self, config: ModelConfig, tensor: TensorGroup, sequence_parallel: bool, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.causal = config.causal
+        self.normalize = config.qk_norm != "none"
+        self.eps = config.layer_norm_eps
+        self.num_local_heads = config.num_heads // tensor.size
+        self.head_size = config.head_size
+        width = config.hidden_size
+        self.qkv = ColumnParallelLinear(width, 3 * width, tensor, sequence_parallel, sections=3)
+        affine = config.qk_norm == "affine"
+        self.q_norm = parameter((config.head_size,), constant=1.0) if affine else None
+        self.k_norm = parameter((config.head_size,), constant=1.0) if affine else None
+        self.out = RowParallelLinear(width, width, tensor, sequence_parallel)
+
+    def forward(
+        self,
+        normed: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        angles: Tensor | None,
+        rope_scale: Tensor | None,
+        num_samples: int,
+        period: int,
+    ) -> Tensor:
+        """[n, D] to [n, D]; ``num_samples`` samples of ``period`` tokens each."""
+        fused = self.qkv(normed)  # [N, 3 * heads * d], N padded under sequence parallelism
+        num_rows = num_samples * period
+        qkv = fused[:num_rows].view(num_samples, period, 3, self.num_local_heads, self.head_size)
+        qkv = self.kernels.qk_norm_rope(qkv, angles, rope_scale, q_norm, k_norm, self.normalize, self.eps)
+        mixed = self.kernels.attention(qkv, self.causal).flatten(2).flatten(0, 1)
+        padding = fused.shape[0] - num_rows
+        output: Tensor = self.out(nn.functional.pad(mixed, (0, 0, 0, padding)) if padding else mixed)
+        return output
+
+
+class FeedForward(nn.Module):
+    """SwiGLU or GELU feed-forward layer (without its last bias)."""
+
+    def __init__(self, config: ModelConfig, tensor: TensorGroup, sequence_parallel: bool, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.gated = config.mlp == "swiglu"
+        width, hidden = config.hidden_size, config.mlp_hidden_size
+        sections = 2 if self.gated else 1
+        self.up = ColumnParallelLinear(width, sections * hidden, tensor, sequence_parallel, sections)
+        self.down = RowParallelLinear(hidden, width, tensor, sequence_parallel)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """[n, D] to [n, D]."""
+        hidden = self.up(normed)  # [N, F], or [N, 2F] packed [gate, up]
+        hidden = self.kernels.swiglu(hidden) if self.gated else nn.functional.gelu(hidden)
+        output: Tensor = self.down(hidden)
+        return output
+
+
+class Block(nn.Module):
+    """Attention and feed-forward branches on a residual stream."""
+
+    def __init__(self, config: ModelConfig, tensor: TensorGroup, sequence_parallel: bool, kernels: Kernels) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.sequence_parallel = sequence_parallel
+        self.kernels = kernels
+        self.eps = config.layer_norm_eps
+        width, scale = config.hidden_size, config.layer_scale_init
+        self.norm1 = Norm(width)
+        self.attention = Attention(config, tensor, sequence_parallel, kernels)
+        self.layer_scale1 = parameter((width,), constant=scale) if scale is not None else None
+        self.norm2 = Norm(width)
+        self.feed_forward = FeedForward(config, tensor, sequence_parallel, kernels)
+        self.layer_scale2 = parameter((width,), constant=scale) if scale is not None else None
+
+    def forward(
+        self,
+        stream: Tensor,
+        normed: Tensor,
+        next_norm_weight: Tensor,
+        next_norm_bias: Tensor,
+        angles: Tensor | None,
+        rope_scale: Tensor | None,
+        attention_scale: Tensor | None,
+        feed_forward_scale: Tensor | None,
+        num_samples: int,
+        period: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One block, from seam to seam.
+
+        Args:
+            stream: residual stream, this rank's rows [n, D].
+            normed: ``norm1`` of it, [n, D].
+            next_norm_weight, next_norm_bias: the norm that follows this block.
+            angles, rope_scale: of :func:`~megatron_nepa.models.rope.rope_angles` and the RoPE rescale, or None.
+            attention_scale, feed_forward_scale: DropPath factor of every row, fp32 [n], or None.
+            num_samples, period: the replica's rows are ``num_samples`` samples of ``period`` tokens.
+
+        Returns:
+            The new stream and its next norm, both [n, D].
+        """
+        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
+        bias1, bias2 = self.attention.out.bias, self.feed_forward.down.bias
+        scale1, scale2 = self.layer_scale1, self.layer_scale2
+        weight2, norm_bias2 = self.norm2.weight, self.norm2.bias
+        # each rank uses the QK-norm on its heads, and everything else here on its rows
+        if self.sequence_parallel:
+            summed = [q_norm, k_norm, bias1, bias2, scale1, scale2, weight2, norm_bias2, next_norm_weight, next_norm_bias]
+            summed = sum_gradients(summed, self.tensor)
+            q_norm, k_norm, bias1, bias2, scale1, scale2, weight2, norm_bias2, next_norm_weight, next_norm_bias = summed
+        else:
+            q_norm, k_norm = sum_gradients((q_norm, k_norm), self.tensor)
+
+        branch = self.attention(normed, q_norm, k_norm, angles, rope_scale, num_samples, period)
+        stream, normed = self.kernels.residual_norm(
+            stream, branch, bias1, scale1, attention_scale, weight2, norm_bias2, self.eps
+        )
+        branch = self.feed_forward(normed)
+        return self.kernels.residual_norm(
+            stream, branch, bias2, scale2, feed_forward_scale, next_norm_weight, next_norm_bias, self.eps
+        )

@@ -1,0 +1,123 @@
+"""The trunk that every task shares: patch embedding, blocks, final norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_nepa.config import ModelConfig, ParallelConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.draws import drop_path_factors, patch_mask, rope_rescale_factor
+from megatron_nepa.models.patch_embedding import PatchEmbedding
+from megatron_nepa.models.rope import rope_angles
+from megatron_nepa.models.transformer import Block, Norm
+from megatron_nepa.parallel.collectives import sum_gradients
+from megatron_nepa.parallel.rows import RowShard, shard_rows
+from megatron_nepa.parallel.topology import TensorGroup
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TrunkOutput(NamedTuple):
+    """What the trunk computes from a micro-batch, as this rank's token rows.
+
+    Attributes:
+        embedding: input embedding z, [n, D], or [n + 1, D] with the halo row where the rows cut a sample.
+        output: the final norm's output, [n, D].
+        rows: which of the replica's rows these are.
+        period: tokens T of a sample.
+    """
+
+    embedding: Tensor
+    output: Tensor
+    rows: RowShard
+    period: int
+
+
+class Trunk(nn.Module):
+    """Causal Vision Transformer.
+
+    Args:
+        config: of the model.
+        parallel: tensor and sequence parallelism, activation checkpointing.
+        mask_ratio: share of input patches that the mask token replaces in training.
+        seed: of the run, for the draws of training mode.
+        tensor: ranks that share the replica.
+        kernels: implementations of the fused operations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        mask_ratio: float,
+        seed: int,
+        tensor: TensorGroup,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__()
+        parallel.check_model(config)
+        self.config = config
+        self.mask_ratio = mask_ratio
+        self.seed = seed
+        self.tensor = tensor
+        self.kernels = kernels
+        self.sequence_parallel = parallel.sequence_parallel
+        self.activation_checkpointing = parallel.activation_checkpointing
+        self.embedding = PatchEmbedding(config, mask_ratio > 0, tensor, self.sequence_parallel)
+        self.blocks = nn.ModuleList(
+            Block(config, tensor, self.sequence_parallel, kernels) for _ in range(config.num_layers)
+        )
+        self.norm = Norm(config.hidden_size)
+
+    def forward(self, images: Tensor, sample_index: Tensor) -> TrunkOutput:
+        """Embed and transform a micro-batch.
+
+        Args:
+            images: [b, C, H, W]: the whole micro-batch, or this tensor-parallel rank's equal share of it.
+            sample_index: sample numbers of the whole micro-batch, int64 [B].
+        """
+        config, num_samples = self.config, sample_index.shape[0]
+        grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
+        num_prefix = int(config.bos_token)
+        period = grid[0] * grid[1] + num_prefix
+        rows = shard_rows(num_samples * period, self.tensor, self.sequence_parallel)
+
+        mask = None
+        if self.training and self.mask_ratio > 0:
+            mask = patch_mask(self.mask_ratio, period - num_prefix, self.seed, sample_index)
+        stream_dtype = torch.promote_types(DTYPES[config.residual_dtype], images.dtype)
+        embedding, stream = self.embedding(images, num_samples, rows, mask, stream_dtype)
+
+        angles, rope_scale = None, None
+        if config.rope:
+            angles = rope_angles(*grid, config.head_size, config.rope_theta, num_prefix, images.device)
+            if self.training and config.rope_rescale is not None:
+                rope_scale = rope_rescale_factor(config.rope_rescale, config.rope_rescale_group, self.seed, sample_index)
+        row_scale = self._row_scale(sample_index, rows, period)
+
+        norms = [block.norm1 for block in self.blocks] + [self.norm]
+        weight, bias = norms[0].weight, norms[0].bias
+        if self.sequence_parallel:
+            weight, bias = sum_gradients((weight, bias), self.tensor)
+        normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)
+        for i, block in enumerate(self.blocks):
+            arguments = (stream, normed, norms[i + 1].weight, norms[i + 1].bias, angles, rope_scale)
+            arguments += (row_scale[2 * i], row_scale[2 * i + 1], num_samples, period)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # every draw is an argument, so there is no random state to restore
+                stream, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                stream, normed = block(*arguments)
+        return TrunkOutput(embedding, normed, rows, period)
+
+    def _row_scale(self, sample_index: Tensor, rows: RowShard, period: int) -> Tensor | list[None]:
+        num_branches = 2 * self.config.num_layers
+        if not self.training or self.config.drop_path == 0:
+            return [None] * num_branches
+        factors = drop_path_factors(self.config.drop_path, self.config.num_layers, self.seed, sample_index)
+        sample = rows.sample_of_row(period, sample_index.shape[0], sample_index.device)
+        return factors[:, sample]
