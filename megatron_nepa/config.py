@@ -182,6 +182,10 @@ class DataConfig:
     num_threads: int = 2
     # share of JPEGs that a GPU's hardware decoder takes; the rest go to its CUDA decoder
     hw_decoder_load: float = 0.65
+    # an image that cannot be decoded while running: skip shows another in its place, fail ends the run
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    # share of samples that skip may replace before the run ends
+    max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
         require(
@@ -192,6 +196,10 @@ class DataConfig:
         require(
             0.0 <= self.hw_decoder_load <= 1.0,
             f"data.hw_decoder_load is {self.hw_decoder_load}; it must lie in [0, 1].",
+        )
+        require(
+            0.0 <= self.max_bad_share <= 1.0,
+            f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1].",
         )
 
 

@@ -1,0 +1,264 @@
+"""The micro-batches of one rank: exact, elastic, and with one integer of state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline
+from torch import Tensor
+
+from megatron_nepa.config import DataConfig, require
+from megatron_nepa.data.builtin import builtin_folder
+from megatron_nepa.data.index import DatasetIndex, scan_folder
+from megatron_nepa.data.order import IntArray, flip_key
+from megatron_nepa.data.pipelines import DecoderOptions, crop_pipeline, decodes_alone, next_images, normalise
+from megatron_nepa.data.reading import SampleReader, failed_slots
+from megatron_nepa.parallel.random import uniform_tensor
+
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    # [b, 3, S, S] in the model's dtype: the replica's micro-batch, or this tensor-parallel rank's equal share of it
+    images: Tensor
+    # int64 [micro_batch_size], always the whole micro-batch's sample numbers: the keys of the model's draws
+    sample_index: Tensor
+    # int64 [b], class of each image
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which samples of the run one rank loads.
+
+    Step s, accumulation m, replica r: samples ``s G + (m data_size + r) micro_batch_size + i``. Where tensor_size
+    divides the micro-batch, each tensor-parallel rank decodes its equal part of it, otherwise the whole.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    accumulation_steps: int
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+
+    def __post_init__(self) -> None:
+        product = self.micro_batch_size * self.accumulation_steps * self.data_size
+        require(
+            product == self.global_batch_size,
+            f"global_batch_size {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
+            f"accumulation {self.accumulation_steps} x data-parallel size {self.data_size} = {product}.",
+        )
+
+    @property
+    def local_size(self) -> int:
+        """Images b that this rank decodes of each micro-batch."""
+        divides = self.micro_batch_size % self.tensor_size == 0
+        return self.micro_batch_size // self.tensor_size if divides else self.micro_batch_size
+
+    @property
+    def local_start(self) -> int:
+        """Where this rank's images begin in the micro-batch."""
+        return self.tensor_rank * self.local_size if self.local_size < self.micro_batch_size else 0
+
+    def first_sample(self, micro_batch: int) -> int:
+        """First sample of the replica's ``micro_batch``-th micro-batch, counted from the start of the run."""
+        step, accumulation = divmod(micro_batch, self.accumulation_steps)
+        place = accumulation * self.data_size + self.data_rank
+        return step * self.global_batch_size + place * self.micro_batch_size
+
+    def first_micro_batch(self, consumed_samples: int) -> int:
+        """The micro-batch at which a run continues that has consumed this many samples."""
+        require(
+            consumed_samples >= 0 and consumed_samples % self.global_batch_size == 0,
+            f"the run consumed {consumed_samples} samples, which is no multiple of global_batch_size "
+            f"{self.global_batch_size}.",
+        )
+        return consumed_samples // self.global_batch_size * self.accumulation_steps
+
+
+class PretrainingLoader:
+    """Iterates over the micro-batches of one rank forever, decoding with DALI on its device.
+
+    The same (image, crop, flip) sequence for every (data_size, tensor_size, micro_batch_size, accumulation_steps) of
+    one global batch, every thread count, and every restart at a step.
+
+    Args:
+        index: the images.
+        config: crop, flip and decoder settings.
+        image_size: side S of the crops.
+        seed: the run's seed.
+        micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size: this
+            rank's :class:`Share`.
+        device: where images are decoded and delivered.
+        dtype: of the images.
+        consumed_samples: samples of the steps already taken, a multiple of global_batch_size.
+        bad_image_log: JSON-lines file that substituted images are appended to.
+
+    Raises:
+        ConfigError: sizes that do not fit together; while iterating, an image that cannot be decoded where
+            ``config.on_bad_image`` is "fail", or more of them than ``config.max_bad_share`` allows.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        image_size: int,
+        seed: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        accumulation_steps: int,
+        data_rank: int,
+        data_size: int,
+        tensor_rank: int,
+        tensor_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        consumed_samples: int = 0,
+        bad_image_log: Path | None = None,
+    ) -> None:
+        self._share = Share(
+            micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size
+        )
+        self._micro_batch = self._share.first_micro_batch(consumed_samples)
+        self._image_size, self._device, self._dtype = image_size, device, dtype
+        self._flip_key = flip_key(seed) if config.horizontal_flip else None
+        self._options = DecoderOptions.of(config, index, device)
+        self._reader = SampleReader(index, config, seed, self._local_samples, bad_image_log)
+        self._pipeline = self._build()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        images = self._decode()
+        first, start = self._share.first_sample(self._micro_batch), self._share.local_start
+        sample_index = torch.arange(first, first + self._share.micro_batch_size, device=self._device)
+        flip = None
+        if self._flip_key is not None:
+            local = sample_index[start : start + self._share.local_size]
+            flip = uniform_tensor(self._flip_key, local, 1)[:, 0] < 0.5
+        self._micro_batch += 1
+        return Batch(normalise(images, flip, self._dtype), sample_index)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of the completed steps: the loader's whole state."""
+        return self._micro_batch // self._share.accumulation_steps * self._share.global_batch_size
+
+    @property
+    def num_bad_images(self) -> int:
+        """Samples of this rank that another image had to stand in for, since the loader was made."""
+        return self._reader.num_bad_images
+
+    def close(self) -> None:
+        """Free the pipeline and its threads; the loader cannot be used afterwards."""
+        del self._pipeline
+        self._reader.close()
+
+    def _local_samples(self, micro_batch: int) -> IntArray:
+        first = self._share.first_sample(micro_batch) + self._share.local_start
+        return np.arange(first, first + self._share.local_size)
+
+    def _build(self) -> Pipeline:
+        start = self._micro_batch
+        size = self._share.local_size
+        return crop_pipeline(lambda number: self._reader(start + number), size, self._image_size, self._options)
+
+    def _decode(self) -> Tensor:
+        """The next uint8 images; an undecodable one is replaced and the pipeline, dead by then, built anew."""
+        while True:
+            try:
+                return next_images(self._pipeline, self._device)
+            except RuntimeError as error:
+                slots = failed_slots(str(error)) or self._undecodable_slots()
+                if not slots:  # every image decodes by itself: whatever it was, it was no bad image
+                    raise
+                self._reader.reject(self._micro_batch, slots, "the decoder refuses it")
+                self._pipeline = self._build()
+
+    def _undecodable_slots(self) -> list[int]:
+        batch = self._reader(self._micro_batch)
+        size, options = self._image_size, self._options
+        return [slot for slot in range(len(batch.encoded)) if not decodes_alone(batch, slot, size, options)]
+
+
+class SyntheticLoader:
+    """The interface of :class:`PretrainingLoader` over random images made once on the device.
+
+    No decoding and no disk: what remains is the model's own speed.
+    """
+
+    num_bad_images = 0
+
+    def __init__(
+        self,
+        image_size: int,
+        seed: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        accumulation_steps: int,
+        data_rank: int,
+        data_size: int,
+        tensor_rank: int,
+        tensor_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        consumed_samples: int = 0,
+    ) -> None:
+        self._share = Share(
+            micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size
+        )
+        self._micro_batch = self._share.first_micro_batch(consumed_samples)
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (micro_batch_size, 3, image_size, image_size)
+        images = torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1).to(dtype)
+        self._images = images[self._share.local_start :][: self._share.local_size].clone()
+        self._device = device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        first = self._share.first_sample(self._micro_batch)
+        self._micro_batch += 1
+        return Batch(self._images, torch.arange(first, first + self._share.micro_batch_size, device=self._device))
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of the completed steps."""
+        return self._micro_batch // self._share.accumulation_steps * self._share.global_batch_size
+
+    def close(self) -> None:
+        """Nothing to free; here for the interface."""
+
+
+def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None:
+    """The index that ``config.path`` names.
+
+    Args:
+        config: path None takes the built-in photographs, "synthetic" none, else an ImageFolder tree or flat folder.
+        verbose: say in one line each what was made or left out (one rank of a node is enough).
+
+    Returns:
+        The index; None for synthetic images.
+
+    Raises:
+        ConfigError: a missing or empty folder, or one without a readable image.
+    """
+    if config.path == SYNTHETIC:
+        return None
+    index = scan_folder(config.path if config.path is not None else builtin_folder(verbose))
+    if index.quarantine and verbose:
+        name, reason = index.quarantine[0]
+        print(f"left out {len(index.quarantine)} unreadable images of {index.root}; the first, {name}: {reason}")
+    return index

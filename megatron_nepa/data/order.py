@@ -1,0 +1,127 @@
+"""Which image sample k of a run is, and the crop and flip that it gets: pure functions of (seed, k).
+
+Sample k is position k mod N of the permutation of epoch k // N, so any world size, micro-batch or restart sees the
+same sequence, and the state of the data is one integer. The crop follows torchvision's ``RandomResizedCrop.get_params``
+(BSD-3) try for try, with draws keyed by k.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nepa.parallel.random import derive_key, uniform
+
+IntArray = npt.NDArray[np.int64]
+
+_TRIES = 10
+_RATIO = (3 / 4, 4 / 3)
+_CROP, _FLIP, _PERMUTATION = "random_resized_crop", "horizontal_flip", "permutation"
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
+    """The order of epoch ``epoch``: every image once.
+
+    Returns:
+        int64 [num_images], read-only. The same on every platform and numpy version: it sorts 48-bit keyed draws.
+    """
+    high, low = uniform(derive_key(seed, _PERMUTATION, epoch), np.arange(num_images), 2).T.astype(np.float64) * 2.0**24
+    # a stable sort: should two draws tie, every machine decides alike
+    order = np.argsort((high * 2.0**24 + low).astype(np.int64), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def image_of_sample(seed: int, sample: IntArray, num_images: int, skip: int = 0) -> IntArray:
+    """The image that each sample of the run shows.
+
+    Args:
+        seed: the run's seed.
+        sample: sample numbers k, int64 [n].
+        num_images: images N of the index.
+        skip: positions further on in the same epoch's permutation, for a sample whose own image cannot be decoded.
+
+    Returns:
+        int64 [n] in [0, num_images).
+    """
+    epoch, position = np.divmod(sample, num_images)
+    position = (position + skip) % num_images
+    image = np.empty_like(position)
+    for value in np.unique(epoch):
+        rows = epoch == value
+        image[rows] = permutation(seed, int(value), num_images)[position[rows]]
+    return image
+
+
+def crop_boxes(
+    seed: int,
+    sample: IntArray,
+    width: npt.NDArray[np.integer],
+    height: npt.NDArray[np.integer],
+    scale_min: float,
+    scale_max: float = 1.0,
+) -> npt.NDArray[np.int32]:
+    """Random crop of each sample: torchvision's RandomResizedCrop with ratio 3/4 to 4/3.
+
+    Up to 10 tries draw an area share in [scale_min, scale_max] and a log-uniform ratio; the first box that fits is
+    placed uniformly. If none fits, the largest centred box of an allowed ratio.
+
+    Args:
+        seed: the run's seed.
+        sample: sample numbers k, int64 [n].
+        width: stored width of each sample's image, [n].
+        height: stored height, [n].
+        scale_min: least share of the image's area.
+        scale_max: largest share.
+
+    Returns:
+        int32 [n, 4]: x, y, width, height, inside the image.
+    """
+    draws = uniform(derive_key(seed, _CROP), sample, 2 * _TRIES + 2).astype(np.float64)
+    image_width, image_height = width.astype(np.int64), height.astype(np.int64)
+    rows = np.arange(len(sample))
+
+    area = (image_width * image_height)[:, None] * (scale_min + (scale_max - scale_min) * draws[:, 0 : 2 * _TRIES : 2])
+    log_low, log_high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    ratio = np.exp(log_low + (log_high - log_low) * draws[:, 1 : 2 * _TRIES : 2])
+    tried_width = np.rint(np.sqrt(area * ratio)).astype(np.int64)  # [n, tries]; rint rounds halves as Python's round
+    tried_height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (tried_width > 0) & (tried_width <= image_width[:, None])
+    fits &= (tried_height > 0) & (tried_height <= image_height[:, None])
+    first = fits.argmax(axis=1)
+    crop_width, crop_height = tried_width[rows, first], tried_height[rows, first]
+    x = np.floor(draws[:, -1] * (image_width - crop_width + 1)).astype(np.int64)
+    y = np.floor(draws[:, -2] * (image_height - crop_height + 1)).astype(np.int64)
+
+    none_fits = ~fits.any(axis=1)
+    if none_fits.any():
+        whole_width, whole_height = _largest_allowed(image_width, image_height)
+        crop_width = np.where(none_fits, whole_width, crop_width)
+        crop_height = np.where(none_fits, whole_height, crop_height)
+        x = np.where(none_fits, (image_width - crop_width) // 2, x)
+        y = np.where(none_fits, (image_height - crop_height) // 2, y)
+    return np.stack([x, y, crop_width, crop_height], axis=1).astype(np.int32)
+
+
+def _largest_allowed(width: IntArray, height: IntArray) -> tuple[IntArray, IntArray]:
+    """Size of the largest box whose ratio is allowed, for images of any ratio."""
+    ratio = width / height
+    too_tall, too_wide = ratio < _RATIO[0], ratio > _RATIO[1]
+    # at least one pixel: a 1 x 2 image would otherwise round to nothing
+    crop_width = np.where(too_wide, np.maximum(np.rint(height * _RATIO[1]).astype(np.int64), 1), width)
+    crop_height = np.where(too_tall, np.maximum(np.rint(width / _RATIO[0]).astype(np.int64), 1), height)
+    return crop_width, crop_height
+
+
+def flip_key(seed: int) -> int:
+    """Key of the flip's draw: sample k is mirrored where ``uniform(flip_key(seed), k, 1) < 0.5``."""
+    return derive_key(seed, _FLIP)
+
+
+def flips(seed: int, sample: IntArray) -> npt.NDArray[np.bool_]:
+    """Whether each sample is mirrored, bool [n]."""
+    return uniform(flip_key(seed), sample, 1)[:, 0] < 0.5

@@ -1,0 +1,151 @@
+"""Which bytes and which box each sample gets, read ahead of the decoder, and what happens when an image is bad.
+
+A sample whose image cannot be read or decoded shows the first image further on in its epoch's permutation that can,
+with the crop that (seed, k) draws for that image's size. This too is a pure function of (seed, k) and the files: which
+rank meets the sample, when, and what it met before play no part. The list of bad images is a record, never an input.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nepa.config import ConfigError, DataConfig
+from megatron_nepa.data.headers import UnreadableImageError
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.order import IntArray, crop_boxes, image_of_sample
+from megatron_nepa.data.pipelines import EncodedBatch
+from megatron_nepa.data.storage import ImageStore
+
+_ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few samples says anything
+
+_Read = tuple[list[npt.NDArray[np.uint8]], list[int]]  # contents, and images they are of
+
+
+class SampleReader:
+    """Source of a decoding pipeline: the encoded images and crop boxes of a micro-batch.
+
+    Args:
+        index: the images.
+        config: its crop_scale_min, num_threads, on_bad_image and max_bad_share.
+        seed: the run's seed.
+        samples_of: sample numbers of a micro-batch, int64 [n].
+        bad_image_log: JSON-lines file that bad images are appended to.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        seed: int,
+        samples_of: Callable[[int], IntArray],
+        bad_image_log: Path | None = None,
+    ) -> None:
+        self._index, self._config, self._seed = index, config, seed
+        self._samples_of, self._log = samples_of, bad_image_log
+        self._store = ImageStore(index)
+        self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="image-reader")
+        self._ahead: dict[int, list[Future[_Read]]] = {}
+        self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
+        self._bad: dict[tuple[int, int], str] = {}  # (sample, image) -> reason
+        self._num_samples = 0
+
+    def __call__(self, micro_batch: int) -> EncodedBatch:
+        """Contents and boxes of ``micro_batch``; the next one's files are read meanwhile.
+
+        Raises:
+            ConfigError: a bad image under on_bad_image "fail", or too many.
+        """
+        tasks = self._ahead.pop(micro_batch, None) or self._submit(micro_batch)
+        self._ahead = {micro_batch + 1: self._ahead.get(micro_batch + 1) or self._submit(micro_batch + 1)}
+        parts = [task.result() for task in tasks]
+        encoded = [content for contents, _ in parts for content in contents]
+        images = np.array([image for _, of in parts for image in of])
+        samples = self._samples_of(micro_batch)
+        self._num_samples += len(samples)
+        boxes = crop_boxes(
+            self._seed, samples, self._index.width[images], self._index.height[images], self._config.crop_scale_min
+        )
+        return EncodedBatch(encoded, boxes[:, :2].copy(), boxes[:, 2:].copy())
+
+    @property
+    def num_bad_images(self) -> int:
+        """(sample, image) pairs that were found bad."""
+        return len(self._bad)
+
+    def close(self) -> None:
+        """End the reading threads and close the shards."""
+        self._pool.shutdown(cancel_futures=True)
+        self._store.close()
+
+    def _submit(self, micro_batch: int) -> list[Future[_Read]]:
+        # one task a thread rather than one an image: a task's overhead is near that of reading a cached file
+        parts = np.array_split(self._samples_of(micro_batch), self._config.num_threads)
+        return [self._pool.submit(self._read, part) for part in parts if len(part)]
+
+    def _read(self, samples: IntArray) -> _Read:
+        contents, images = [], []
+        for sample in samples.tolist():
+            skip = 0
+            while True:
+                image = self._image(sample, skip)
+                if skip not in self._undecodable.get(sample, ()):
+                    try:
+                        contents.append(self._store.read(image))
+                        break
+                    except UnreadableImageError as reason:
+                        self._record(sample, image, str(reason))
+                skip += 1
+            images.append(image)
+        return contents, images
+
+    def _image(self, sample: int, skip: int) -> int:
+        return int(image_of_sample(self._seed, np.array([sample]), len(self._index), skip)[0])
+
+    def reject(self, micro_batch: int, slots: list[int], reason: str) -> None:
+        """Take the images in ``slots`` of ``micro_batch`` for undecodable: the next call gives others in their place.
+
+        Raises:
+            ConfigError: under on_bad_image "fail", or when there are too many.
+        """
+        self._ahead = {}
+        samples = self._samples_of(micro_batch)
+        for slot in slots:
+            sample = int(samples[slot])
+            failed = self._undecodable.setdefault(sample, set())
+            skip = 0
+            while skip in failed or (sample, self._image(sample, skip)) in self._bad:
+                skip += 1
+            failed.add(skip)
+            image = self._image(sample, skip)
+            self._record(sample, image, f"{self._index.where(image)}: {reason}")
+
+    def _record(self, sample: int, image: int, reason: str) -> None:
+        if (sample, image) in self._bad:
+            return
+        if self._config.on_bad_image == "fail":
+            raise ConfigError(f"sample {sample} cannot be decoded: {reason} (data.on_bad_image is fail).")
+        self._bad[sample, image] = reason
+        allowed = _ALWAYS_ALLOWED + self._config.max_bad_share * self._num_samples
+        if len(self._bad) > allowed:
+            raise ConfigError(
+                f"{len(self._bad)} of {self._num_samples} samples of this rank could not be decoded, more than "
+                f"data.max_bad_share {self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
+            )
+        print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)
+        if self._log is not None:
+            row = {"sample": sample, "image": image, "reason": reason}
+            with open(self._log, "a") as file:  # one short write in append mode: ranks do not cut each other's lines
+                file.write(json.dumps(row) + "\n")
+
+
+def failed_slots(message: str) -> list[int]:
+    """The batch slots that DALI's error message names, if it names any."""
+    return sorted({int(slot) for slot in re.findall(r"sample #(\d+)", message)})
