@@ -1,0 +1,247 @@
+"""The loader gives the same samples and pixels however the run is cut, and survives bad images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional
+
+from megatron_nepa.config import ConfigError, DataConfig
+from megatron_nepa.data.index import scan_folder
+from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader
+from megatron_nepa.data.order import crop_boxes, flips, image_of_sample
+from megatron_nepa.data.pipelines import normalise
+
+SEED, SIZE, GLOBAL = 11, 48, 8
+CPU = torch.device("cpu")
+
+
+def make_loader(folder: Path, **changes: Any) -> PretrainingLoader:
+    """A loader of global batch 8 on one rank, with any argument or data field changed."""
+    fields = {name: changes.pop(name) for name in list(changes) if name in DataConfig.__dataclass_fields__}
+    arguments: dict[str, Any] = dict(
+        index=changes.get("index") or scan_folder(folder),
+        config=DataConfig(**({"horizontal_flip": True} | fields)),
+        image_size=SIZE,
+        seed=SEED,
+        micro_batch_size=GLOBAL,
+        global_batch_size=GLOBAL,
+        accumulation_steps=1,
+        data_rank=0,
+        data_size=1,
+        tensor_rank=0,
+        tensor_size=1,
+        device=CPU,
+        dtype=torch.float32,
+        consumed_samples=0,
+    )
+    return PretrainingLoader(**(arguments | changes))
+
+
+def take(loader: PretrainingLoader, count: int) -> list[Batch]:
+    """The next ``count`` micro-batches, then the loader is closed."""
+    batches = list(islice(loader, count))
+    loader.close()
+    return batches
+
+
+@pytest.fixture(scope="module")
+def reference(photographs: Path) -> Tensor:
+    """The first 12 steps on one rank: 96 samples, more than two epochs of 37."""
+    return torch.cat([batch.images for batch in take(make_loader(photographs), 12)])
+
+
+@pytest.mark.parametrize(
+    ("data_size", "tensor_size", "micro"),
+    [(1, 1, 4), (1, 1, 1), (2, 1, 4), (4, 1, 1), (1, 2, 8), (1, 2, 1), (2, 2, 2), (1, 4, 8), (2, 4, 2)],
+)
+def test_grids_see_the_same_run(
+    photographs: Path, reference: Tensor, data_size: int, tensor_size: int, micro: int
+) -> None:
+    """Replicas, tensor-parallel ranks and accumulation cut the run's samples; none changes a pixel."""
+    accumulation = GLOBAL // (micro * data_size)
+    steps = 5
+    seen = torch.full_like(reference[: steps * GLOBAL], torch.nan)
+    for data_rank in range(data_size):
+        for tensor_rank in range(tensor_size):
+            loader = make_loader(
+                photographs,
+                micro_batch_size=micro,
+                accumulation_steps=accumulation,
+                data_rank=data_rank,
+                data_size=data_size,
+                tensor_rank=tensor_rank,
+                tensor_size=tensor_size,
+            )
+            for batch in take(loader, steps * accumulation):
+                assert batch.sample_index.dtype == torch.int64 and len(batch.sample_index) == micro
+                local = batch.sample_index
+                if micro % tensor_size == 0:
+                    share = micro // tensor_size
+                    local = local[tensor_rank * share : (tensor_rank + 1) * share]
+                assert len(batch.images) == len(local)
+                seen[local] = batch.images
+    assert torch.equal(seen, reference[: steps * GLOBAL])
+
+
+@pytest.mark.parametrize("step", [1, 4, 11])
+def test_restart_continues_the_run(photographs: Path, reference: Tensor, step: int) -> None:
+    """A loader started at any step continues as if it had never stopped, on another grid too."""
+    consumed = step * GLOBAL
+    loader = make_loader(photographs, consumed_samples=consumed, micro_batch_size=2, accumulation_steps=4)
+    assert loader.consumed_samples == consumed
+    batches = take(loader, 4)
+    assert loader.consumed_samples == consumed + GLOBAL
+    assert torch.equal(torch.cat([batch.images for batch in batches]), reference[consumed : consumed + GLOBAL])
+    assert torch.cat([batch.sample_index for batch in batches]).tolist() == list(range(consumed, consumed + GLOBAL))
+
+
+def test_threads_change_nothing(photographs: Path, reference: Tensor) -> None:
+    """1 and 4 decoding threads give the same pixels."""
+    for threads in (1, 4):
+        images = torch.cat([batch.images for batch in take(make_loader(photographs, num_threads=threads), 5)])
+        assert torch.equal(images, reference[: 5 * GLOBAL])
+
+
+def test_pixels_match_pil_and_torchvision(photographs: Path, reference: Tensor) -> None:
+    """The same box resized by PIL: mean difference at most 0.3 grey levels, largest 16; mirrored where it should be."""
+    index = scan_folder(photographs)
+    samples = np.arange(len(reference))
+    images = image_of_sample(SEED, samples, len(index))
+    boxes = crop_boxes(SEED, samples, index.width[images], index.height[images], 0.08)
+    mirrored = flips(SEED, samples)
+    differences = []
+    for k, (x, y, w, h) in enumerate(boxes.tolist()):
+        picture = Image.open(index.where(int(images[k]))).convert("RGB")
+        crop = functional.resized_crop(picture, y, x, h, w, [SIZE, SIZE], functional.InterpolationMode.BILINEAR)
+        expected = np.asarray(functional.hflip(crop) if mirrored[k] else crop, np.float32).transpose(2, 0, 1)
+        differences.append(np.abs((reference[k].numpy() + 1) * 127.5 - expected))
+    assert np.mean(differences) <= 0.3
+    assert np.max(differences) <= 16
+    assert 20 < mirrored.sum() < 76
+
+
+def test_normalise() -> None:
+    """(x / 255 - 0.5) / 0.5, rounded once, in memory of its own; mirroring is per image."""
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).reshape(1, 3, 16, 16).repeat(2, 1, 1, 1)
+    exact = (levels.double() / 255 - 0.5) / 0.5
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        result = normalise(levels, None, dtype)
+        assert result.dtype == dtype
+        # half an ulp of each value, and a hair for the exact value's own rounding
+        ulp = torch.finfo(dtype).eps * exact.abs()
+        assert ((result.double() - exact).abs() <= ulp * 0.5 * 1.001).all()
+    both = normalise(levels, torch.tensor([True, False]), torch.float32)
+    plain = normalise(levels, None, torch.float32)
+    assert torch.equal(both[0], plain[0].flip(2)) and torch.equal(both[1], plain[1])
+
+
+def test_flip_is_off_by_default(photographs: Path, reference: Tensor) -> None:
+    """Without horizontal_flip the same crops come unmirrored."""
+    images = torch.cat([batch.images for batch in take(make_loader(photographs, horizontal_flip=False), 3)])
+    mirrored = torch.from_numpy(flips(SEED, np.arange(3 * GLOBAL)))
+    assert torch.equal(images, torch.where(mirrored[:, None, None, None], reference.flip(3)[:24], reference[:24]))
+
+
+def damage(folder: Path, kind: str) -> list[str]:
+    """Damage two images of a folder that is already indexed; returns their names."""
+    names = ["ant/03.jpg", "cow/05.jpg"]
+    for name in names:
+        path = folder / name
+        if kind == "missing":
+            path.unlink()
+        elif kind == "garbage":
+            path.write_bytes(b"hello world" * 100)
+        elif kind == "empty":
+            path.write_bytes(b"")
+        else:
+            path.write_bytes(path.read_bytes()[:300])  # header kept, no pixel left
+    return names
+
+
+@pytest.mark.parametrize("kind", ["missing", "garbage", "empty", "truncated"])
+def test_bad_images_are_replaced(photographs: Path, tmp_path: Path, kind: str) -> None:
+    """Images that go bad during a run give way to the next of the permutation, the same on every grid."""
+    folder, log = tmp_path / "data", tmp_path / "bad_images.jsonl"
+    shutil.copytree(photographs, folder)
+    index = scan_folder(folder)
+    names = damage(folder, kind)
+    bad = [i for i in range(len(index)) if index.names[i] in names]
+    loader = make_loader(folder, index=index, bad_image_log=log, num_threads=1)
+    whole = torch.cat([batch.images for batch in islice(loader, 5)])  # 40 samples: one epoch of 37 and a little
+    assert loader.num_bad_images >= 2
+    loader.close()
+
+    good = take(make_loader(photographs), 5)
+    samples = np.arange(5 * GLOBAL)
+    replaced = np.isin(image_of_sample(SEED, samples, len(index)), bad)
+    assert 2 <= replaced.sum() <= 4
+    assert torch.equal(whole[~replaced], torch.cat([batch.images for batch in good])[~replaced])
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {row["sample"] for row in rows if row["sample"] < 5 * GLOBAL} == set(samples[replaced].tolist())
+    assert all(any(name in row["reason"] for name in names) for row in rows)
+
+    parts = torch.full_like(whole, torch.nan)
+    for rank in range(2):
+        for batch in take(
+            make_loader(folder, index=index, micro_batch_size=2, accumulation_steps=2, data_rank=rank, data_size=2), 10
+        ):
+            parts[batch.sample_index] = batch.images
+    assert torch.equal(parts, whole)
+    resumed = take(make_loader(folder, index=index, consumed_samples=3 * GLOBAL), 2)
+    assert torch.equal(torch.cat([batch.images for batch in resumed]), whole[3 * GLOBAL :])
+
+
+@pytest.mark.parametrize("kind", ["missing", "garbage", "truncated"])
+def test_bad_images_end_the_run_where_asked(photographs: Path, tmp_path: Path, kind: str) -> None:
+    """on_bad_image fail: one sentence that names the file."""
+    folder = tmp_path / "data"
+    shutil.copytree(photographs, folder)
+    index = scan_folder(folder)
+    names = damage(folder, kind)
+    loader = make_loader(folder, index=index, on_bad_image="fail")
+    with pytest.raises(ConfigError) as error:
+        list(islice(loader, 5))
+    assert "\n" not in str(error.value) and any(str(folder / name) in str(error.value) for name in names)
+    loader.close()
+
+
+def test_too_many_bad_images_end_the_run(photographs: Path, tmp_path: Path) -> None:
+    """skip is no licence to train on nothing: a vanished folder ends the run."""
+    folder = tmp_path / "data"
+    shutil.copytree(photographs, folder)
+    index = scan_folder(folder)
+    shutil.rmtree(folder)
+    loader = make_loader(folder, index=index)
+    with pytest.raises(ConfigError, match=r"more than data.max_bad_share 0.01"):
+        next(loader)
+    loader.close()
+
+
+def test_sizes_that_do_not_fit_are_refused(photographs: Path) -> None:
+    """A batch that is not the product of its parts, or a restart inside a step."""
+    with pytest.raises(ConfigError, match="global_batch_size 8 is not micro_batch_size 3"):
+        make_loader(photographs, micro_batch_size=3)
+    with pytest.raises(ConfigError, match="12 samples"):
+        make_loader(photographs, consumed_samples=12)
+
+
+def test_synthetic_loader() -> None:
+    """Same interface: sample numbers of the run, one set of images, sharded over tensor-parallel ranks."""
+    whole = SyntheticLoader(SIZE, 0, 4, 16, 2, 1, 2, 0, 1, CPU, torch.bfloat16, consumed_samples=16)
+    first, second = islice(whole, 2)
+    assert first.sample_index.tolist() == [20, 21, 22, 23] and second.sample_index.tolist() == [28, 29, 30, 31]
+    assert first.images.shape == (4, 3, SIZE, SIZE) and first.images.dtype == torch.bfloat16
+    assert first.images.min() >= -1 and first.images.max() <= 1 and first.images.float().std() > 0.5
+    assert whole.consumed_samples == 32
+    part = next(SyntheticLoader(SIZE, 0, 4, 16, 2, 1, 2, 1, 2, CPU, torch.bfloat16))
+    assert torch.equal(part.images, first.images[2:])
