@@ -1,0 +1,131 @@
+"""Named starting points: a recipe is a function that returns a :class:`RunConfig`.
+
+``nepa_b`` and ``nepa_l`` follow the paper, ``nepa_b_release`` and ``nepa_l_release`` the authors' code where the two differ (the
+README lists every difference); the larger trunks have no published counterpart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_nepa.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def quickstart() -> RunConfig:
+    """A tiny trunk on the built-in photographs: minutes on two CPU cores."""
+    return RunConfig(
+        recipe="quickstart",
+        model=ModelConfig(
+            image_size=112,
+            hidden_size=192,
+            num_layers=6,
+            num_heads=3,
+            mlp_hidden_size=512,
+            position_embedding="none",
+            bos_token=True,
+            layer_scale_init=0.1,
+        ),
+        data=DataConfig(horizontal_flip=True),
+        # 1.2e-3 after scaling; 200 steps are too few for a 0.9999 average without its warm-up
+        optimizer=OptimizerConfig(base_lr=4.8e-3, warmup_ratio=0.1, ema_warmup=True),
+        output_dir="runs/quickstart",
+        steps=200,
+        global_batch_size=64,
+        micro_batch_size=32,
+        save_every=100,
+        log_every=1,
+    )
+
+
+def nepa_b() -> RunConfig:
+    """NEPA-B of the paper: SwiGLU of the width that matches the parameters of a 4x GELU (table 4: 1,600 epochs)."""
+    return RunConfig(
+        recipe="nepa_b",
+        model=ModelConfig(),
+        output_dir="runs/nepa_b",
+        epochs=1600,
+        global_batch_size=4096,
+        micro_batch_size=256,
+    )
+
+
+def nepa_l() -> RunConfig:
+    """NEPA-L of the paper (table 4: 800 epochs)."""
+    return replace(
+        nepa_b(),
+        recipe="nepa_l",
+        model=_trunk(num_layers=24, hidden_size=1024, num_heads=16, mlp_hidden_size=2752),
+        output_dir="runs/nepa_l",
+        # 40 of 800 epochs
+        optimizer=OptimizerConfig(warmup_ratio=0.05),
+        epochs=800,
+        micro_batch_size=128,
+    )
+
+
+def nepa_b_release() -> RunConfig:
+    """NEPA-B as the authors' code trains it: GELU, BOS token, no learned positions, RoPE rescale, flip."""
+    return _release(replace(nepa_b(), recipe="nepa_b_release", output_dir="runs/nepa_b_release"), 3072, "plain")
+
+
+def nepa_l_release() -> RunConfig:
+    """NEPA-L as the authors' code trains it: as B, with affine QK-norm and 1,600 epochs."""
+    base = replace(
+        nepa_l(),
+        recipe="nepa_l_release",
+        output_dir="runs/nepa_l_release",
+        optimizer=OptimizerConfig(),
+        epochs=1600,
+    )
+    return _release(base, 4096, "affine")
+
+
+def nepa_h() -> RunConfig:
+    """A 0.6-billion-parameter trunk of 32 blocks."""
+    model = _trunk(num_layers=32, hidden_size=1280, num_heads=16, mlp_hidden_size=3456)
+    return replace(nepa_l(), recipe="nepa_h", model=model, output_dir="runs/nepa_h", micro_batch_size=64)
+
+
+def nepa_g() -> RunConfig:
+    """A 1.1-billion-parameter trunk of 40 blocks."""
+    model = _trunk(num_layers=40, hidden_size=1536, num_heads=24, mlp_hidden_size=4096)
+    return replace(nepa_l(), recipe="nepa_g", model=model, output_dir="runs/nepa_g", micro_batch_size=64)
+
+
+def nepa_7b() -> RunConfig:
+    """A 6.7-billion-parameter trunk of 40 blocks, the one that needs tensor parallelism."""
+    model = _trunk(num_layers=40, hidden_size=4096, num_heads=32, mlp_hidden_size=8192)
+    return replace(nepa_l(), recipe="nepa_7b", model=model, output_dir="runs/nepa_7b", micro_batch_size=32)
+
+
+def _trunk(num_layers: int, hidden_size: int, num_heads: int, mlp_hidden_size: int) -> ModelConfig:
+    return ModelConfig(
+        num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads, mlp_hidden_size=mlp_hidden_size
+    )
+
+
+def _release(base: RunConfig, mlp_hidden_size: int, qk_norm: str) -> RunConfig:
+    model = replace(
+        base.model,
+        mlp="gelu",
+        mlp_hidden_size=mlp_hidden_size,
+        qk_norm=qk_norm,
+        position_embedding="none",
+        bos_token=True,
+        rope_rescale=2.0,
+        # the release draws once per forward call, which is once per micro-batch of a rank
+        rope_rescale_group=base.micro_batch_size,
+    )
+    return replace(
+        base,
+        model=model,
+        data=replace(base.data, horizontal_flip=True),
+        optimizer=replace(base.optimizer, decay_bos_token=True),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (quickstart, nepa_b, nepa_l, nepa_b_release, nepa_l_release, nepa_h, nepa_g, nepa_7b)
+}

@@ -1,0 +1,160 @@
+"""The DeepSpeed config of a run: the user's file, with "auto" filled in and every contradiction named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nepa.cli import CommandLine, override
+from megatron_nepa.config import ConfigError, RunConfig, require
+
+# what a run without --ds_config uses; ds_configs/README.md gives the reason for each value
+DEFAULT_CONFIG: dict[str, Any] = {
+    "bf16": {"enabled": "auto"},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+    "zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False},
+}
+# what DeepSpeed would build itself, and this project builds from its own flags
+_OWNED = {
+    "optimizer": "the optimizer is set by --base_lr and --optimizer.*",
+    "scheduler": "the schedule is set by --base_lr and --optimizer.*",
+    "fp16": "half precision is not supported; use bf16",
+    "amp": "apex amp is not supported; use bf16",
+    "wandb": "Weights & Biases is set by --wandb",
+}
+
+
+@dataclass(frozen=True)
+class LinkedField:
+    """A setting that both the command line and the DeepSpeed config can name."""
+
+    field: str
+    flag: str
+    keys: tuple[str, ...]
+
+
+_LINKED = (
+    LinkedField("global_batch_size", "--global_batch_size", ("train_batch_size",)),
+    LinkedField("micro_batch_size", "--micro_batch_size", ("train_micro_batch_size_per_gpu",)),
+    LinkedField("optimizer.clip_grad", "--optimizer.clip_grad", ("gradient_clipping",)),
+)
+
+
+def read_ds_config(path: str | None) -> dict[str, Any]:
+    """Read a DeepSpeed config; None gives the default, ZeRO 2 with fp32 accumulation."""
+    if path is None:
+        return json.loads(json.dumps(DEFAULT_CONFIG))
+    file = Path(path)
+    require(file.is_file(), f"--ds_config {path} is not a file.")
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--ds_config {path} is not valid JSON: {error}.") from None
+    require(isinstance(config, dict), f"--ds_config {path} holds {type(config).__name__}, not a JSON object.")
+    return config
+
+
+def merge(command: CommandLine, config: dict[str, Any]) -> RunConfig:
+    """The run config with the numbers that the DeepSpeed config fixes.
+
+    A value in the file replaces the recipe's; "auto" or no value takes the flag's.
+
+    Raises:
+        ConfigError: naming both places, where a flag and the file disagree; or for a section that this project sets.
+    """
+    place = command.ds_config or "the default DeepSpeed config"
+    for key, reason in _OWNED.items():
+        section = config.get(key)
+        enabled = section.get("enabled", key in ("optimizer", "scheduler")) if isinstance(section, dict) else section
+        require(not enabled, f'"{key}" in {place} cannot be used: {reason}.')
+
+    values: dict[str, Any] = {}
+    for link in _LINKED:
+        value = _lookup(config, link.keys)
+        if value in (None, "auto"):
+            continue
+        require(
+            isinstance(value, int | float) and not isinstance(value, bool),
+            f'"{".".join(link.keys)}" in {place} is {value!r}, which is no number.',
+        )
+        asked = _field(command.run, link.field)
+        require(
+            link.field not in command.given or asked == value,
+            f'{link.flag} is {asked} but "{".".join(link.keys)}" in {place} is {value}: make them equal, or set the latter to "auto".',
+        )
+        values[link.field] = value
+
+    bf16 = _lookup(config, ("bf16", "enabled"))
+    if bf16 not in (None, "auto"):
+        dtype = "bf16" if bf16 else "fp32"
+        require(
+            "dtype" not in command.given or command.run.dtype == dtype,
+            f'--dtype is {command.run.dtype} but "bf16.enabled" in {place} is {str(bf16).lower()}: make them agree, or set the latter to "auto".',
+        )
+        values["dtype"] = dtype
+    return override(command.run, values)
+
+
+def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> dict[str, Any]:
+    """The config that is handed to DeepSpeed: every value decided, checked against the number of ranks.
+
+    Raises:
+        ConfigError: where accumulation steps disagree, or the ZeRO stage cannot do what the run asks.
+    """
+    accumulation = run.accumulation_steps(data_parallel_size)
+    asked = config.get("gradient_accumulation_steps", "auto")
+    require(
+        asked in ("auto", accumulation),
+        f'"gradient_accumulation_steps" in the DeepSpeed config is {asked}, but global_batch_size {run.global_batch_size} / '
+        f"(micro_batch_size {run.micro_batch_size} x data-parallel size {data_parallel_size}) = {accumulation}.",
+    )
+    zero = dict(config.get("zero_optimization", {}))
+    stage = zero.get("stage", 0)
+    require(
+        stage in (0, 1, 2),
+        f"ZeRO stage {stage} is not supported: use 1 or 2 (or 0 in fp32); split larger models with --tensor_parallel_size.",
+    )
+    require(
+        stage > 0 or run.dtype == "fp32",
+        "ZeRO stage 0 serves as the fp32 reference only: DeepSpeed keeps no fp32 master weights there. "
+        "Use --dtype fp32, or stage 1 or 2.",
+    )
+    merged = {
+        **config,
+        "train_batch_size": run.global_batch_size,
+        "train_micro_batch_size_per_gpu": run.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": run.optimizer.clip_grad,
+        "bf16": {**config.get("bf16", {}), "enabled": run.dtype == "bf16"},
+        "zero_optimization": {**zero, "stage": stage},
+    }
+    merged.setdefault("steps_per_print", None)
+    unresolved = _find_auto(merged)
+    require(
+        not unresolved,
+        f'"auto" has no flag to take its value from at: {", ".join(unresolved)}; write the value itself.',
+    )
+    return merged
+
+
+def _lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _field(run: RunConfig, name: str) -> Any:
+    value: Any = run
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _find_auto(config: Any, path: str = "") -> list[str]:
+    if isinstance(config, dict):
+        return [found for key, value in config.items() for found in _find_auto(value, f"{path}.{key}".lstrip("."))]
+    return [path] if config == "auto" else []

@@ -1,0 +1,156 @@
+"""A DeepSpeed engine with the project's optimizer, weight average and step accounting around it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_nepa.config import ConfigError, RunConfig
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.ema import ExponentialMovingAverage
+from megatron_nepa.training.masters import Masters, find_masters
+from megatron_nepa.training.optimizer import build_optimizer, parameter_groups
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step.
+
+    Attributes:
+        applied: False where a gradient was not finite and the weights stayed as they were.
+        grad_norm: global gradient norm before clipping, fp32 scalar on the device.
+    """
+
+    applied: bool
+    grad_norm: Tensor
+
+
+class TrainingEngine:
+    """Forward, backward and step of a model under DeepSpeed.
+
+    Args:
+        model: freshly initialised; DeepSpeed casts it and takes it over.
+        run: optimizer settings and dtype.
+        ds_config: as :func:`megatron_nepa.training.deepspeed_config.resolve` returns it.
+        topology: this rank's place.
+
+    Raises:
+        ConfigError: for a set-up that DeepSpeed cannot start.
+    """
+
+    def __init__(self, model: nn.Module, run: RunConfig, ds_config: dict[str, Any], topology: Topology) -> None:
+        self.run = run
+        self.topology = topology
+        self.zero_stage: int = ds_config["zero_optimization"]["stage"]
+        self.accumulation_steps: int = ds_config["gradient_accumulation_steps"]
+        offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        model.to(topology.device)
+        optimizer = build_optimizer(parameter_groups(model, run.optimizer), run.optimizer, topology.device, offload)
+        self.deepspeed = _initialize(model, optimizer, ds_config, topology)
+        self.module: nn.Module = self.deepspeed.module
+        self.masters: Masters = find_masters(self.deepspeed, self.module)
+        self.ema: ExponentialMovingAverage | None = None
+        if run.optimizer.ema_decay > 0:
+            self.ema = ExponentialMovingAverage(self.masters.flats, run.optimizer.ema_decay, run.optimizer.ema_warmup)
+        self.applied_steps = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the model in training mode."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch; ``loss`` is its mean, the engine divides by the accumulation."""
+        self.deepspeed.backward(loss)
+
+    def end_micro_batch(self) -> None:
+        """Tell DeepSpeed that a micro-batch which is not the step's last one is over."""
+        self.deepspeed.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """End the last micro-batch of a step: clip, update the weights and their average."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage == 0:
+            result = self._step_without_zero()
+        else:
+            self.deepspeed.step()
+            norm = self.deepspeed.get_global_grad_norm()
+            applied = self.deepspeed.was_step_applied()
+            result = StepResult(applied, torch.as_tensor(norm, dtype=torch.float32, device=self.topology.device))
+        if result.applied:
+            self.applied_steps += 1
+            self.skipped_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update(self.applied_steps)
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+        return result
+
+    def _step_without_zero(self) -> StepResult:
+        # DeepSpeed's plain fp32 path neither reports the norm nor checks it
+        norm = self._gradient_norm()
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for param in self.module.parameters():
+                param.grad = None
+        self.deepspeed.step()
+        return StepResult(applied, norm)
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        tensor = self.topology.tensor
+        squares = [
+            param.grad.float().square().sum()
+            for param in self.module.parameters()
+            if param.grad is not None and (tensor.rank == 0 or getattr(param, "tensor_model_parallel", False))
+        ]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.topology.device)
+        if tensor.size > 1:
+            dist.all_reduce(total, group=tensor.group)
+        return total.sqrt()
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], topology: Topology
+) -> Any:
+    with quiet_deepspeed():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        try:
+            engine, _, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds_config, mpu=topology.mpu(), dist_init_required=False
+            )
+        except (NotImplementedError, ValueError, AssertionError) as error:
+            raise ConfigError(f"DeepSpeed refuses this configuration: {error}") from error
+    return engine
+
+
+@contextlib.contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """Import and start DeepSpeed with its own warnings and errors, but not its start-up chatter."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("deepspeed is not installed: pip install deepspeed.")
+    import deepspeed.utils
+
+    logger = deepspeed.utils.logger
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(max(level, logging.WARNING))

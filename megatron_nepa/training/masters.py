@@ -1,0 +1,71 @@
+"""The optimizer's fp32 tensors and where each parameter lies in them.
+
+ZeRO flattens every parameter group and gives each data-parallel rank one contiguous part of it; a parameter may lie on one
+rank, on two neighbours, or (on this rank) nowhere. Without ZeRO the optimizer's tensors are the parameters. Either way the
+optimizer's state and the weight average live beside these tensors, element for element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter that this rank's optimizer owns.
+
+    Attributes:
+        flat_index: which of the optimizer's tensors holds it.
+        flat_start: first element there.
+        param_start: first element in the flattened parameter.
+        numel: number of elements.
+    """
+
+    flat_index: int
+    flat_start: int
+    param_start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Masters:
+    """This rank's fp32 master weights.
+
+    Attributes:
+        optimizer: the innermost optimizer, whose state is keyed by the tensors in ``flats``.
+        flats: its tensors, one a parameter group under ZeRO.
+        fragments: where each trainable parameter lies, or None where this rank owns no part of it.
+    """
+
+    optimizer: torch.optim.Optimizer
+    flats: list[Tensor]
+    fragments: dict[str, Fragment | None]
+
+    def companion(self, kind: str) -> list[Tensor]:
+        """The optimizer's state tensors called ``kind`` ("exp_avg", "exp_avg_sq"), one for each flat."""
+        return [self.optimizer.state[flat][kind] for flat in self.flats]
+
+
+def find_masters(engine: Any, model: nn.Module) -> Masters:
+    """Locate the master weights of a DeepSpeed engine, for any ZeRO stage up to 2, with or without offload."""
+    outer = engine.optimizer
+    optimizer: torch.optim.Optimizer = getattr(outer, "optimizer", outer)
+    flats = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if optimizer is outer:
+        index = {id(tensor): i for i, tensor in enumerate(flats)}
+        whole = {name: Fragment(index[id(param)], 0, 0, param.numel()) for name, param in trainable.items()}
+        return Masters(optimizer, flats, dict(whole))
+    return Masters(optimizer, flats, {name: _zero_fragment(param) for name, param in trainable.items()})
+
+
+def _zero_fragment(param: nn.Parameter) -> Fragment | None:
+    mapping = getattr(param, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    inside, source = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Fragment(mapping.param_group_index, inside.start, source.start, inside.numel)

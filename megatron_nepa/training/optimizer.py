@@ -1,0 +1,67 @@
+"""AdamW and its parameter groups."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_nepa.config import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters as two groups, "decay" and "no_decay".
+
+    Biases, norms, LayerScale, the mask token and (unless ``decay_bos_token``) the BOS token are vectors and are not decayed.
+    """
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        is_bos_token = name.endswith("bos_token")
+        decays = config.decay_bos_token if is_bos_token else param.ndim > 1
+        (decay if decays else no_decay).append(param)
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
+        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW in the fastest form that is there.
+
+    Args:
+        groups: of :func:`parameter_groups`.
+        config: betas and epsilon; the learning rate is set at every step.
+        device: of the training.
+        offload: ZeRO offload keeps masters and moments on the CPU, which takes DeepSpeed's own CPU Adam.
+
+    Returns:
+        DeepSpeedCPUAdam under offload; on a GPU apex's FusedAdam where apex is installed, else DeepSpeed's; on a CPU
+        torch's fused AdamW.
+    """
+    betas = (config.beta1, config.beta2)
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=config.eps, adamw_mode=True)
+    if device.type != "cuda":
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+    if _has_apex():
+        from apex.optimizers import FusedAdam as ApexFusedAdam
+
+        return ApexFusedAdam(groups, lr=0.0, betas=betas, eps=config.eps, adam_w_mode=True)
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam(groups, lr=0.0, betas=betas, eps=config.eps, adam_w_mode=True)
+
+
+def _has_apex() -> bool:
+    # the unrelated project that owns the name on PyPI has no such module
+    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
