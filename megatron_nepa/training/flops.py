@@ -1,0 +1,102 @@
+"""Floating-point operations of the model, and of the device at its best: throughput in TFLOP/s and MFU.
+
+Model FLOPs follow PaLM (Chowdhery et al., 2022, appendix B): matrix products only, 2 per multiply-add, and a training
+step costs three forward passes. Activation checkpointing repeats the blocks' forward pass, which takes time but adds no
+model FLOPs: it lowers the MFU, as it should.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megatron_nepa.config import ModelConfig
+
+# Dense bf16 peaks in FLOP/s, fp32 accumulation, by a pattern of torch.cuda.get_device_name; the first match counts.
+# From NVIDIA's data sheets, which for most of these print twice the number, "with sparsity".
+BF16_PEAKS = (
+    (r"A100|A800", 312e12),
+    (r"(H100|H800) PCIe", 756e12),
+    (r"(H100|H200) NVL", 835e12),
+    (r"H100|H800|H200", 989e12),
+    (r"GB200", 2500e12),
+    (r"B200", 2250e12),
+    (r"L40S", 362e12),
+    (r"L40\b", 181e12),
+    (r"L4\b", 121e12),
+    (r"A40\b", 150e12),
+    (r"A30\b", 165e12),
+    (r"RTX A6000", 155e12),
+    (r"RTX 3090$", 71e12),
+    (r"RTX 4090$", 165e12),
+)
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """Largest matrix-product rate of one device.
+
+    Attributes:
+        flops: FLOP/s.
+        source: where the number comes from, for the log.
+    """
+
+    flops: float
+    source: str
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """FLOPs of the forward pass of one image; causal attention counts the query-key pairs that it keeps."""
+    tokens, width = config.sequence_length, config.hidden_size
+    pixels = config.in_channels * config.patch_size**2
+    mlp_matrices = 3 if config.mlp == "swiglu" else 2
+    pairs = tokens * (tokens + 1) // 2 if config.causal else tokens**2
+
+    patch_embedding = config.num_patches * pixels * width
+    linears = tokens * width * (4 * width + mlp_matrices * config.mlp_hidden_size)  # qkv, out, feed-forward
+    attention = 2 * pairs * width  # scores, and the mix of values
+    return 2 * (patch_embedding + config.num_layers * (linears + attention))
+
+
+def train_flops(config: ModelConfig) -> int:
+    """Model FLOPs of one image's share of a training step: forward and backward, three times the forward pass."""
+    return 3 * forward_flops(config)
+
+
+def device_peak_flops(device: torch.device, dtype: torch.dtype) -> DevicePeak:
+    """Peak of ``device`` in ``dtype``, the denominator of MFU.
+
+    A known GPU in bf16 has its data sheet's dense peak. All else (a CPU, an unknown GPU or a slice of one, another
+    dtype) has the rate of a large matrix product, measured in about 0.3 s with the threads that this process has.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        peak = bf16_peak(name)
+        if peak is not None:
+            return DevicePeak(peak, f"dense bf16 peak of {name}")
+    size = 1024 if device.type == "cpu" else 4096
+    kind = str(dtype).removeprefix("torch.")
+    return DevicePeak(_measure_matmul(device, dtype, size), f"measured {kind} matrix product of {size} x {size}")
+
+
+def bf16_peak(device_name: str) -> float | None:
+    """The data sheet's dense bf16 peak in FLOP/s of a CUDA device by its name; None where it is not known."""
+    if "MIG" in device_name or "Laptop" in device_name:  # a slice of the GPU, or a slower chip of the same name
+        return None
+    return next((peak for pattern, peak in BF16_PEAKS if re.search(pattern, device_name)), None)
+
+
+def _measure_matmul(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < seconds:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])  # the first call also sets the library up
