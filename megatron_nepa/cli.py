@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, Union
 
 from megatron_nepa.config import (
@@ -20,6 +20,7 @@ from megatron_nepa.config import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    override,
 )
 from megatron_nepa.recipes import RECIPES
 
@@ -75,23 +76,6 @@ def parse_command_line(arguments: Sequence[str], description: str) -> CommandLin
     return CommandLine(override(RECIPES[recipe](), given), ds_config, frozenset(given))
 
 
-def override(run: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """``run`` with the fields in ``values`` ("field" or "section.field") replaced, all checks applied once."""
-    top: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, _, key = name.rpartition(".")
-        (sections.setdefault(section, {}) if section else top)[key] = value
-    for section, changes in sections.items():
-        top[section] = replace(getattr(run, section), **changes)
-    # the length of a run is one of two fields: giving one replaces the recipe's other
-    if "steps" in top and "epochs" not in top and top["steps"] is not None:
-        top["epochs"] = None
-    if "epochs" in top and "steps" not in top and top["epochs"] is not None:
-        top["steps"] = None
-    return replace(run, **top)
-
-
 class _NotGiven:
     pass
 
@@ -119,7 +103,9 @@ def _build_parser(description: str) -> argparse.ArgumentParser:
     )
     start = parser.add_argument_group("where to start")
     start.add_argument("--recipe", default="quickstart", help="the defaults of every other flag; listed at the end")
-    start.add_argument("--ds_config", metavar="FILE", help='DeepSpeed config; its "auto" values take the flags\' values')
+    start.add_argument(
+        "--ds_config", metavar="FILE", help='DeepSpeed config; its "auto" values take the flags\' values'
+    )
     start.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     short = {long: name for long, name in SHORT_NAMES.items()}
     group = parser.add_argument_group("run")

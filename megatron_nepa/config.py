@@ -8,7 +8,7 @@ that comment. A value that cannot work raises :class:`ConfigError` with the numb
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -115,7 +115,10 @@ class ModelConfig:
             self.rope_rescale is None or self.rope_rescale >= 1.0,
             f"model.rope_rescale is {self.rope_rescale}; it must be none or at least 1.",
         )
-        require(self.rope_rescale_group >= 1, f"model.rope_rescale_group is {self.rope_rescale_group}; it must be at least 1.")
+        require(
+            self.rope_rescale_group >= 1,
+            f"model.rope_rescale_group is {self.rope_rescale_group}; it must be at least 1.",
+        )
         require(self.num_patches >= 2, "the image must hold at least two patches: there is no next patch to predict.")
 
 
@@ -292,8 +295,7 @@ class RunConfig:
         require(self.keep_last >= 0, f"keep_last is {self.keep_last}; it must not be negative.")
         require(
             (self.steps is None) != (self.epochs is None),
-            "set either steps or epochs, not both and not neither: "
-            f"steps is {self.steps} and epochs is {self.epochs}.",
+            f"set either steps or epochs, not both and not neither: steps is {self.steps} and epochs is {self.epochs}.",
         )
         require(self.steps is None or self.steps >= 1, f"steps is {self.steps}; it must be at least 1.")
         require(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; it must be positive.")
@@ -319,11 +321,13 @@ class RunConfig:
         )
         return self.global_batch_size // per_pass
 
-    def total_steps(self, num_images: int) -> int:
-        """Optimizer steps of the whole run over a data set of ``num_images`` images."""
+    def total_steps(self, num_images: int | None) -> int:
+        """Optimizer steps of the whole run over a data set of ``num_images`` images (None: endless)."""
         if self.steps is not None:
             return self.steps
+        require(num_images is not None, "endless data have no epochs: give --steps.")
         assert self.epochs is not None
+        assert num_images is not None
         return max(1, round(self.epochs * num_images / self.global_batch_size))
 
     def to_dict(self) -> dict[str, Any]:
@@ -342,3 +346,20 @@ class RunConfig:
         }
         arguments = {key: sections[key](**value) if key in sections else value for key, value in values.items()}
         return RunConfig(**arguments)
+
+
+def override(run: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """``run`` with the fields in ``values`` ("field" or "section.field") replaced, all checks applied once."""
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        (sections.setdefault(section, {}) if section else top)[key] = value
+    for section, changes in sections.items():
+        top[section] = replace(getattr(run, section), **changes)
+    # the length of a run is one of two fields: giving one replaces the recipe's other
+    if "steps" in top and "epochs" not in top and top["steps"] is not None:
+        top["epochs"] = None
+    if "epochs" in top and "steps" not in top and top["epochs"] is not None:
+        top["steps"] = None
+    return replace(run, **top)

@@ -67,9 +67,7 @@ class NepaForPretraining(nn.Module):
         shift = int(self.objective.shift)
         # without the shift every patch predicts itself; the BOS token is no patch and stays out
         skip = int(trunk.config.bos_token and shift == 0)
-        share, health = trunk.kernels.cosine_loss(
-            prediction, target, shift, skip, period, rows.first, rows.num_rows
-        )
+        share, health = trunk.kernels.cosine_loss(prediction, target, shift, skip, period, rows.first, rows.num_rows)
         if trunk.sequence_parallel:
             loss_and_health = reduce_from_group(torch.cat((share[None], health)), trunk.tensor)
             share, health = loss_and_health[0], loss_and_health[1:].detach()

@@ -132,7 +132,18 @@ class Block(nn.Module):
         weight2, norm_bias2 = self.norm2.weight, self.norm2.bias
         # each rank uses the QK-norm on its heads, and everything else here on its rows
         if self.sequence_parallel:
-            summed = [q_norm, k_norm, bias1, bias2, scale1, scale2, weight2, norm_bias2, next_norm_weight, next_norm_bias]
+            summed = [
+                q_norm,
+                k_norm,
+                bias1,
+                bias2,
+                scale1,
+                scale2,
+                weight2,
+                norm_bias2,
+                next_norm_weight,
+                next_norm_bias,
+            ]
             summed = sum_gradients(summed, self.tensor)
             q_norm, k_norm, bias1, bias2, scale1, scale2, weight2, norm_bias2, next_norm_weight, next_norm_bias = summed
         else:

@@ -96,7 +96,9 @@ class Trunk(nn.Module):
         if config.rope:
             angles = rope_angles(*grid, config.head_size, config.rope_theta, num_prefix, images.device)
             if self.training and config.rope_rescale is not None:
-                rope_scale = rope_rescale_factor(config.rope_rescale, config.rope_rescale_group, self.seed, sample_index)
+                rope_scale = rope_rescale_factor(
+                    config.rope_rescale, config.rope_rescale_group, self.seed, sample_index
+                )
         row_scale = self._row_scale(sample_index, rows, period)
 
         norms = [block.norm1 for block in self.blocks] + [self.norm]

@@ -158,7 +158,9 @@ class _ColumnParallelProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, tensor: TensorGroup, sequence_parallel: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, tensor: TensorGroup, sequence_parallel: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tensor, ctx.sequence_parallel = tensor, sequence_parallel
         if sequence_parallel:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nepa.cli import CommandLine, override
-from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.config import ConfigError, RunConfig, override, require
 
 # what a run without --ds_config uses; ds_configs/README.md gives the reason for each value
 DEFAULT_CONFIG: dict[str, Any] = {
@@ -57,15 +57,21 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     return config
 
 
-def merge(command: CommandLine, config: dict[str, Any]) -> RunConfig:
+def merge(run: RunConfig, given: Collection[str], path: str | None, config: dict[str, Any]) -> RunConfig:
     """The run config with the numbers that the DeepSpeed config fixes.
 
     A value in the file replaces the recipe's; "auto" or no value takes the flag's.
 
+    Args:
+        run: recipe and flags.
+        given: the fields that a flag set.
+        path: of the DeepSpeed config, for messages.
+        config: its content.
+
     Raises:
         ConfigError: naming both places, where a flag and the file disagree; or for a section that this project sets.
     """
-    place = command.ds_config or "the default DeepSpeed config"
+    place = path or "the default DeepSpeed config"
     for key, reason in _OWNED.items():
         section = config.get(key)
         enabled = section.get("enabled", key in ("optimizer", "scheduler")) if isinstance(section, dict) else section
@@ -80,9 +86,9 @@ def merge(command: CommandLine, config: dict[str, Any]) -> RunConfig:
             isinstance(value, int | float) and not isinstance(value, bool),
             f'"{".".join(link.keys)}" in {place} is {value!r}, which is no number.',
         )
-        asked = _field(command.run, link.field)
+        asked = _field(run, link.field)
         require(
-            link.field not in command.given or asked == value,
+            link.field not in given or asked == value,
             f'{link.flag} is {asked} but "{".".join(link.keys)}" in {place} is {value}: make them equal, or set the latter to "auto".',
         )
         values[link.field] = value
@@ -91,11 +97,11 @@ def merge(command: CommandLine, config: dict[str, Any]) -> RunConfig:
     if bf16 not in (None, "auto"):
         dtype = "bf16" if bf16 else "fp32"
         require(
-            "dtype" not in command.given or command.run.dtype == dtype,
-            f'--dtype is {command.run.dtype} but "bf16.enabled" in {place} is {str(bf16).lower()}: make them agree, or set the latter to "auto".',
+            "dtype" not in given or run.dtype == dtype,
+            f'--dtype is {run.dtype} but "bf16.enabled" in {place} is {str(bf16).lower()}: make them agree, or set the latter to "auto".',
         )
         values["dtype"] = dtype
-    return override(command.run, values)
+    return override(run, values)
 
 
 def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.masters import Masters, find_masters
+from megatron_nepa.checkpoint.state import TrainState
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.ema import ExponentialMovingAverage
-from megatron_nepa.training.masters import Masters, find_masters
 from megatron_nepa.training.optimizer import build_optimizer, parameter_groups
 
 
@@ -62,8 +63,12 @@ class TrainingEngine:
         if run.optimizer.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.masters.flats, run.optimizer.ema_decay, run.optimizer.ema_warmup)
         self.applied_steps = 0
-        self.skipped_steps = 0
         self.skipped_in_a_row = 0
+
+    @property
+    def train_state(self) -> TrainState:
+        """What a checkpoint holds of this engine."""
+        return TrainState(self.module, self.masters, self.ema.tensors if self.ema else None, self.topology)
 
     def forward(self, *inputs: Any) -> Any:
         """Run the model in training mode."""
@@ -94,7 +99,6 @@ class TrainingEngine:
             if self.ema is not None:
                 self.ema.update(self.applied_steps)
         else:
-            self.skipped_steps += 1
             self.skipped_in_a_row += 1
         return result
 

@@ -1,0 +1,156 @@
+"""What a checkpoint holds: logical tensors, whole or split over the tensor-parallel ranks, independent of the grid.
+
+Every trainable parameter appears under its name as ``master.NAME`` (fp32), ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and, where the
+run keeps an average, ``ema.NAME``; a frozen parameter as ``master.NAME`` alone. Fused projections are viewed as
+[sections, rows, ...], so that a split of every section is one plain shard of the logical tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from megatron_nepa.checkpoint.masters import Fragment, Masters
+from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.topology import Topology
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """The tensors of a run, where they live.
+
+    Attributes:
+        module: the model that the engine trains.
+        masters: its fp32 weights and their optimizer.
+        ema: the weight average, beside ``masters.flats``, or None.
+        topology: this rank's place.
+    """
+
+    module: nn.Module
+    masters: Masters
+    ema: list[Tensor] | None
+    topology: Topology
+
+
+def collect_state(train: TrainState) -> dict[str, Tensor]:
+    """This rank's share of the checkpoint, on the CPU; a collective over the data-parallel ranks.
+
+    The fragments of a parameter are summed on one owner among the data-parallel ranks (a fragment plus zeros is exact), so
+    each logical tensor is written once and no rank holds more than its share.
+    """
+    _seed_optimizer_state(train)
+    topology = train.topology
+    state: dict[str, Tensor] = {}
+    for position, (name, param) in enumerate(train.module.named_parameters()):
+        owner = position % topology.data_size
+        for kind, flats in _kinds(train, param):
+            if flats is None:
+                local = param.detach().float()
+            else:
+                local = _join(param, train.masters.fragments[name], flats, owner, topology)
+            writes = topology.data_rank == owner and (_is_split(param) or topology.tensor.rank == 0)
+            if writes:
+                state[f"{kind}.{name}"] = _logical(local.cpu(), param, topology)
+    return state
+
+
+def empty_state(train: TrainState) -> dict[str, Tensor]:
+    """Tensors on the CPU to read a checkpoint into: whole replicated parameters, this rank's part of split ones."""
+    _seed_optimizer_state(train)
+    return {
+        f"{kind}.{name}": _logical(torch.empty(param.shape), param, train.topology)
+        for name, param in train.module.named_parameters()
+        for kind, _ in _kinds(train, param)
+    }
+
+
+@torch.no_grad()
+def restore_state(train: TrainState, state: dict[str, Tensor]) -> None:
+    """Copy :func:`empty_state`'s tensors, now filled, into the run: masters, moments, average and model weights."""
+    for name, param in train.module.named_parameters():
+        for kind, flats in _kinds(train, param):
+            value = state[f"{kind}.{name}"]
+            local = (value.to_local() if isinstance(value, DTensor) else value).reshape(param.shape)
+            if kind == "master":
+                param.copy_(local)
+            fragment = train.masters.fragments.get(name)
+            if flats is not None and fragment is not None:
+                part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
+                _view(flats, fragment).copy_(part)
+
+
+def set_optimizer_step(train: TrainState, step: int) -> None:
+    """Set the step count of AdamW's bias correction."""
+    optimizer = train.masters.optimizer
+    for flat in train.masters.flats:
+        count = optimizer.state[flat].get("step")
+        if isinstance(count, Tensor):
+            count.fill_(step)
+        else:
+            optimizer.state[flat]["step"] = step
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+
+
+def _kinds(train: TrainState, param: nn.Parameter) -> Iterator[tuple[str, list[Tensor] | None]]:
+    """Each kind of tensor that is kept of a parameter, with the flats it lies in (None: in the parameter itself)."""
+    if not param.requires_grad:
+        yield "master", None
+        return
+    yield "master", train.masters.flats
+    for kind in MOMENTS:
+        yield kind, train.masters.companion(kind)
+    if train.ema is not None:
+        yield "ema", train.ema
+
+
+def _seed_optimizer_state(train: TrainState) -> None:
+    """Give a fresh optimizer the state that its first step would create, so that it can be saved or filled."""
+    optimizer = train.masters.optimizer
+    is_torch_adamw = isinstance(optimizer, torch.optim.AdamW)
+    for flat in train.masters.flats:
+        state: dict[str, Any] = optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), device=flat.device) if is_torch_adamw else 0
+            state.update({kind: torch.zeros_like(flat) for kind in MOMENTS})
+
+
+def _join(
+    param: nn.Parameter, fragment: Fragment | None, flats: list[Tensor], owner: int, topology: Topology
+) -> Tensor:
+    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+    if fragment is not None:
+        whole[fragment.param_start : fragment.param_start + fragment.numel] = _view(flats, fragment)
+    if hasattr(
+        param, "_hp_mapping"
+    ):  # ZeRO spreads masters over the data-parallel ranks; without it each has them whole
+        dist.reduce(whole, dist.get_global_rank(topology.data_group, owner), group=topology.data_group)
+    return whole.view(param.shape)
+
+
+def _view(flats: list[Tensor], fragment: Fragment) -> Tensor:
+    flat = flats[fragment.flat_index].detach().flatten()
+    return flat[fragment.flat_start : fragment.flat_start + fragment.numel]
+
+
+def _is_split(param: nn.Parameter) -> bool:
+    return layout_of(param).split_dim is not None
+
+
+def _logical(local: Tensor, param: nn.Parameter, topology: Topology) -> Tensor:
+    layout = layout_of(param)
+    if layout.split_dim is None:
+        return local
+    dim = layout.split_dim
+    if layout.sections > 1:
+        local, dim = local.view(layout.sections, -1, *local.shape[1:]), dim + 1
+    return DTensor.from_local(local, topology.mesh["tensor"], [Shard(dim)], run_check=False)

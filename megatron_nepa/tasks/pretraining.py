@@ -1,0 +1,91 @@
+"""NEPA pre-training as a task of the shared loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nepa.config import RunConfig
+from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader, build_index
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.flops import train_flops
+from megatron_nepa.training.health import embedding_health, read_health
+from megatron_nepa.training.loop import DTYPES
+
+
+class PretrainingTask:
+    """Next-embedding prediction on unlabelled images.
+
+    Args:
+        run: the config.
+        topology: this rank's place.
+
+    Raises:
+        ConfigError: for a data folder that cannot serve the run.
+    """
+
+    metric_names = ("loss", "prediction_norm", "target_norm")
+
+    def __init__(self, run: RunConfig, topology: Topology) -> None:
+        self.run = run
+        self.topology = topology
+        self.index = build_index(run.data, verbose=topology.is_main)
+        self.num_images = None if self.index is None else len(self.index)
+        self.flops_per_image = float(train_flops(run.model))
+        self._output: PretrainingOutput | None = None
+
+    def build_model(self, kernels: Kernels) -> nn.Module:
+        """The model, drawn from the run's seed."""
+        run = self.run
+        return NepaForPretraining(run.model, run.objective, run.parallel, run.seed, self.topology.tensor, kernels)
+
+    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> PretrainingLoader | SyntheticLoader:
+        """This rank's micro-batches from sample ``consumed_samples`` on."""
+        run, topology = self.run, self.topology
+        place = {
+            "image_size": run.model.image_size,
+            "seed": run.seed,
+            "micro_batch_size": run.micro_batch_size,
+            "global_batch_size": run.global_batch_size,
+            "accumulation_steps": run.accumulation_steps(topology.data_size),
+            "data_rank": topology.data_rank,
+            "data_size": topology.data_size,
+            "tensor_rank": topology.tensor.rank,
+            "tensor_size": topology.tensor.size,
+            "device": topology.device,
+            "dtype": DTYPES[run.dtype],
+            "consumed_samples": consumed_samples,
+        }
+        if self.index is None:
+            return SyntheticLoader(**place)
+        return PretrainingLoader(self.index, run.data, bad_image_log=bad_image_log, **place)
+
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of one micro-batch."""
+        output: PretrainingOutput = engine.forward(batch.images, batch.sample_index)
+        self._output = output
+        return output.loss, torch.cat((output.loss.detach().view(1), output.health[1:]))
+
+    def health(self) -> Tensor | None:
+        """Spread of this rank's last targets and predictions: a collapse shows here, not in the loss."""
+        if self._output is None:
+            return None
+        prediction = self._output.prediction
+        target = self._output.target[: prediction.shape[0]]  # without the halo row
+        return torch.cat((embedding_health(target), embedding_health(prediction)))
+
+    def read_health(self, flat: Tensor) -> dict[str, float]:
+        """The log's health figures from :meth:`health`'s tensor on the host."""
+        target, prediction = (read_health(half) for half in flat.chunk(2))
+        return {
+            "target_std": target.std,
+            "target_effective_rank": target.effective_rank,
+            "target_mean_direction": target.mean_direction,
+            "prediction_std": prediction.std,
+            "prediction_effective_rank": prediction.effective_rank,
+        }

@@ -1,0 +1,1 @@
+"""The training engine, its loop, and what a run reports about itself."""

@@ -1,0 +1,222 @@
+"""What a run says about itself: metrics.jsonl, the console and Weights & Biases.
+
+The log never ends a run: where a file cannot be written or wandb fails, it says so once and the training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_nepa.config import RunConfig
+
+# A row of metrics.jsonl has those that were measured, in this order, then any others. Units: step_ms and data_wait_ms
+# milliseconds; samples_per_second of the whole run; mfu a share of 1; memory_gb 1e9 bytes.
+KEYS = (
+    "step",
+    "epoch",
+    "samples",
+    "loss",
+    "grad_norm",
+    "lr",
+    "step_ms",
+    "data_wait_ms",
+    "samples_per_second",
+    "tflops_per_device",
+    "mfu",
+    "memory_gb",
+    "skipped_steps",
+    "target_std",
+    "target_effective_rank",
+    "target_mean_direction",
+    "prediction_std",
+    "prediction_effective_rank",
+    "prediction_norm",
+    "target_norm",
+)
+
+Row = dict[str, float | int]
+
+
+class RunLog:
+    """Log of a run, opened on its main rank only.
+
+    Args:
+        output_dir: folder of the run: metrics.jsonl, wandb's files and wandb_id lie there.
+        run: its config.
+        total_steps: optimizer steps of the whole run.
+        start_step: steps that were completed before, when the run continues a checkpoint.
+    """
+
+    def __init__(self, output_dir: Path, run: RunConfig, total_steps: int, start_step: int) -> None:
+        self._path = output_dir / "metrics.jsonl"
+        self._total_steps = total_steps
+        self._warned: set[str] = set()
+        # wandb before the bar: what it prints at its start must not fall into the bar
+        self._wandb = self._start_wandb(output_dir, run) if run.wandb != "disabled" else None
+        self._bar: tqdm[Any] | None = None
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                bar_format="{percentage:3.0f}% {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+                dynamic_ncols=True,
+            )
+
+    def write(self, rows: list[Row]) -> None:
+        """Log consecutive steps; a row holds any of :data:`KEYS` and others, its "step" counts from 1."""
+        self._append([json.dumps(_ordered(row), allow_nan=False) for row in rows])
+        for row in rows:
+            if self._bar is None:
+                self.message(dense_line(row, self._total_steps))
+            if self._wandb is not None:
+                with self._wandb_guard():
+                    self._wandb.log(dict(row))
+        if self._bar is not None and rows:
+            self._bar.set_postfix_str(" | ".join(_parts(rows[-1])), refresh=False)
+            self._bar.update(int(rows[-1]["step"]) - self._bar.n)
+            self._bar.refresh()
+
+    def message(self, text: str) -> None:
+        """Print ``text`` to the console, above the progress bar where there is one."""
+        with contextlib.suppress(OSError):  # a console on a full disk is no reason to stop
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        """End the progress bar and wait for wandb to finish."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._wandb is not None:
+            with self._wandb_guard():
+                self._wandb.finish()
+            self._wandb = None
+
+    def _append(self, lines: list[str]) -> None:
+        # opened anew each time, so that a disk that comes back is written again
+        try:
+            with self._path.open("a") as file:
+                # begin a new line where an earlier write failed half-way
+                file.write(("\n" if "metrics" in self._warned else "") + "".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            self._warn_once("metrics", f"{self._path} could not be written ({error}); the run goes on without these rows.")
+
+    def _start_wandb(self, output_dir: Path, run: RunConfig) -> Any:
+        with self._wandb_guard():
+            import wandb
+
+            id_path = output_dir / "wandb_id"
+            if id_path.exists():
+                run_id = id_path.read_text().strip()
+            else:
+                run_id = secrets.token_hex(4)
+                id_path.write_text(run_id)
+            session = wandb.init(
+                project=run.wandb_project,
+                name=output_dir.resolve().name,
+                id=run_id,
+                resume="allow",
+                mode=run.wandb,  # type: ignore[arg-type]
+                dir=str(output_dir),
+                config=run.to_dict(),
+            )
+            # our own axis: steps repeated after a resume would be dropped as going back in wandb's
+            session.define_metric("step")
+            session.define_metric("*", step_metric="step")
+            return session
+        return None
+
+    @contextlib.contextmanager
+    def _wandb_guard(self) -> Any:
+        try:
+            yield
+        except Exception as error:  # any failure of an optional service
+            self._wandb = None
+            self._warn_once("wandb", f"wandb failed ({error}); the run goes on without it.")
+
+    def _warn_once(self, topic: str, text: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            self.message(f"warning: {text}")
+
+
+def dense_line(row: Row, total_steps: int) -> str:
+    """One line that tells how a step went, for example
+    ``step 120/200 | loss -0.8123 | grad 0.412 | lr 4.8e-04 | 412 img/s | 0.35 TFLOP/s | MFU 41.2% | data 3 ms | ...``.
+    """
+    width = len(str(total_steps))
+    return " | ".join([f"step {row['step']:>{width}}/{total_steps}", *_parts(row)])
+
+
+def _parts(row: Row) -> list[str]:
+    formats = {
+        "loss": "loss {:.4f}",
+        "grad_norm": "grad {:.3f}",
+        "lr": "lr {:.1e}",
+        "samples_per_second": "{:.4g} img/s",
+        "tflops_per_device": "{:.3g} TFLOP/s",
+        "mfu": "MFU {:.1%}",
+        "data_wait_ms": "data {:.0f} ms",
+        "memory_gb": "{:.1f} GB",
+        "target_effective_rank": "rank {:.1f}",
+        "skipped_steps": "skipped {}",
+    }
+    return [
+        text.format(row[key])
+        for key, text in formats.items()
+        if key in row and (key != "skipped_steps" or row[key])  # said only where there are some
+    ]
+
+
+def _ordered(row: Row) -> dict[str, float | int | None]:
+    keys = [key for key in KEYS if key in row] + [key for key in row if key not in KEYS]
+    # JSON has no nan and no infinity
+    return {key: row[key] if math.isfinite(row[key]) else None for key in keys}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, oldest first; lines that were written only in part are left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Cut a metrics.jsonl back to a checkpoint, so that the run that continues it writes every step once.
+
+    The rows after ``step`` move to metrics.replaced.jsonl beside it, appended to what is there. The file is replaced
+    in one piece. Nothing happens where there is no file.
+
+    Args:
+        path: the metrics.jsonl.
+        step: last step to keep.
+    """
+    if not path.exists():
+        return
+    rows = read_metrics(path)
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+    removed = [json.dumps(row) + "\n" for row in rows if row["step"] > step]
+    if removed:
+        with path.with_name("metrics.replaced.jsonl").open("a") as file:
+            file.writelines(removed)
+    beside = path.with_name("metrics.jsonl.partial")
+    with beside.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

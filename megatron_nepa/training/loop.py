@@ -1,0 +1,238 @@
+"""The training loop that every task shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_nepa.checkpoint.store import Progress, load
+from megatron_nepa.config import RunConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.figures import draw_figures
+from megatron_nepa.training.flops import device_peak_flops
+from megatron_nepa.training.log import RunLog, truncate_metrics
+from megatron_nepa.training.memory import memory_gb
+from megatron_nepa.training.metrics import MetricWindow
+from megatron_nepa.training.preemption import StopSignal
+from megatron_nepa.training.run_directory import RunDirectory
+from megatron_nepa.training.schedule import warmup_cosine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to look at."""
+
+
+class Loader(Protocol):
+    """Micro-batches of one rank, forever."""
+
+    num_bad_images: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None:
+        """Free whatever decodes."""
+
+
+class Task(Protocol):
+    """What the loop asks of a task.
+
+    Attributes:
+        metric_names: of the scalars that :meth:`forward` returns.
+        num_images: of the training data, or None where it is endless.
+        flops_per_image: model FLOPs of one training step on one image.
+    """
+
+    metric_names: tuple[str, ...]
+    num_images: int | None
+    flops_per_image: float
+
+    def build_model(self, kernels: Kernels) -> nn.Module:
+        """The freshly initialised fp32 model."""
+
+    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> Loader:
+        """The data from sample ``consumed_samples`` on."""
+
+    def forward(self, engine: TrainingEngine, batch: Any) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch, and its metrics as a detached fp32 tensor [len(metric_names)]."""
+
+    def health(self) -> Tensor | None:
+        """Flat fp32 device tensor about the last micro-batch, or None."""
+
+    def read_health(self, flat: Tensor) -> dict[str, float]:
+        """The log's numbers from :meth:`health`'s tensor on the host."""
+
+
+def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
+    """Train ``task`` to the end of the run, or until a signal stops it; every rank calls it.
+
+    Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints and figures under ``run.output_dir``.
+
+    Returns:
+        Where the run stands.
+
+    Raises:
+        ConfigError: for a folder or checkpoint that does not fit, before anything is written.
+        TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row.
+    """
+    directory = RunDirectory(run)
+    checkpoint = directory.checkpoint_to_resume()
+    total_steps = run.total_steps(task.num_images)
+    engine = TrainingEngine(task.build_model(kernels), run, ds_config, topology)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = load(engine.train_state, checkpoint, run.to_dict()["model"])
+        engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
+    if run.compile:
+        for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
+            block.compile()
+    dist.barrier(topology.host_group)  # every rank has checked the folder before the main one writes there
+
+    peak = device_peak_flops(topology.device, DTYPES[run.dtype])
+    log = None
+    if topology.is_main:
+        directory.record({"ds_config": ds_config, "kernels": kernels.describe(), "peak_flops": peak.flops})
+        truncate_metrics(directory.metrics_path, progress.step)
+        log = RunLog(directory.path, run, total_steps, progress.step)
+        log.message(_describe_start(run, engine, topology, kernels, checkpoint, progress, peak.source))
+    loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
+    window = MetricWindow((*task.metric_names, "grad_norm"), topology)
+    warmup_steps = round(run.optimizer.warmup_ratio * total_steps)
+    flops_per_step = task.flops_per_image * run.global_batch_size / topology.world_size
+
+    try:
+        with StopSignal(announce=topology.is_main) as stop:
+            last_end = time.perf_counter()
+            while progress.step < total_steps:
+                # one optimizer step
+                learning_rate = warmup_cosine(
+                    progress.step, total_steps, warmup_steps, run.learning_rate, run.optimizer.min_lr
+                )
+                metrics = torch.zeros(len(task.metric_names), device=topology.device)
+                data_wait = 0.0
+                for micro_batch in range(engine.accumulation_steps):
+                    wait_start = time.perf_counter()
+                    batch = next(loader)
+                    data_wait += time.perf_counter() - wait_start
+                    loss, values = task.forward(engine, batch)
+                    engine.backward(loss)
+                    metrics += values / engine.accumulation_steps
+                    if micro_batch < engine.accumulation_steps - 1:
+                        engine.end_micro_batch()
+                result = engine.step(learning_rate)
+                progress = replace(
+                    progress,
+                    step=progress.step + 1,
+                    samples=progress.samples + run.global_batch_size,
+                    applied_steps=engine.applied_steps,
+                    skipped_in_a_row=engine.skipped_in_a_row,
+                )
+
+                # what the log will want to know
+                now = time.perf_counter()
+                seconds, last_end = now - last_end, now
+                row: dict[str, float | int] = {"step": progress.step}
+                if task.num_images is not None:
+                    row["epoch"] = progress.samples / task.num_images
+                row |= {
+                    "samples": progress.samples,
+                    "lr": learning_rate,
+                    "step_ms": seconds * 1e3,
+                    "data_wait_ms": data_wait * 1e3,
+                    "samples_per_second": run.global_batch_size / seconds,
+                    "tflops_per_device": flops_per_step / seconds / 1e12,
+                    "mfu": flops_per_step / seconds / peak.flops,
+                    "memory_gb": memory_gb(topology.device),
+                    "skipped_steps": progress.step - progress.applied_steps,
+                    "bad_images": loader.num_bad_images,
+                }
+                window.add(row, torch.cat((metrics, result.grad_norm.view(1))))
+
+                # decide together, then write
+                reason = stop.agreed(topology.host_group, topology.world_size)
+                is_last = progress.step == total_steps
+                failed = progress.skipped_in_a_row >= run.max_skipped_steps
+                saves = is_last or reason is not None or progress.step % run.save_every == 0
+                if failed or saves or progress.step % run.log_every == 0:
+                    rows, flat = window.read(task.health() if topology.is_main else None)
+                    if log is not None:
+                        rows[-1] |= task.read_health(flat)
+                        log.write(rows)
+                if failed:
+                    raise TrainingError(_describe_failure(run, progress, directory.checkpoints.latest()))
+                if saves:
+                    path = directory.checkpoints.save(engine.train_state, progress, engine.zero_stage, run.to_dict())
+                    if log is not None:
+                        log.message(f"saved {path}")
+                    last_end = time.perf_counter()  # the time to save is not the next step's
+                if reason is not None and not is_last:
+                    if log is not None:
+                        log.message(f"stopped by {reason} after step {progress.step}; the same command continues from there")
+                    break
+    finally:
+        loader.close()
+        if log is not None:
+            log.close()
+    if topology.is_main:
+        draw_figures(directory.metrics_path, directory.figures_path)
+        print(_describe_end(directory, progress, total_steps), flush=True)
+    return progress
+
+
+def _describe_start(
+    run: RunConfig,
+    engine: TrainingEngine,
+    topology: Topology,
+    kernels: Kernels,
+    checkpoint: Path | None,
+    progress: Progress,
+    peak_source: str,
+) -> str:
+    parameters = sum(
+        param.numel() * (topology.tensor.size if getattr(param, "tensor_model_parallel", False) else 1)
+        for param in engine.module.parameters()
+    )
+    shards = " with sequence parallelism" if run.parallel.sequence_parallel else ""
+    lines = [
+        f"{run.recipe}: {parameters / 1e6:.1f} M parameters in {run.dtype}, lr {run.learning_rate:.3g}, "
+        f"global batch {run.global_batch_size} = {topology.data_size} replicas x {engine.accumulation_steps} x "
+        f"{run.micro_batch_size}",
+        f"{topology.world_size} x {topology.device.type}: tensor parallel {topology.tensor.size}{shards}, "
+        f"data parallel {topology.data_size}, ZeRO {engine.zero_stage}, {type(engine.masters.optimizer).__name__}",
+        "kernels: " + ", ".join(f"{name} {served}" for name, served in kernels.describe().items()),
+        f"MFU is of {peak_source}",
+    ]
+    if checkpoint is not None:
+        lines.append(f"continuing {checkpoint} at step {progress.step}")
+    return "\n".join(lines)
+
+
+def _describe_failure(run: RunConfig, progress: Progress, newest: Path | None) -> str:
+    count = progress.skipped_in_a_row
+    return (
+        f"the gradient was not finite in {count} steps in a row (steps {progress.step - count + 1} to {progress.step}, "
+        f"samples {progress.samples - count * run.global_batch_size} to {progress.samples - 1}); their updates were skipped. "
+        f"Look at metrics.jsonl for where the loss or gradient norm grew, and lower --base_lr "
+        f"or raise --optimizer.warmup_ratio; the newest checkpoint is {newest or 'none'}."
+    )
+
+
+def _describe_end(directory: RunDirectory, progress: Progress, total_steps: int) -> str:
+    return (
+        f"step {progress.step} of {total_steps} done\n"
+        f"  checkpoint  {directory.checkpoints.latest()}\n"
+        f"  metrics     {directory.metrics_path}\n"
+        f"  figures     {directory.figures_path}/loss.png, health.png"
+    )

@@ -1,0 +1,125 @@
+"""A run's folder: what it may continue, and the record of what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_nepa.checkpoint.store import CheckpointStore, find_checkpoint
+from megatron_nepa.config import ConfigError, RunConfig, require
+
+# settings that change where or how fast a run computes, never what; anything else makes it another run
+_FREE_FIELDS = {
+    "parallel",
+    "output_dir",
+    "micro_batch_size",
+    "resume",
+    "save_every",
+    "keep_last",
+    "log_every",
+    "max_skipped_steps",
+    "wandb",
+    "wandb_project",
+    "compile",
+    "kernels",
+    "data.num_threads",
+    "data.hw_decoder_load",
+}
+_PACKAGES = ("megatron_nepa", "torch", "deepspeed", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "flash-attn")
+
+
+class RunDirectory:
+    """OUTPUT_DIR of one run.
+
+    Args:
+        run: whose ``output_dir``, ``resume`` and ``keep_last`` count.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.path = Path(run.output_dir)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.figures_path = self.path / "figures"
+        self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last)
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """The checkpoint that this run continues, or None for a fresh start; changes nothing on disk.
+
+        Raises:
+            ConfigError: where the folder holds another run, or ``--resume`` names no checkpoint.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--output_dir {self.path} is a file; give a folder.")
+        resume = self.run.resume
+        explicit = find_checkpoint(resume) if resume not in ("auto", "none") else None
+        newest = self.checkpoints.latest()
+        require(
+            not (resume == "none" and newest is not None),
+            f"--resume none starts afresh, but {self.path} already holds {newest}: choose another --output_dir.",
+        )
+        self._refuse_another_run()
+        return explicit or newest
+
+    def record(self, facts: dict[str, Any]) -> None:
+        """Create the folder and write config.json: the run's config, ``facts``, versions and the git commit."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
+        partial = self.config_path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(self.config_path)
+
+    def _refuse_another_run(self) -> None:
+        if not self.config_path.is_file():
+            return
+        try:
+            other = json.loads(self.config_path.read_text())["run"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ConfigError(f"{self.config_path} is not a run's config ({error}): choose another --output_dir.") from None
+        theirs, ours = _numbers_of_the_run(other), _numbers_of_the_run(self.run.to_dict())
+        differing = [
+            f"{key} {theirs.get(key)} there, {ours.get(key)} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        require(
+            not differing,
+            f"--output_dir {self.path} holds another run ({'; '.join(differing)}): choose another folder, "
+            "and --resume PATH to start from its checkpoint.",
+        )
+
+
+def _numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in run.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": item for name, item in value.items() if key not in _FREE_FIELDS})
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if key not in _FREE_FIELDS}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
