@@ -1,4 +1,4 @@
-"""The NEPA loss: negative cosine between predicted and true embeddings (paper equations 2 and 3, release section 2.4)."""
+"""The NEPA loss: negative cosine between predicted and true embeddings (paper equations 2 and 3)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def cosine_loss_reference(
     """Sum of ``-cos(prediction, target) / pairs`` over the pairs that this rank's rows take part in.
 
     Row i of ``prediction`` is row ``first_row + i`` of the replica's [B * T, D] token rows. It is paired with row
-    ``i + shift`` of ``target``. The last ``shift`` rows of a sample have no partner, nor have its first ``skip`` rows, nor
-    rows at or beyond ``num_rows`` (padding).
+    ``i + shift`` of ``target``. The last ``shift`` rows of a sample have no partner, nor have its first ``skip`` rows,
+    nor rows at or beyond ``num_rows`` (padding).
 
     Args:
         prediction: final LayerNorm's output, [n, D].
-        target: input embeddings, [m, D] with m >= n, or n + 1 where row n - 1's partner lives on the next rank (the halo
-            row). Detach it for the stop-gradient.
+        target: input embeddings, [m, D] with m >= n, or n + 1 where row n - 1's partner lives on the next rank (the
+            halo row). Detach it for the stop-gradient.
         shift: 1 for next-embedding prediction, 0 for the ablation.
         skip: leading rows of a sample that predict nothing (0; 1 where shift is 0 and there is a BOS token).
         period: tokens T of a sample.
@@ -29,8 +29,8 @@ def cosine_loss_reference(
 
     Returns:
         The loss share, fp32 scalar: the sum over a replica's ranks is the mean over its pairs. And three fp32 sums
-        over this rank's pairs, detached, [3], each divided by the replica's pairs: cosine, norm of the prediction, norm of the
-        target.
+        over this rank's pairs, detached, [3], each divided by the replica's pairs: cosine, norm of the prediction,
+        norm of the target.
     """
     wide = torch.promote_types(prediction.dtype, torch.float32)
     row = torch.arange(prediction.shape[0], device=prediction.device) + first_row

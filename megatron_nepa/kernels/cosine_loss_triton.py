@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The NEPA loss as one Triton kernel a direction, and its torch custom op."""
 
 from __future__ import annotations
@@ -74,13 +75,11 @@ def _check(
     rows, width = prediction.shape
     check_tensor("target", target, (None, width), FLOATS, prediction)
     if width > MAX_WIDTH:
-        raise ValueError(
-            f"prediction has {width} columns; the kernel holds a row in registers and takes up to {MAX_WIDTH}."
-        )
+        raise ValueError(f"prediction has {width} columns; the kernel holds a whole row and takes up to {MAX_WIDTH}.")
     if min(shift, skip, first_row) < 0 or period < 1 or num_rows % period or shift + skip >= period:
         raise ValueError(
-            f"shift {shift}, skip {skip}, period {period}, first_row {first_row} and num_rows {num_rows} leave no pairs: "
-            "none may be negative, num_rows must be a multiple of period, and shift + skip less than period."
+            f"shift {shift}, skip {skip}, period {period}, first_row {first_row}, num_rows {num_rows} leave no pairs; "
+            "none may be negative, num_rows must be a multiple of period and shift + skip less than period."
         )
     for row in range(max(0, target.shape[0] - shift), rows):  # these partners lie past the end of the target
         position = (first_row + row) % period
@@ -119,7 +118,7 @@ def backward(
     dsums: Tensor, prediction: Tensor, target: Tensor,
     shift: int, skip: int, period: int, first_row: int, num_rows: int,
 ) -> Tensor:  # fmt: skip
-    """Launch the backward kernel: the prediction's gradient from ``dsums``, fp32 [3], whose first element alone counts."""
+    """Launch the backward kernel: the prediction's gradient from ``dsums``, fp32 [3], of which the first counts."""
     pairs = _check(prediction, target, shift, skip, period, first_row, num_rows)
     check_tensor("dsums", dsums, (3,), (torch.float32,), prediction)
     dprediction = torch.empty_like(prediction)
@@ -152,12 +151,12 @@ def _backward_fake(
     return torch.empty_like(prediction)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     prediction, target, *ctx.layout = inputs
     ctx.save_for_backward(prediction, target)
 
 
-def _backward(ctx, dsums):  # type: ignore[no-untyped-def]
+def _backward(ctx, dsums):
     return _backward_op(dsums.contiguous(), *ctx.saved_tensors, *ctx.layout), None, None, None, None, None, None
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from megatron_nepa.config import ConfigError
 from megatron_nepa.kernels.attention import attention_sdpa
 from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
 from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference

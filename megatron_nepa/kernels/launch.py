@@ -27,11 +27,12 @@ class Launch:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid`` on the device of the first argument, a tensor."""
+    """Run ``kernel`` over ``grid`` on the device of its tensor arguments."""
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, args, constants, num_warps))
         return
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensor's
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device_of(tensor):  # Triton launches on the current device, which need not be the tensor's
         kernel[grid](*args, num_warps=num_warps, **constants)
 
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton kernels of QK-norm and 2-D RoPE in place on packed qkv.
 
 A program holds the q and k heads of one token, which lie next to each other in memory, as two tiles: the first and the
@@ -9,12 +10,31 @@ import triton.language as tl
 
 
 @triton.jit
+def _cos_sin_of(x):
+    """Cosine and sine of |x| up to 10,000, good to 2 units in the last place (Cephes' polynomials).
+
+    The library's functions take a slow path for huge arguments, which angles never are, and 50 registers for it.
+    """
+    quarters = tl.floor(x * 0.63661977236 + 0.5)  # of a turn
+    rest = ((x - quarters * 1.5703125) - quarters * 4.837512969970703e-4) - quarters * 7.54978995489188e-8
+    square = rest * rest
+    sin = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * rest + rest
+    cos = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square
+    cos = cos - 0.5 * square + 1.0
+    turns = quarters.to(tl.int32)
+    odd = (turns & 1) == 1
+    sine = tl.where(odd, cos, sin)
+    cosine = tl.where(odd, sin, cos)
+    return tl.where(((turns + 1) & 2) == 2, -cosine, cosine), tl.where((turns & 2) == 2, -sine, sine)
+
+
+@triton.jit
 def _cos_sin(angles, scale, token, tokens_per_sample, col, HALF: tl.constexpr, RESCALE: tl.constexpr):
     """Cosine and sine, [1, COLS], of one token's angles."""
     turn = tl.load(angles + (token % tokens_per_sample) * HALF + col, mask=col < HALF, other=0.0)
     if RESCALE:
         turn *= tl.load(scale + token // tokens_per_sample)
-    return tl.cos(turn), tl.sin(turn)
+    return _cos_sin_of(turn)
 
 
 @triton.jit
@@ -29,11 +49,11 @@ def _standardise(first, second, mask, HALF: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def _head_weight(q_weight, k_weight, row, col, mask, HEADS: tl.constexpr):
+def _head_weight(q_weight, k_weight, row, col, HEADS: tl.constexpr, HALF: tl.constexpr):
     """The affine weight of each row's head, [ROWS, COLS]: q's for the first HEADS rows, k's for the others."""
-    is_q = row < HEADS
-    weight = tl.load(q_weight + col, mask=mask & is_q, other=0.0).to(tl.float32)
-    return weight + tl.load(k_weight + col, mask=mask & (row >= HEADS), other=0.0).to(tl.float32)
+    q = tl.load(q_weight + col, mask=col < HALF, other=0.0).to(tl.float32)
+    k = tl.load(k_weight + col, mask=col < HALF, other=0.0).to(tl.float32)
+    return tl.where(row < HEADS, q, k)
 
 
 @triton.jit
@@ -56,8 +76,8 @@ def qk_norm_rope_forward(
             tl.store(kept + HALF, second, mask=mask)
         first, second, rstd = _standardise(first, second, mask, HALF, EPS)
         if AFFINE:
-            first *= _head_weight(q_weight, k_weight, row, col, mask, HEADS)
-            second *= _head_weight(q_weight + HALF, k_weight + HALF, row, col, mask, HEADS)
+            first *= _head_weight(q_weight, k_weight, row, col, HEADS, HALF)
+            second *= _head_weight(q_weight + HALF, k_weight + HALF, row, col, HEADS, HALF)
         else:
             tl.store(saved + token * (2 * HEADS) + row, rstd, mask=row < 2 * HEADS)
     if ROTATE:
@@ -95,8 +115,8 @@ def qk_norm_rope_backward(
                 x_first, x_second, rstd = _standardise(x_first, x_second, mask, HALF, EPS)
                 first_sum += first * x_first
                 second_sum += second * x_second
-                first *= _head_weight(q_weight, k_weight, row, col, mask, HEADS)
-                second *= _head_weight(q_weight + HALF, k_weight + HALF, row, col, mask, HEADS)
+                first *= _head_weight(q_weight, k_weight, row, col, HEADS, HALF)
+                second *= _head_weight(q_weight + HALF, k_weight + HALF, row, col, HEADS, HALF)
             else:  # the output is the standardised input, rotated
                 x_first = tl.load(out + shift, mask=mask, other=0.0).to(tl.float32)
                 x_second = tl.load(out + shift + HALF, mask=mask, other=0.0).to(tl.float32)

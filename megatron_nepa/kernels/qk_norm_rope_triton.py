@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """QK-norm and 2-D RoPE in place on packed qkv: the launches, the torch custom ops and their autograd."""
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class _QKNormRope(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv, angles, scale, q_weight, k_weight, norm, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, qkv, angles, scale, q_weight, k_weight, norm, eps):
         saved = _forward_op(qkv, angles, scale, q_weight, k_weight, norm, eps)
         out = qkv.detach()
         plain = norm and q_weight is None
@@ -132,7 +133,7 @@ class _QKNormRope(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         out, saved, angles, scale, q_weight, k_weight = ctx.saved_tensors
         grad = grad.contiguous()
         weights = _backward_op(grad, out, saved, angles, scale, q_weight, k_weight, ctx.norm, ctx.eps)
@@ -155,9 +156,9 @@ def qk_norm_rope_triton(
     norm saves the reciprocal std alone: backward turns the output, which attention keeps anyway, back into the
     standardised input. The affine norm keeps a copy of q and k (2U more in forward), since a weight may be 0.
 
-    Both directions write over what they are given. ``qkv`` must not be used after the call (a tensor that autograd saved
-    from it earlier raises in backward), and the gradient that reaches the result must be a buffer of its own, as
-    attention's backward makes.
+    Both directions write over what they are given. ``qkv`` must not be used after the call (what autograd saved from it
+    earlier raises in backward), and the gradient that reaches the result must be a buffer of its own, as attention's
+    backward makes.
 
     Args:
         qkv: [B, T, 3, H, d], contiguous, fp32 or bf16, d one of 32, 64, 80, 96, 128; not a leaf that requires grad.

@@ -1,7 +1,7 @@
 """The seam between two branches: scale a branch, add it to the residual stream, normalise for the next one.
 
-The cast rule of every LayerNorm in the model: the stream comes in its own dtype (fp32 by default), statistics and affine are
-fp32, and the result leaves in the dtype of the norm's weight, which is the dtype of the matrix product that reads it.
+The cast rule of every LayerNorm in the model: the stream comes in its own dtype (fp32 by default), statistics and
+affine are fp32, and the result leaves in the dtype of the norm's weight, the dtype of the product that reads it.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The seam between two branches as one Triton kernel a direction, and its torch custom op."""
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _check(
     check_tensor("stream", stream, (None, None), FLOATS)
     rows, width = stream.shape
     if width > MAX_WIDTH:
-        raise ValueError(f"stream has {width} columns; the kernel holds a row in registers and takes up to {MAX_WIDTH}.")
+        raise ValueError(f"stream has {width} columns; the kernel holds a whole row and takes up to {MAX_WIDTH}.")
     check_tensor("branch", branch, (rows, width), FLOATS, stream)
     check_tensor("branch_bias", branch_bias, (width,), FLOATS, stream)
     if layer_scale is not None:
@@ -183,7 +184,7 @@ def _backward_fake(
     return torch.empty_like(total), torch.empty_like(total, dtype=branch_dtype), partial
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     _, branch, branch_bias, layer_scale, row_scale, norm_weight, norm_bias, ctx.eps = inputs
     ctx.set_materialize_grads(False)  # the last seam's stream goes nowhere: read no zeros for it
     kept = branch if layer_scale is not None else None  # only LayerScale's gradient needs the branch
@@ -191,7 +192,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.branch_dtype, ctx.norm_bias_dtype = branch.dtype, norm_bias.dtype
 
 
-def _backward(ctx, dtotal, dnormed):  # type: ignore[no-untyped-def]
+def _backward(ctx, dtotal, dnormed):
     if dtotal is None and dnormed is None:
         return (None,) * 8
     total, branch, branch_bias, layer_scale, row_scale, norm_weight = ctx.saved_tensors

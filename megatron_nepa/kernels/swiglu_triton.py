@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """SwiGLU as one Triton kernel a direction, and its torch custom op."""
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ def _backward_fake(grad: Tensor, gate_up: Tensor) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     (gate_up,) = inputs
     # backward overwrites what is saved here: a leaf is the caller's own tensor, so it is not ours to overwrite
     ctx.save_for_backward(gate_up.detach().clone() if gate_up.is_leaf else gate_up)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad):
     (gate_up,) = ctx.saved_tensors  # autograd raises here the second time: the buffer's version has moved on
     _backward_op(grad.contiguous(), gate_up)
     return gate_up
