@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,16 @@ class RunLog:
     def __init__(self, output_dir: Path, run: RunConfig, total_steps: int, start_step: int) -> None:
         self._path = output_dir / "metrics.jsonl"
         self._total_steps = total_steps
+        self._torn = False  # whether the last write of the metrics may have ended inside a line
         self._warned: set[str] = set()
-        # wandb before the bar: what it prints at its start must not fall into the bar
-        self._wandb = self._start_wandb(output_dir, run) if run.wandb != "disabled" else None
         self._bar: tqdm[Any] | None = None
+        # before the bar, which what wandb prints at its start would break
+        self._wandb = self._start_wandb(output_dir, run) if run.wandb != "disabled" else None
         if sys.stdout.isatty() and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
-                bar_format="{percentage:3.0f}% {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+                bar_format="{percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}",
                 dynamic_ncols=True,
             )
 
@@ -81,7 +83,7 @@ class RunLog:
                 with self._wandb_guard():
                     self._wandb.log(dict(row))
         if self._bar is not None and rows:
-            self._bar.set_postfix_str(" | ".join(_parts(rows[-1])), refresh=False)
+            self._bar.set_description_str(" | ".join(_parts(rows[-1])), refresh=False)
             self._bar.update(int(rows[-1]["step"]) - self._bar.n)
             self._bar.refresh()
 
@@ -107,10 +109,11 @@ class RunLog:
         # opened anew each time, so that a disk that comes back is written again
         try:
             with self._path.open("a") as file:
-                # begin a new line where an earlier write failed half-way
-                file.write(("\n" if "metrics" in self._warned else "") + "".join(f"{line}\n" for line in lines))
+                file.write(("\n" if self._torn else "") + "".join(f"{line}\n" for line in lines))
+            self._torn = False
         except OSError as error:
-            self._warn_once("metrics", f"{self._path} could not be written ({error}); the run goes on without these rows.")
+            self._torn = True
+            self._warn_once("metrics", f"{self._path} misses rows ({error}); the run goes on.")
 
     def _start_wandb(self, output_dir: Path, run: RunConfig) -> Any:
         with self._wandb_guard():
@@ -138,7 +141,7 @@ class RunLog:
         return None
 
     @contextlib.contextmanager
-    def _wandb_guard(self) -> Any:
+    def _wandb_guard(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # any failure of an optional service
@@ -160,23 +163,25 @@ def dense_line(row: Row, total_steps: int) -> str:
 
 
 def _parts(row: Row) -> list[str]:
-    formats = {
-        "loss": "loss {:.4f}",
-        "grad_norm": "grad {:.3f}",
-        "lr": "lr {:.1e}",
-        "samples_per_second": "{:.4g} img/s",
-        "tflops_per_device": "{:.3g} TFLOP/s",
-        "mfu": "MFU {:.1%}",
-        "data_wait_ms": "data {:.0f} ms",
-        "memory_gb": "{:.1f} GB",
-        "target_effective_rank": "rank {:.1f}",
-        "skipped_steps": "skipped {}",
+    parts: dict[str, Callable[[float], str]] = {
+        "loss": lambda value: f"loss {value:.4f}",
+        "grad_norm": lambda value: f"grad {_short(value)}",
+        "lr": lambda value: f"lr {value:.1e}",
+        "samples_per_second": lambda value: f"{_short(value)} img/s",
+        "tflops_per_device": lambda value: f"{_short(value)} TFLOP/s",
+        "mfu": lambda value: f"MFU {value:.1%}",
+        "data_wait_ms": lambda value: f"data {value:.0f} ms",
+        "memory_gb": lambda value: f"{value:.1f} GB",
+        "target_effective_rank": lambda value: f"rank {value:.1f}",
+        "skipped_steps": lambda value: f"skipped {value:.0f}",
     }
-    return [
-        text.format(row[key])
-        for key, text in formats.items()
-        if key in row and (key != "skipped_steps" or row[key])  # said only where there are some
-    ]
+    shown = [key for key in parts if key in row and (key != "skipped_steps" or row[key])]
+    return [parts[key](row[key]) for key in shown]
+
+
+def _short(value: float) -> str:
+    """At least three digits, without an exponent for the sizes that occur."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def _ordered(row: Row) -> dict[str, float | int | None]:

@@ -66,5 +66,6 @@ class StopSignal:
             return
         self._number, self._time = number, now
         if self.announce:
-            line = f"{signal.Signals(number).name}: stopping after this step; a signal more than {REPEAT_SECONDS:.0f} s later"
-            os.write(2, f"\n{line} exits at once.\n".encode())  # print may be what the signal interrupted, and is not re-entrant
+            name, seconds = signal.Signals(number).name, f"{REPEAT_SECONDS:.0f} s"
+            line = f"\n{name}: stopping after this step; a signal more than {seconds} later exits at once.\n"
+            os.write(2, line.encode())  # print may be what the signal interrupted, and is not re-entrant
