@@ -1,0 +1,14 @@
+"""Imported once by the server that ranks are forked from."""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import deepspeed  # noqa: F401
+import torch
+import torch.distributed.checkpoint
+
+import megatron_nepa.training.engine  # noqa: F401
+
+torch.set_num_threads(1)

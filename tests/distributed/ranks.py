@@ -1,0 +1,68 @@
+"""Start ranks for a test: forked from one warm server, so that imports are paid once for the whole suite."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+TIMEOUT_SECONDS = 300
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call ``function(*arguments)`` on ``world_size`` fresh gloo ranks; returns what each rank returned.
+
+    Raises:
+        AssertionError: with the traceback of every rank that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(TIMEOUT_SECONDS)
+        alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        for process in ranks:
+            process.kill()
+        outcomes = [_read(Path(folder) / f"{rank}.pickle") for rank in range(world_size)]
+    errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
+    assert not errors and not alive, f"ranks still running: {alive}\n" + "\n".join(errors)
+    return [value for value, _ in outcomes]
+
+
+def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    outcome: tuple[Any, str | None]
+    try:
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        outcome = (function(*arguments), None)
+        dist.barrier()
+    except BaseException:
+        outcome = (None, traceback.format_exc())
+    partial = Path(folder) / f"{rank}.partial"
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(Path(folder) / f"{rank}.pickle")
+    sys.stdout.flush()
+    os._exit(0)  # the other ranks may be gone: there is nothing left to shut down together
+
+
+def _read(path: Path) -> tuple[Any, str | None]:
+    if not path.exists():
+        return None, "it ended without a result"
+    return pickle.loads(path.read_bytes())  # type: ignore[no-any-return]
