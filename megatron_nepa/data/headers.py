@@ -11,14 +11,14 @@ import warnings
 
 from PIL import Image
 
-# what DALI decodes as PIL does, to one grey level (tests/data/test_odd_files.py)
-FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
+# what DALI decodes as PIL does, to one grey level; of BMP it does not decode every kind alike
+FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}
 MODES = {"RGB", "L", "CMYK", "YCbCr", "RGBA", "LA", "P", "1"}
 # names that are taken for images when a folder is listed; the ones that are not decoded are then quarantined by name
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 2**28  # of one image: DALI allocates 3 bytes for each
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
 class UnreadableImageError(Exception):
@@ -26,11 +26,11 @@ class UnreadableImageError(Exception):
 
 
 def check_signature(data: bytes) -> None:
-    """Raise :class:`UnreadableImageError` unless ``data`` begins like a JPEG, PNG, WebP or BMP file."""
+    """Raise :class:`UnreadableImageError` unless ``data`` begins like a JPEG, PNG or WebP file."""
     if not data:
         raise UnreadableImageError("empty file")
     if not (data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
-        raise UnreadableImageError(f"not a JPEG, PNG, WebP or BMP: it begins with {data[:4].hex(' ')}")
+        raise UnreadableImageError(f"not a JPEG, PNG or WebP: it begins with {data[:4].hex(' ')}")
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -49,14 +49,15 @@ def image_size(data: bytes) -> tuple[int, int]:
             with Image.open(io.BytesIO(data)) as image:
                 width, height, mode = image.width, image.height, image.mode
                 kind, frames = image.format, getattr(image, "n_frames", 1)
+                animated = frames > 1 or "disposal" in image.info  # PIL counts one frame where the count is damaged
     except Exception as error:  # PIL raises a dozen types on damaged headers, struct.error and SyntaxError among them
         raise UnreadableImageError(f"damaged header ({type(error).__name__})") from error
     if kind not in FORMATS:
         raise UnreadableImageError(f"{kind} files are not supported")
     if mode not in MODES:
         raise UnreadableImageError(f"pixels of mode {mode} are not supported")
-    if frames > 1 and kind != "MPO":  # of an MPO both decoders take the first frame
-        raise UnreadableImageError(f"an animation of {frames} frames")
+    if animated and kind != "MPO":  # of an MPO both decoders take the first frame
+        raise UnreadableImageError("an animation")
     if width * height > MAX_PIXELS:
         raise UnreadableImageError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
     return width, height

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_nepa.config import DataConfig, require
 from megatron_nepa.data.builtin import builtin_folder
-from megatron_nepa.data.index import DatasetIndex, scan_folder
+from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.index_file import is_index, load_index
 from megatron_nepa.data.order import IntArray, flip_key
 from megatron_nepa.data.pipelines import DecoderOptions, crop_pipeline, decodes_alone, next_images, normalise
 from megatron_nepa.data.reading import SampleReader, failed_slots
@@ -246,7 +248,8 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
     """The index that ``config.path`` names.
 
     Args:
-        config: path None takes the built-in photographs, "synthetic" none, else an ImageFolder tree or flat folder.
+        config: path None takes the built-in photographs, "synthetic" none; else an index that
+            tools/index_dataset.py wrote, an ImageFolder tree or a flat folder.
         verbose: say in one line each what was made or left out (one rank of a node is enough).
 
     Returns:
@@ -257,7 +260,10 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
     """
     if config.path == SYNTHETIC:
         return None
-    index = scan_folder(config.path if config.path is not None else builtin_folder(verbose))
+    if config.path is not None and is_index(config.path):
+        index = load_index(config.path)
+    else:
+        index = scan_folder(config.path if config.path is not None else builtin_folder(verbose))
     if index.quarantine and verbose:
         name, reason = index.quarantine[0]
         print(f"left out {len(index.quarantine)} unreadable images of {index.root}; the first, {name}: {reason}")

@@ -101,7 +101,7 @@ class SampleReader:
                         contents.append(self._store.read(image))
                         break
                     except UnreadableImageError as reason:
-                        self._record(sample, image, str(reason))
+                        self._record(sample, image, f"{self._index.where(image)}: {reason}")
                 skip += 1
             images.append(image)
         return contents, images

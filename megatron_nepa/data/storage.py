@@ -9,10 +9,11 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nepa.data.headers import UnreadableImageError, check_signature
+from megatron_nepa.data.headers import UnreadableImageError, check_signature, image_size
 from megatron_nepa.data.index import DatasetIndex
 
 _MAX_OPEN_SHARDS = 128
+_HEADER_BYTES = 65536
 
 
 class ImageStore:
@@ -23,25 +24,37 @@ class ImageStore:
         self._lock = threading.Lock()
         self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
 
-    def read(self, i: int) -> npt.NDArray[np.uint8]:
-        """The encoded bytes of image ``i``, uint8 [n].
+    def read(self, i: int, at_most: int | None = None) -> npt.NDArray[np.uint8]:
+        """The encoded bytes of image ``i``, uint8 [n], or the first ``at_most`` of them.
 
         Raises:
-            UnreadableImageError: the file or shard is gone, cut short, or begins like no image; the message names it.
+            UnreadableImageError: the file or shard is gone, cut short, or begins like no image; the reason alone, since
+                the caller knows which image it asked for (:meth:`DatasetIndex.where` names it).
         """
         index = self._index
         try:
             if index.shards:
-                data = self._shard(int(index.shard[i])).read(int(index.offset[i]), int(index.size[i]))
+                size = int(index.size[i]) if at_most is None else min(at_most, int(index.size[i]))
+                data = self._shard(int(index.shard[i])).read(int(index.offset[i]), size)
             else:
                 with open(index.root / index.names[i], "rb", buffering=0) as file:
-                    data = file.readall()
-            check_signature(data)
+                    data = file.readall() if at_most is None else file.read(at_most)
         except OSError as error:
-            raise UnreadableImageError(f"{index.where(i)}: {(error.strerror or str(error)).lower()}") from error
-        except UnreadableImageError as reason:
-            raise UnreadableImageError(f"{index.where(i)}: {reason}") from None
+            raise UnreadableImageError((error.strerror or str(error)).lower()) from error
+        check_signature(data)
         return np.frombuffer(data, np.uint8)
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        """Stored width and height of image ``i`` from its header.
+
+        Raises:
+            UnreadableImageError: it cannot be read, or its header is damaged or of an unsupported kind.
+        """
+        try:
+            return image_size(self.read(i, at_most=_HEADER_BYTES).tobytes())
+        except UnreadableImageError:
+            # a thumbnail or colour profile can push the size further back
+            return image_size(self.read(i).tobytes())
 
     def close(self) -> None:
         """Close the open shards."""

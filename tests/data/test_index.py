@@ -14,7 +14,8 @@ from PIL import Image
 
 from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data.builtin import PHOTOGRAPHS, builtin_folder
-from megatron_nepa.data.index import PackedNames, scan_folder
+from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.data.index import PackedNames
 from megatron_nepa.data.loader import build_index
 
 

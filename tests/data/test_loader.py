@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.index import scan_folder
+from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader
 from megatron_nepa.data.order import crop_boxes, flips, image_of_sample
 from megatron_nepa.data.pipelines import normalise

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Index a data set once, so that training starts in no time and meets no bad image.
+
+    tools/index_dataset.py /data/imagenet/train --out /data/imagenet/train.index
+    tools/index_dataset.py ILSVRC2012_img_train.tar --out train.index
+    tools/index_dataset.py val/ --labels ILSVRC2012_validation_ground_truth.txt --devkit_meta meta.mat --out val.index
+    tools/index_dataset.py ADEChallengeData2016 --split training --out ade20k.index
+    tools/index_dataset.py /data/imagenet/train --to_shards /lustre/shards --resize 512 --out /lustre/shards/index
+    deepspeed pretrain_nepa.py --data train.index ...
+
+An interrupted run continues when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_nepa.config import ConfigError
+from megatron_nepa.data.headers import UnreadableImageError
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.index_file import is_index, load_index
+from megatron_nepa.data.indexing import build_and_save_index
+from megatron_nepa.data.labels import with_labels
+from megatron_nepa.data.shards import write_shards
+from megatron_nepa.data.sources import list_source
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source",
+        help="an ImageFolder tree, a flat folder, a tar file or a folder of tar shards, ImageNet's training archive, "
+        "a folder with images/ and annotations/, or an index (with --to_shards)",
+    )
+    parser.add_argument("--out", required=True, help="folder of the index; must not exist")
+    parser.add_argument(
+        "--verify",
+        choices=["header", "full"],
+        default="header",
+        help="header parses every header; full decodes every image with the decoder that training uses",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where full decodes")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--split", default="training", help="subfolder of images/ and annotations/")
+    parser.add_argument("--labels", help="text file: a label a line in name order, or a name and a label a line")
+    parser.add_argument("--devkit_meta", help="meta.mat of ImageNet's development kit, for its validation ground truth")
+    parser.add_argument(
+        "--to_shards", metavar="DIR", help="pack the images into tar shards; the index is of the shards"
+    )
+    parser.add_argument("--shard_size", type=int, default=10000, help="images of a shard")
+    parser.add_argument("--resize", type=int, metavar="SIDE", help="scale images in shards to this shorter side")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Index, and pack where asked; quarantined images are printed."""
+    args = parse_arguments()
+    try:
+        if args.to_shards is None:
+            index = build_and_save_index(list_images_of(args), args.out, args.verify, args.device, args.workers)
+        else:
+            index = pack(args)
+    except (ConfigError, UnreadableImageError) as error:
+        sys.exit(f"index_dataset: {error}")
+    except KeyboardInterrupt:
+        sys.exit("index_dataset: interrupted; the same command continues.")
+    for name, reason in index.quarantine:
+        print(f"left out {name}: {reason}")
+    print(
+        f"{args.out}: {len(index)} images, {len(index.classes)} classes, {len(index.quarantine)} left out; "
+        f"largest {index.width.max()} x {index.height.max()}"
+    )
+
+
+def list_images_of(args: argparse.Namespace) -> DatasetIndex:
+    """The images of the source, with the labels of --labels where that is given."""
+    listing = list_source(args.source, args.split)
+    return listing if args.labels is None else with_labels(listing, args.labels, args.devkit_meta)
+
+
+def pack(args: argparse.Namespace) -> DatasetIndex:
+    """Index the source (unless it is an index), write its shards, and index those."""
+    if is_index(args.source):
+        index = load_index(args.source)
+    else:
+        index = build_and_save_index(list_images_of(args), f"{args.out}.source", args.verify, args.device, args.workers)
+    write_shards(index, args.to_shards, args.shard_size, args.resize, args.workers)
+    return build_and_save_index(list_source(args.to_shards), args.out, "header", args.device, args.workers)
+
+
+if __name__ == "__main__":
+    main()
