@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from megatron_nepa.kernels.attention import attention_sdpa
+from megatron_nepa.config import ConfigError, require
+from megatron_nepa.kernels.attention import attention_sdpa, choose_attention
 from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
 from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference
 from megatron_nepa.kernels.residual_norm import layer_norm_reference, residual_norm_reference
 from megatron_nepa.kernels.swiglu import swiglu_reference
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,3 +35,95 @@ class Kernels:
     def describe(self) -> dict[str, str]:
         """Operation name to the name of the function that serves it, for the log and config.json."""
         return {name: getattr(self, name).__name__ for name in self.__dataclass_fields__}
+
+
+def select_kernels(
+    choice: Literal["auto", "triton", "reference"],
+    device: torch.device | str,
+    *,
+    attention_shape: tuple[int, int, int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    causal: bool = True,
+    deterministic: bool | None = None,
+) -> Kernels:
+    """The implementations that a run uses, chosen once at start-up.
+
+    Args:
+        choice: ``auto`` takes the Triton kernels on a CUDA device and plain torch elsewhere; ``triton`` and
+            ``reference`` insist. ``reference`` also takes torch's SDPA for attention.
+        device: where the run computes.
+        attention_shape: (B, T, local heads, d) of the run's attention, on which a GPU's back-ends are timed once; None
+            takes the first that is installed.
+        dtype: of the activations.
+        causal: whether attention will be causal.
+        deterministic: whether backward must repeat bit for bit; None follows
+            ``torch.use_deterministic_algorithms``. The Triton kernels always do.
+
+    Raises:
+        ConfigError: ``triton`` where it cannot run.
+    """
+    device = torch.device(device)
+    if choice == "reference":
+        return Kernels()
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    attention = choose_attention(device, attention_shape, dtype, causal, deterministic)
+    if choice == "auto" and (device.type != "cuda" or importlib.util.find_spec("triton") is None):
+        return Kernels(attention=attention)
+    return _triton_kernels(choice, device, attention_shape, attention)
+
+
+def _triton_kernels(
+    choice: str,
+    device: torch.device,
+    attention_shape: tuple[int, int, int, int] | None,
+    attention: Callable[[Tensor, bool], Tensor],
+) -> Kernels:
+    require(
+        importlib.util.find_spec("triton") is not None,
+        "kernels is triton, but the package triton is not installed; install it or set kernels to reference.",
+    )
+    # imported here: the reference path must neither need Triton nor wait for it
+    from megatron_nepa.kernels.interpreter import is_interpreting, round_bf16_to_nearest
+
+    if is_interpreting():
+        round_bf16_to_nearest()
+    elif device.type != "cuda":
+        raise ConfigError(
+            f"kernels is triton, but the run is on {device}; set kernels to reference, "
+            "or TRITON_INTERPRET=1 in the environment to run the kernels, slowly, in Triton's interpreter."
+        )
+    from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
+    from megatron_nepa.kernels.qk_norm_rope_triton import HEAD_DIMS, qk_norm_rope_triton
+    from megatron_nepa.kernels.residual_norm_triton import residual_norm_triton
+    from megatron_nepa.kernels.swiglu_triton import swiglu_triton
+
+    qk_norm_rope: Callable[..., Tensor] = qk_norm_rope_triton
+    if attention_shape is not None and attention_shape[3] not in HEAD_DIMS:
+        dims = ", ".join(map(str, HEAD_DIMS))
+        problem = f"the kernel of QK-norm and RoPE takes head dims {dims}, not {attention_shape[3]}"
+        require(choice == "auto", f"kernels is triton, but {problem}; set kernels to auto.")
+        logger.warning("kernels: %s; plain torch does their work.", problem)
+        qk_norm_rope = qk_norm_rope_reference
+    return Kernels(
+        qk_norm_rope=qk_norm_rope,
+        swiglu=swiglu_triton,
+        layer_norm=_apex_layer_norm() or layer_norm_reference if device.type == "cuda" else layer_norm_reference,
+        residual_norm=residual_norm_triton,
+        cosine_loss=cosine_loss_triton,
+        attention=attention,
+    )
+
+
+def _apex_layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor] | None:
+    """NVIDIA Apex's fused LayerNorm of an fp32 stream with bf16 weights, or None without Apex."""
+    try:  # the package "apex" of PyPI is another project, without this module
+        from apex.normalization.fused_layer_norm import mixed_dtype_fused_layer_norm_affine
+    except ImportError:
+        return None
+
+    def apex_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out: Tensor = mixed_dtype_fused_layer_norm_affine(x, weight, bias, x.shape[-1:], eps)
+        return out
+
+    return apex_layer_norm

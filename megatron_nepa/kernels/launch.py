@@ -1,8 +1,8 @@
-"""How an operation launches its Triton kernels: one call that runs them or, for the kernel report, records them."""
+"""How an operation launches its Triton kernels: one call, which the kernel report intercepts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16)  # the dtypes that every kernel takes
 
-_recorder: list[Launch] | None = None
+_interceptor: Callable[[Launch], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,31 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
 
+    def run(self) -> None:
+        """Run the kernel on the device of its tensor arguments."""
+        tensor = next(arg for arg in self.args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device, which need not be the tensor's
+            self.kernel[self.grid](*self.args, num_warps=self.num_warps, **self.constants)
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid`` on the device of its tensor arguments."""
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, args, constants, num_warps))
-        return
-    tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device_of(tensor):  # Triton launches on the current device, which need not be the tensor's
-        kernel[grid](*args, num_warps=num_warps, **constants)
+    """Run ``kernel`` over ``grid``, or hand the launch to whoever intercepts launches."""
+    request = Launch(kernel, grid, args, constants, num_warps)
+    if _interceptor is None:
+        request.run()
+    else:
+        _interceptor(request)
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Inside the block nothing runs: every launch is appended to the list that the block receives."""
-    global _recorder
-    _recorder = []
+def intercept_launches(interceptor: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside the block no kernel runs; every launch goes to ``interceptor``, which may run it."""
+    global _interceptor
+    _interceptor = interceptor
     try:
-        yield _recorder
+        yield
     finally:
-        _recorder = None
+        _interceptor = None
 
 
 def check_tensor(

@@ -1,0 +1,122 @@
+"""Attention: SDPA on packed qkv, FlashAttention-2's call site through a stand-in, and the choice between back-ends."""
+
+import importlib.util
+import logging
+
+import flash_attn_stub
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from megatron_nepa.config import ConfigError
+from megatron_nepa.kernels import attention
+from megatron_nepa.kernels.dispatch import select_kernels
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sdpa_equals_softmax_written_out(causal):
+    qkv = torch.randn(2, 5, 3, 2, 8, dtype=torch.float64)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) / 8**0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), float("-inf"))
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    got = attention.attention_sdpa(qkv, causal)
+    torch.testing.assert_close(got, expected)
+    assert got.is_contiguous()
+
+
+def test_sdpa_returns_qkvs_gradient_in_its_own_layout():
+    """Else the in-place backward of QK-norm and RoPE would have to copy it."""
+    qkv = torch.randn(2, 5, 3, 2, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(attention.attention_sdpa(qkv, True).sum(), qkv)
+    assert grad.is_contiguous()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_call_site(monkeypatch, causal):
+    calls = flash_attn_stub.install(monkeypatch)
+    qkv = torch.randn(2, 5, 3, 2, 32, dtype=BF16, requires_grad=True)
+    out = attention.flash_attention(deterministic=True)(qkv, causal)
+    expected = attention.attention_sdpa(qkv, causal)
+    torch.testing.assert_close(out, expected)
+    assert calls == [{"causal": causal, "deterministic": True}]
+    upstream = torch.randn_like(out)
+    (got,), (wanted,) = (torch.autograd.grad(result, qkv, upstream) for result in (out, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_the_stand_in_refuses_what_flash_attn_refuses(monkeypatch):
+    flash_attn_stub.install(monkeypatch)
+    flash = attention.flash_attention(deterministic=False)
+    for qkv in (
+        torch.randn(1, 2, 3, 1, 32),
+        torch.randn(1, 2, 3, 1, 320, dtype=BF16),
+        torch.randn(1, 2, 3, 32, 2, dtype=BF16).transpose(-1, -2),
+        torch.randn(1, 2, 3, 1, 32, dtype=BF16, device="meta"),
+    ):
+        with pytest.raises(RuntimeError):
+            flash(qkv, True)
+
+
+def test_flash_attention_is_absent_without_the_package():
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed")
+    assert attention.flash_attention(deterministic=False) is None
+
+
+def names(candidates):
+    return [candidate.__name__ for candidate in candidates]
+
+
+def test_candidates(monkeypatch):
+    flash_attn_stub.install(monkeypatch)
+    everything = ["flash_attn", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"]
+    assert names(attention.attention_candidates(64, BF16, deterministic=False)) == everything
+    assert names(attention.attention_candidates(64, torch.float32, deterministic=False)) == everything[1:]
+    assert names(attention.attention_candidates(320, BF16, deterministic=False)) == everything[1:]
+    assert names(attention.attention_candidates(64, BF16, deterministic=True)) == ["flash_attn", "sdpa_math"]
+
+
+def test_preferred_back_end_gives_way_where_it_does_not_fit():
+    qkv = torch.randn(1, 4, 3, 2, 8)
+    got = attention.sdpa_with(SDPBackend.CUDNN_ATTENTION)(qkv, True)
+    torch.testing.assert_close(got, attention.attention_sdpa(qkv, True))
+
+
+def test_the_fastest_that_runs_is_chosen_and_logged(monkeypatch, caplog):
+    def broken(qkv, causal):
+        raise RuntimeError("no kernel for this shape\nand a long story")
+
+    def slow(qkv, causal):
+        return attention.attention_sdpa(qkv, causal)
+
+    def fast(qkv, causal):
+        return attention.attention_sdpa(qkv, causal)
+
+    def clock(call, device):
+        call()
+        return next(times)
+
+    times = iter([2.0, 0.5])
+    monkeypatch.setattr(attention, "milliseconds", clock)
+    qkv = torch.randn(1, 4, 3, 2, 8, requires_grad=True)
+    with caplog.at_level(logging.INFO, logger=attention.__name__):
+        assert attention.fastest_attention([broken, slow, fast], qkv, True) is fast
+    assert "attention: fast; slow 2.000 ms, fast 0.500 ms" in caplog.text
+    assert "broken does not run here: no kernel for this shape" in caplog.text
+    with pytest.raises(ConfigError, match="no attention back-end runs"):
+        attention.fastest_attention([broken], qkv, True)
+
+
+def test_timing_takes_the_median_of_real_calls():
+    calls = []
+    duration = attention.milliseconds(lambda: calls.append(0), torch.device("cpu"), repeats=5, warmup=2)
+    assert len(calls) == 7
+    assert duration > 0
+
+
+def test_a_cpu_takes_sdpa():
+    assert select_kernels("auto", "cpu").attention is attention.attention_sdpa
