@@ -133,6 +133,7 @@ class RunLog:
                 mode=run.wandb,  # type: ignore[arg-type]
                 dir=str(output_dir),
                 config=run.to_dict(),
+                settings=wandb.Settings(quiet=True),  # no summary at the end: the console has had every number
             )
             # our own axis: steps repeated after a resume would be dropped as going back in wandb's
             session.define_metric("step")

@@ -122,7 +122,7 @@ def test_wandb_offline_lies_under_the_run_and_continues(tmp_path: Path, capsys: 
         log.write([{**ROW, "step": step}])
         log.close()
     run_id = (tmp_path / "wandb_id").read_text()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"))
     assert len(files) == 2
     assert all(b"target_effective_rank" in file.read_bytes() for file in files)
     assert "wandb failed" not in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_failing_wandb_warns_once(
         return None
 
     session = SimpleNamespace(define_metric=nothing, log=nothing, finish=nothing)
-    module = SimpleNamespace(init=lambda **keywords: session)
+    module = SimpleNamespace(init=lambda **keywords: session, Settings=nothing)
     setattr(module if where == "init" else session, where, fail)
     monkeypatch.setitem(sys.modules, "wandb", module)
     log = RunLog(tmp_path, config("online"), 200, 0)
