@@ -163,7 +163,9 @@ def smooth(values: Array) -> Array:
 
     A run's few values (:data:`SIZE_OF_A_FEW`) are returned as they are.
     """
-    reach = len(values) // 50 if len(values) > SIZE_OF_A_FEW else 0
+    if len(values) <= SIZE_OF_A_FEW:
+        return values
+    reach = len(values) // 50
     index = np.arange(len(values))
     # the window shrinks towards the ends on both sides, so that a slope is not bent there
     half = np.minimum(reach, np.minimum(index, index[::-1]) + reach // 4)
