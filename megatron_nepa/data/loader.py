@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from nvidia.dali import Pipeline
 from torch import Tensor
 
-from megatron_nepa.config import DataConfig, require
+from megatron_nepa.config import DataConfig
 from megatron_nepa.data.builtin import builtin_folder
+from megatron_nepa.data.crops import CropStream
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.index_file import is_index, load_index
-from megatron_nepa.data.order import IntArray, flip_key
-from megatron_nepa.data.pipelines import DecoderOptions, crop_pipeline, decodes_alone, next_images, normalise
-from megatron_nepa.data.reading import SampleReader, failed_slots
+from megatron_nepa.data.order import flip_key
+from megatron_nepa.data.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.share import Share
 from megatron_nepa.parallel.random import uniform_tensor
 
 SYNTHETIC = "synthetic"
@@ -34,57 +33,6 @@ class Batch:
     sample_index: Tensor
     # int64 [b], class of each image
     labels: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which samples of the run one rank loads.
-
-    Step s, accumulation m, replica r: samples ``s G + (m data_size + r) micro_batch_size + i``. Where tensor_size
-    divides the micro-batch, each tensor-parallel rank decodes its equal part of it, otherwise the whole.
-    """
-
-    micro_batch_size: int
-    global_batch_size: int
-    accumulation_steps: int
-    data_rank: int
-    data_size: int
-    tensor_rank: int
-    tensor_size: int
-
-    def __post_init__(self) -> None:
-        product = self.micro_batch_size * self.accumulation_steps * self.data_size
-        require(
-            product == self.global_batch_size,
-            f"global_batch_size {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
-            f"accumulation {self.accumulation_steps} x data-parallel size {self.data_size} = {product}.",
-        )
-
-    @property
-    def local_size(self) -> int:
-        """Images b that this rank decodes of each micro-batch."""
-        divides = self.micro_batch_size % self.tensor_size == 0
-        return self.micro_batch_size // self.tensor_size if divides else self.micro_batch_size
-
-    @property
-    def local_start(self) -> int:
-        """Where this rank's images begin in the micro-batch."""
-        return self.tensor_rank * self.local_size if self.local_size < self.micro_batch_size else 0
-
-    def first_sample(self, micro_batch: int) -> int:
-        """First sample of the replica's ``micro_batch``-th micro-batch, counted from the start of the run."""
-        step, accumulation = divmod(micro_batch, self.accumulation_steps)
-        place = accumulation * self.data_size + self.data_rank
-        return step * self.global_batch_size + place * self.micro_batch_size
-
-    def first_micro_batch(self, consumed_samples: int) -> int:
-        """The micro-batch at which a run continues that has consumed this many samples."""
-        require(
-            consumed_samples >= 0 and consumed_samples % self.global_batch_size == 0,
-            f"the run consumed {consumed_samples} samples, which is no multiple of global_batch_size "
-            f"{self.global_batch_size}.",
-        )
-        return consumed_samples // self.global_batch_size * self.accumulation_steps
 
 
 class PretrainingLoader:
@@ -128,70 +76,41 @@ class PretrainingLoader:
         consumed_samples: int = 0,
         bad_image_log: Path | None = None,
     ) -> None:
-        self._share = Share(
+        share = Share(
             micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size
         )
-        self._micro_batch = self._share.first_micro_batch(consumed_samples)
-        self._image_size, self._device, self._dtype = image_size, device, dtype
+        options = DecoderOptions.of(config, index, device)
+        self._crops = CropStream(index, config, image_size, seed, share, options, consumed_samples, bad_image_log)
+        self._share, self._device, self._dtype = share, device, dtype
         self._flip_key = flip_key(seed) if config.horizontal_flip else None
-        self._options = DecoderOptions.of(config, index, device)
-        self._reader = SampleReader(index, config, seed, self._local_samples, bad_image_log)
-        self._pipeline = self._build()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        images = self._decode()
-        first, start = self._share.first_sample(self._micro_batch), self._share.local_start
-        sample_index = torch.arange(first, first + self._share.micro_batch_size, device=self._device)
+        share = self._share
+        first = share.first_sample(self._crops.micro_batch)
+        images, _ = next(self._crops)
+        sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
         flip = None
         if self._flip_key is not None:
-            local = sample_index[start : start + self._share.local_size]
+            local = sample_index[share.local_start : share.local_start + share.local_size]
             flip = uniform_tensor(self._flip_key, local, 1)[:, 0] < 0.5
-        self._micro_batch += 1
         return Batch(normalise(images, flip, self._dtype), sample_index)
 
     @property
     def consumed_samples(self) -> int:
         """Samples of the completed steps: the loader's whole state."""
-        return self._micro_batch // self._share.accumulation_steps * self._share.global_batch_size
+        return self._share.consumed_samples(self._crops.micro_batch)
 
     @property
     def num_bad_images(self) -> int:
         """Samples of this rank that another image had to stand in for, since the loader was made."""
-        return self._reader.num_bad_images
+        return self._crops.num_bad_images
 
     def close(self) -> None:
         """Free the pipeline and its threads; the loader cannot be used afterwards."""
-        del self._pipeline
-        self._reader.close()
-
-    def _local_samples(self, micro_batch: int) -> IntArray:
-        first = self._share.first_sample(micro_batch) + self._share.local_start
-        return np.arange(first, first + self._share.local_size)
-
-    def _build(self) -> Pipeline:
-        start = self._micro_batch
-        size = self._share.local_size
-        return crop_pipeline(lambda number: self._reader(start + number), size, self._image_size, self._options)
-
-    def _decode(self) -> Tensor:
-        """The next uint8 images; an undecodable one is replaced and the pipeline, dead by then, built anew."""
-        while True:
-            try:
-                return next_images(self._pipeline, self._device)
-            except RuntimeError as error:
-                slots = failed_slots(str(error)) or self._undecodable_slots()
-                if not slots:  # every image decodes by itself: whatever it was, it was no bad image
-                    raise
-                self._reader.reject(self._micro_batch, slots, "the decoder refuses it")
-                self._pipeline = self._build()
-
-    def _undecodable_slots(self) -> list[int]:
-        batch = self._reader(self._micro_batch)
-        size, options = self._image_size, self._options
-        return [slot for slot in range(len(batch.encoded)) if not decodes_alone(batch, slot, size, options)]
+        self._crops.close()
 
 
 class SyntheticLoader:
@@ -238,7 +157,7 @@ class SyntheticLoader:
     @property
     def consumed_samples(self) -> int:
         """Samples of the completed steps."""
-        return self._micro_batch // self._share.accumulation_steps * self._share.global_batch_size
+        return self._share.consumed_samples(self._micro_batch)
 
     def close(self) -> None:
         """Nothing to free; here for the interface."""

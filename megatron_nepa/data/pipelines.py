@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index import DatasetIndex
 
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 PREFETCH = 2  # batches decoded ahead: depth 1 to 4 measured within noise, and each batch costs memory
 
 
@@ -51,26 +53,49 @@ class DecoderOptions:
         width, height = (int(np.percentile(side[:1_000_000], 99.9)) for side in (index.width, index.height))
         return cls(device, config.num_threads, config.hw_decoder_load, width, height)
 
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Arguments of every ``fn.decoders`` call."""
+        return {
+            "adjust_orientation": False,  # the index holds stored sizes, and PIL and torchvision ignore EXIF too
+            "jpeg_fancy_upsampling": True,  # nvJPEG's default chroma upsampling differs from libjpeg's
+            "hw_decoder_load": self.hw_decoder_load,
+            "preallocate_width_hint": self.width_hint,
+            "preallocate_height_hint": self.height_hint,
+            "device": "mixed" if self.on_gpu else "cpu",
+        }
+
     @property
     def on_gpu(self) -> bool:
         """Whether decoding runs on a GPU."""
         return self.device.type == "cuda"
 
 
-def crop_pipeline(source: Source, batch_size: int, image_size: int, options: DecoderOptions) -> Pipeline:
-    """Decode a region of each image and resize it to a square: bilinear, antialiased, EXIF orientation ignored.
+def new_pipeline(batch_size: int, options: DecoderOptions) -> Pipeline:
+    """An empty pipeline on the device of ``options``."""
+    device_id = (options.device.index or 0) if options.on_gpu else None
+    return Pipeline(batch_size, options.num_threads, device_id, prefetch_queue_depth=PREFETCH)
+
+
+def crop_pipeline(
+    source: Source,
+    batch_size: int,
+    image_size: int,
+    options: DecoderOptions,
+    interpolation: Interpolation = "bilinear",
+) -> Pipeline:
+    """Decode a region of each image and resize it to a square: antialiased, EXIF orientation ignored.
 
     Args:
         source: called with 0, 1, ... ahead of the batches that are asked for.
         batch_size: images n of a batch.
         image_size: side S of the output.
         options: where to decode.
+        interpolation: of the resize.
 
     Returns:
         A built pipeline whose :func:`next_images` is uint8 [n, 3, S, S].
     """
-    device_id = (options.device.index or 0) if options.on_gpu else None
-    pipeline = Pipeline(batch_size, options.num_threads, device_id, prefetch_queue_depth=PREFETCH)
+    pipeline = new_pipeline(batch_size, options)
     with pipeline:
         encoded, start, shape = fn.external_source(
             source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 1]
@@ -80,14 +105,11 @@ def crop_pipeline(source: Source, batch_size: int, image_size: int, options: Dec
             start=start,
             shape=shape,
             axes=[1, 0],  # the box is (x, y), the image [H, W, C]
-            adjust_orientation=False,  # the index holds stored sizes, and PIL and torchvision ignore EXIF too
-            jpeg_fancy_upsampling=True,  # nvJPEG's default chroma upsampling differs from libjpeg's
-            hw_decoder_load=options.hw_decoder_load,
-            preallocate_width_hint=options.width_hint,
-            preallocate_height_hint=options.height_hint,
-            device="mixed" if options.on_gpu else "cpu",
+            **options.decoder_arguments(),
         )
-        image = fn.resize(image, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
+        image = fn.resize(
+            image, size=[image_size, image_size], interp_type=INTERPOLATIONS[interpolation], antialias=True
+        )
         pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
     pipeline.build()
     return pipeline

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,41 @@ from megatron_nepa.data.storage import ImageStore
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few samples says anything
 
 _Read = tuple[list[npt.NDArray[np.uint8]], list[int]]  # contents, and images they are of
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """Reads the items of a batch in threads, and those of the next batch while this one is used.
+
+    Args:
+        items_of: the items of a batch, int64 [n]; an empty array ends the reading ahead.
+        read: called in the threads with a part of a batch's items.
+        threads: how many.
+    """
+
+    def __init__(self, items_of: Callable[[int], IntArray], read: Callable[[IntArray], T], threads: int) -> None:
+        self._items_of, self._read, self._threads = items_of, read, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-reader")
+        self._ahead: dict[int, list[Future[T]]] = {}
+
+    def __call__(self, batch: int) -> list[T]:
+        """What ``read`` gave for the parts of ``batch``, in order; its exceptions are raised here."""
+        tasks = self._ahead.pop(batch, None) or self._submit(batch)
+        self._ahead = {batch + 1: self._ahead.get(batch + 1) or self._submit(batch + 1)}
+        return [task.result() for task in tasks]
+
+    def reset(self) -> None:
+        """Forget what was read ahead."""
+        self._ahead = {}
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, batch: int) -> list[Future[T]]:
+        # one task a thread rather than one an item: a task's overhead is near that of reading a cached file
+        parts = np.array_split(self._items_of(batch), self._threads)
+        return [self._pool.submit(self._read, part) for part in parts if len(part)]
 
 
 class SampleReader:
@@ -51,8 +87,8 @@ class SampleReader:
         self._index, self._config, self._seed = index, config, seed
         self._samples_of, self._log = samples_of, bad_image_log
         self._store = ImageStore(index)
-        self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="image-reader")
-        self._ahead: dict[int, list[Future[_Read]]] = {}
+        self._read_ahead = ReadAhead(samples_of, self._read, config.num_threads)
+        self._images: dict[int, IntArray] = {}  # of the micro-batches that the decoder works on
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
         self._bad: dict[tuple[int, int], str] = {}  # (sample, image) -> reason
         self._num_samples = 0
@@ -63,11 +99,10 @@ class SampleReader:
         Raises:
             ConfigError: a bad image under on_bad_image "fail", or too many.
         """
-        tasks = self._ahead.pop(micro_batch, None) or self._submit(micro_batch)
-        self._ahead = {micro_batch + 1: self._ahead.get(micro_batch + 1) or self._submit(micro_batch + 1)}
-        parts = [task.result() for task in tasks]
+        parts = self._read_ahead(micro_batch)
         encoded = [content for contents, _ in parts for content in contents]
         images = np.array([image for _, of in parts for image in of])
+        self._images[micro_batch] = images
         samples = self._samples_of(micro_batch)
         self._num_samples += len(samples)
         boxes = crop_boxes(
@@ -80,15 +115,14 @@ class SampleReader:
         """(sample, image) pairs that were found bad."""
         return len(self._bad)
 
+    def images_of(self, micro_batch: int) -> IntArray:
+        """The images that the samples of ``micro_batch`` came to show; asked once, when it is decoded."""
+        return self._images.pop(micro_batch)
+
     def close(self) -> None:
         """End the reading threads and close the shards."""
-        self._pool.shutdown(cancel_futures=True)
+        self._read_ahead.close()
         self._store.close()
-
-    def _submit(self, micro_batch: int) -> list[Future[_Read]]:
-        # one task a thread rather than one an image: a task's overhead is near that of reading a cached file
-        parts = np.array_split(self._samples_of(micro_batch), self._config.num_threads)
-        return [self._pool.submit(self._read, part) for part in parts if len(part)]
 
     def _read(self, samples: IntArray) -> _Read:
         contents, images = [], []
@@ -115,7 +149,8 @@ class SampleReader:
         Raises:
             ConfigError: under on_bad_image "fail", or when there are too many.
         """
-        self._ahead = {}
+        self._read_ahead.reset()
+        self._images.clear()
         samples = self._samples_of(micro_batch)
         for slot in slots:
             sample = int(samples[slot])
