@@ -1,0 +1,190 @@
+"""Evaluation: every image exactly once over the ranks, resized and centre-cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.data.full_decode import full_decode
+from megatron_nepa.data.headers import UnreadableImageError
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.order import IntArray
+from megatron_nepa.data.pipelines import (
+    INTERPOLATIONS,
+    DecoderOptions,
+    Interpolation,
+    new_pipeline,
+    next_images,
+    normalise,
+)
+from megatron_nepa.data.reading import ReadAhead
+from megatron_nepa.data.storage import ImageStore
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """One batch of one rank; every rank sees equally many batches of equal size."""
+
+    images: Tensor  # [b, 3, S, S] in the model's dtype
+    labels: Tensor  # int64 [b]
+    image_index: Tensor  # int64 [b], numbers in the index
+    valid: Tensor  # bool [b], False for the repeats that fill up the last batch: leave them out of every sum
+
+
+class _Resized(NamedTuple):
+    """What the pipeline is fed for one batch."""
+
+    encoded: list[npt.NDArray[np.uint8]]
+    size: npt.NDArray[np.float32]  # [n, 2]: height, width after the resize
+    start: npt.NDArray[np.int32]  # [n, 2]: y, x of the centre crop in that
+
+
+class EvaluationLoader:
+    """Iterates once over a data set, this rank's share of it.
+
+    ``Resize(resize_size)`` on the shorter side and ``CenterCrop(image_size)`` as torchvision does, antialiased.
+
+    Args:
+        index: the images.
+        config: its num_threads and hw_decoder_load.
+        image_size: side S of the crop.
+        resize_size: length of the shorter side before the crop.
+        squash: resize both sides to ``resize_size``, whatever the ratio (the release's evaluation of its large model).
+        batch_size: images of a batch.
+        data_rank, data_size: which of how many ranks this is; image i is evaluated by rank i mod data_size.
+        device: where images are decoded and delivered.
+        dtype: of the images.
+        interpolation: of the resize.
+
+    Raises:
+        ConfigError: a crop larger than the resized image; while iterating, an image that cannot be decoded, by name.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        image_size: int,
+        resize_size: int,
+        squash: bool,
+        batch_size: int,
+        data_rank: int,
+        data_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
+        require(
+            resize_size >= image_size,
+            f"the crop of {image_size} pixels is larger than the resized image's shorter side of {resize_size}.",
+        )
+        self._index, self._image_size, self._resize_size, self._squash = index, image_size, resize_size, squash
+        self._batch_size, self._data_rank, self._data_size = batch_size, data_rank, data_size
+        self._device, self._dtype, self._interpolation = device, dtype, interpolation
+        self._options = DecoderOptions.of(config, index, device)
+
+    def __len__(self) -> int:
+        """Batches, the same on every rank."""
+        return -(-len(self._index) // (self._batch_size * self._data_size))
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        store = ImageStore(self._index)
+        reader = ReadAhead(
+            self._images_of, lambda part: [self._read(store, int(i)) for i in part], self._options.num_threads
+        )
+        pipeline = self._build(reader)
+        label = np.asarray(self._index.label)
+        try:
+            for batch in range(len(self)):
+                numbers, images = self._images_of(batch), self._decode(pipeline, batch)
+                place = self._data_rank + self._data_size * np.arange(
+                    batch * self._batch_size, (batch + 1) * self._batch_size
+                )
+                yield EvaluationBatch(
+                    normalise(images, None, self._dtype),
+                    torch.from_numpy(label[numbers].astype(np.int64)).to(self._device),
+                    torch.from_numpy(numbers).to(self._device),
+                    torch.from_numpy(place < len(self._index)).to(self._device),
+                )
+        finally:
+            del pipeline
+            reader.close()
+            store.close()
+
+    def _images_of(self, batch: int) -> IntArray:
+        """Images of this rank's batch; past the end of the data its last image, past the last batch nothing."""
+        if batch >= len(self):
+            return np.zeros(0, np.int64)
+        places = np.arange(batch * self._batch_size, (batch + 1) * self._batch_size)
+        return np.minimum(self._data_rank + self._data_size * places, len(self._index) - 1)
+
+    def _read(self, store: ImageStore, image: int) -> npt.NDArray[np.uint8]:
+        try:
+            return store.read(image)
+        except UnreadableImageError as error:
+            raise ConfigError(f"{self._index.where(image)} cannot be read: {error}.") from error
+
+    def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> Pipeline:
+        def source(batch: int) -> _Resized:
+            images = self._images_of(batch)
+            if not len(images):
+                raise StopIteration
+            encoded = [content for part in reader(batch) for content in part]
+            width, height = self._index.width[images], self._index.height[images]
+            size = resized_size(width, height, self._resize_size, self._squash)
+            start = np.rint((size - self._image_size) / 2).astype(np.int32)
+            return _Resized(encoded, size.astype(np.float32), start)
+
+        pipeline = new_pipeline(self._batch_size, self._options)
+        with pipeline:
+            encoded, size, start = fn.external_source(
+                source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT32], ndim=[1, 1, 1]
+            )
+            image = fn.decoders.image(encoded, **self._options.decoder_arguments())
+            image = fn.resize(image, size=size, interp_type=INTERPOLATIONS[self._interpolation], antialias=True)
+            image = fn.slice(image, start=start, shape=[self._image_size, self._image_size], axes=[0, 1])
+            pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
+        pipeline.build()
+        return pipeline
+
+    def _decode(self, pipeline: Pipeline, batch: int) -> Tensor:
+        try:
+            return next_images(pipeline, self._device)
+        except RuntimeError as error:
+            bad = [self._index.where(i) for i in self._images_of(batch).tolist() if not self._decodes(i)]
+            if not bad:  # every image decodes by itself: whatever it was, it was no bad image
+                raise
+            raise ConfigError(
+                f"{', '.join(bad)} cannot be decoded: an index made by tools/index_dataset.py --verify full leaves it out."
+            ) from error
+
+    def _decodes(self, image: int) -> bool:
+        size = int(self._index.width[image]), int(self._index.height[image])
+        try:
+            full_decode(ImageStore(self._index).read(image), size, self._device.type)
+        except UnreadableImageError:
+            return False
+        return True
+
+
+def resized_size(
+    width: npt.NDArray[np.integer], height: npt.NDArray[np.integer], shorter_side: int, squash: bool
+) -> IntArray:
+    """Height and width of each image after torchvision's ``Resize(shorter_side)``, or after a squash to a square.
+
+    Returns:
+        int64 [n, 2].
+    """
+    if squash:
+        return np.full((len(width), 2), shorter_side, np.int64)
+    sides = np.stack([height, width], axis=1).astype(np.int64)
+    size: IntArray = shorter_side * sides // sides.min(axis=1, keepdims=True)  # torchvision cuts the fraction off too
+    return size
