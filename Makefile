@@ -1,0 +1,40 @@
+# Every target creates .venv on its first use. PYTHON chooses the interpreter (3.10 or newer), DALI the CUDA generation of
+# its wheel (cuda13 or cuda12; both run on a machine without a GPU).
+PYTHON ?= python3
+DALI ?= cuda13
+BIN := .venv/bin
+
+.PHONY: help pretrain test test-all test-gpu lint clean
+
+help:
+	@echo "make pretrain   install, then train the quickstart recipe on the built-in photographs"
+	@echo "make test       install, then run the tests (under 20 minutes on 2 cores)"
+	@echo "make test-all   the long suites as well"
+	@echo "make test-gpu   the tests that need CUDA devices"
+	@echo "make lint       ruff and mypy"
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$(DALI),test,dev]"
+	touch $@
+
+pretrain: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed pretrain_nepa.py --ds_config ds_configs/zero2.json
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info

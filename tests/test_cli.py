@@ -1,0 +1,155 @@
+"""Flags, recipes and DeepSpeed configs become one checked RunConfig."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_nepa.cli import SECTIONS, parse_command_line
+from megatron_nepa.config import ConfigError, ParallelConfig, RunConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.parallel.topology import TensorGroup
+from megatron_nepa.recipes import RECIPES
+from megatron_nepa.training.deepspeed_config import merge, read_ds_config, resolve
+
+
+def parse(*arguments: str) -> RunConfig:
+    return parse_command_line(arguments, "").run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_named_after_itself(name: str) -> None:
+    run = RECIPES[name]()
+    assert run.recipe == name
+    assert run.accumulation_steps(1) * run.micro_batch_size == run.global_batch_size
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+@pytest.mark.parametrize(("name", "count"), [("nepa_b_release", 85_527_552), ("nepa_l_release", 302_967_808)])
+def test_release_recipes_have_the_published_parameter_counts(name: str, count: int) -> None:
+    run = RECIPES[name]()
+    model = NepaForPretraining(run.model, run.objective, ParallelConfig(), 0, TensorGroup(), Kernels())
+    assert sum(param.numel() for param in model.parameters()) == count
+
+
+def test_flags_override_the_recipe() -> None:
+    run = parse("--recipe", "nepa_l", "--tensor-parallel-size=2", "--sequence_parallel", "--model.drop_path", "0.2")
+    assert run.model.num_layers == 24
+    assert run.model.drop_path == 0.2
+    assert run.parallel == ParallelConfig(2, True)
+
+
+def test_a_short_flag_and_its_long_form_are_the_same() -> None:
+    assert parse("--base_lr", "1e-3") == parse("--optimizer.base_lr", "1e-3")
+    assert parse("--data", "/x") == parse("--data.path", "/x")
+
+
+def test_steps_replace_epochs_and_the_reverse() -> None:
+    run = parse("--recipe", "nepa_b", "--steps", "7")
+    assert (run.steps, run.epochs) == (7, None)
+    run = parse("--recipe", "quickstart", "--epochs", "2.5")
+    assert (run.steps, run.epochs) == (None, 2.5)
+
+
+def test_none_is_a_value() -> None:
+    assert parse("--model.layer_scale_init", "none").model.layer_scale_init is None
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    names = [f"--{section}.{entry.name}" for section, cls in SECTIONS.items() for entry in fields(cls)]
+    names += [f"--{entry.name}" for entry in fields(RunConfig) if entry.name not in (*SECTIONS, "recipe")]
+    lines = text.splitlines()
+    for name in [*names, *RECIPES]:
+        assert name in text
+    for name in names:
+        at = next(i for i, line in enumerate(lines) if line.strip().startswith(name) or f", {name} " in line)
+        explained = lines[at].split("  ")[-1].strip() if "  " in lines[at].strip() else lines[at + 1].strip()
+        assert explained, name
+        assert not explained.startswith("--"), f"{name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "nepa_x"], "there is no recipe 'nepa_x'"),
+        (["--step", "3"], r"there is no flag --step \(did you mean --steps\?\)"),
+        (["--model.hiden_size", "3"], "did you mean --model.hidden_size"),
+        (["--steps", "many"], "'many' is not a number of type int"),
+        (["--model.qk_norm", "rms"], "'rms' is not one of none, plain, affine"),
+        (["--compile", "perhaps"], "'perhaps' is not true or false"),
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--sequence_parallel"], "set tensor_parallel_size to 2 or more"),
+        (["--recipe", "nepa_b", "--tensor_parallel_size", "5"], "5 does not divide model.num_heads 12"),
+        (["--model.image_size", "100"], "100 is not a multiple of model.patch_size 14"),
+        (["--model.num_heads", "5"], "hidden_size 192 is not divisible by model.num_heads 5"),
+        (["--tensor_parallel_size", "3", "--compile"], "--compile serves tensor_parallel_size 1"),
+        (["--steps", "3", "--epochs", "3"], "set either steps or epochs"),
+        (["--objective.mask_ratio", "1.5"], r"must lie in \[0, 1\)"),
+    ],
+)
+def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+def merged(config: Any, tmp_path: Path, *arguments: str, data_parallel_size: int = 1) -> tuple[RunConfig, dict[str, Any]]:
+    path = tmp_path / "ds.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    command = parse_command_line(["--ds_config", str(path), *arguments], "")
+    content = read_ds_config(command.ds_config)
+    run = merge(command.run, command.given, command.ds_config, content)
+    return run, resolve(run, content, data_parallel_size)
+
+
+def test_auto_takes_the_flags_values(tmp_path: Path) -> None:
+    config = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
+    _, resolved = merged(config, tmp_path, "--global_batch_size", "32", "--micro_batch_size", "4", data_parallel_size=2)
+    assert resolved["train_batch_size"] == 32
+    assert resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["bf16"]["enabled"] is True
+
+
+def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
+    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5, "bf16": {"enabled": False}}
+    run, _ = merged(config, tmp_path)
+    assert (run.global_batch_size, run.micro_batch_size, run.optimizer.clip_grad, run.dtype) == (16, 2, 0.5, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ("{not json", [], "is not valid JSON"),
+        ("[1]", [], "holds list, not a JSON object"),
+        ({"train_batch_size": 16}, ["--global_batch_size", "32"], "--global_batch_size is 32 but .* is 16"),
+        ({"gradient_clipping": 2.0}, ["--optimizer.clip_grad", "1.0"], "clip_grad is 1.0 but .* is 2.0"),
+        ({"bf16": {"enabled": True}}, ["--dtype", "fp32"], "--dtype is fp32 but .* is true"),
+        ({"gradient_accumulation_steps": 3}, [], "is 3, but global_batch_size 64 .* = 2"),
+        ({"train_batch_size": "many"}, [], "is no number"),
+        ({"zero_optimization": {"stage": 3}}, [], "ZeRO stage 3 is not supported"),
+        ({"zero_optimization": {"stage": 0}}, ["--dtype", "bf16"], "ZeRO stage 0 serves as the fp32 reference only"),
+        ({"fp16": {"enabled": True}}, [], "half precision is not supported"),
+        ({"optimizer": {"type": "Adam"}}, [], "the optimizer is set by --base_lr"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, [], "zero_optimization.reduce_bucket_size"),
+        ({}, ["--global_batch_size", "100"], "100 is not a multiple of micro_batch_size 32 x data-parallel size 1"),
+    ],
+)
+def test_a_contradiction_with_the_ds_config_is_named(
+    config: Any, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        merged(config, tmp_path, *arguments)
+
+
+def test_a_missing_ds_config_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"absent\.json is not a file"):
+        read_ds_config("absent.json")
