@@ -8,10 +8,10 @@ import math
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
     """Learning rate of one optimizer step, a pure function of the step.
 
-    With a warm-up of W >= 1 steps this is Hugging Face's ``get_cosine_schedule_with_warmup`` of a run one step
-    longer, read one step later: that one gives its first step a learning rate of 0, this one gives step 0 ``peak / W`` and step W - 1 ``peak``. Without
-    a warm-up step 0 has ``peak``. The cosine would reach ``minimum`` at the step after the last, so that no step is
-    spent at a learning rate of 0.
+    With a warm-up of W >= 1 steps this is Hugging Face's ``get_cosine_schedule_with_warmup`` of a run one step longer,
+    read one step later: that one gives its first step a learning rate of 0, this one gives step 0 ``peak / W`` and step
+    W - 1 ``peak``. Without a warm-up step 0 has ``peak``. The cosine would reach ``minimum`` one step after the last,
+    so that no step is spent at a learning rate of 0.
 
     Args:
         step: steps completed before this one, 0 to ``total_steps - 1``; later ones have ``minimum``.
