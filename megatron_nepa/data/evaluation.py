@@ -163,7 +163,7 @@ class EvaluationLoader:
             if not bad:  # every image decodes by itself: whatever it was, it was no bad image
                 raise
             raise ConfigError(
-                f"{', '.join(bad)} cannot be decoded: an index made by tools/index_dataset.py --verify full leaves it out."
+                f"{', '.join(bad)} cannot be decoded: tools/index_dataset.py --verify full leaves such images out."
             ) from error
 
     def _decodes(self, image: int) -> bool:

@@ -31,7 +31,7 @@ class Batch:
     images: Tensor
     # int64 [micro_batch_size], always the whole micro-batch's sample numbers: the keys of the model's draws
     sample_index: Tensor
-    # int64 [b], class of each image
+    # of each image: its class, int64 [b], or its soft target, fp32 [b, classes]
     labels: Tensor | None = None
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +16,7 @@ import numpy.typing as npt
 from megatron_nepa.data.headers import UnreadableImageError, image_size
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.storage import ImageStore
+from megatron_nepa.data.workers import SPAWN, worker_pool
 
 Verify = Literal["header", "full"]
 
@@ -47,7 +46,7 @@ def check_images(
     waiting = deque(chunks)
     while waiting:
         suspects: list[npt.NDArray[np.int64]] = []
-        with _pool(workers) as pool:
+        with worker_pool(workers) as pool:
             running: dict[Future[Checked], npt.NDArray[np.int64]] = {}
             while running or (waiting and not suspects):
                 while waiting and not suspects and len(running) < 2 * workers:
@@ -68,9 +67,9 @@ def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, 
     fatal: list[int] = []
     while True:
         rest = rows[~np.isin(rows, fatal)]
-        under_way = _SPAWN.Value("q", -1, lock=False)
+        under_way = SPAWN.Value("q", -1, lock=False)
         try:
-            with _pool(1, under_way) as pool:
+            with worker_pool(1, _report_to, under_way) as pool:
                 checked = pool.submit(_check, listing.select(rest), rest, verify, device).result()
         except BrokenProcessPool:
             if under_way.value < 0:  # it did not come as far as an image
@@ -86,21 +85,12 @@ def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, 
         )
 
 
-# spawn: a fork of a process that holds torch's and DALI's threads can hang
-_SPAWN = multiprocessing.get_context("spawn")
 _under_way: ctypes.c_longlong | None = None  # in a worker of _corner: the row that it is checking
 
 
-def _pool(workers: int, under_way: ctypes.c_longlong | None = None) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=_SPAWN, initializer=_start_worker, initargs=(under_way,))
-
-
-def _start_worker(under_way: ctypes.c_longlong | None) -> None:
+def _report_to(under_way: ctypes.c_longlong) -> None:
     global _under_way
     _under_way = under_way
-    # Linux kills this process when its parent dies, however that dies (PR_SET_PDEATHSIG)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 
 def mark(row: int) -> None:

@@ -244,9 +244,9 @@ def test_no_worker_outlives_a_killed_tool(photographs: Path, tmp_path: Path) -> 
     """kill -9 of the tool ends its workers within a second."""
     code = (
         "import numpy as np, sys, time\n"
-        "from megatron_nepa.data import verify\n"
+        "from megatron_nepa.data.workers import worker_pool\n"
         "if __name__ == '__main__':\n"
-        "    pool = verify._pool(2)\n"
+        "    pool = worker_pool(2)\n"
         "    tasks = [pool.submit(time.sleep, 60) for _ in range(4)]\n"
         "    time.sleep(1)\n"
         "    print(*pool._processes, flush=True)\n"
