@@ -1,10 +1,10 @@
-"""Evaluation: every image exactly once over the ranks, resized and centre-cropped."""
+"""Evaluation: every image exactly once over the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,54 +39,47 @@ class EvaluationBatch:
     valid: Tensor  # bool [b], False for the repeats that fill up the last batch: leave them out of every sum
 
 
-class _Resized(NamedTuple):
-    """What the pipeline is fed for one batch."""
+class Geometry(NamedTuple):
+    """How each image of a batch is resized, and what is kept of it."""
 
-    encoded: list[npt.NDArray[np.uint8]]
     size: npt.NDArray[np.float32]  # [n, 2]: height, width after the resize
-    start: npt.NDArray[np.int32]  # [n, 2]: y, x of the centre crop in that
+    start: npt.NDArray[np.int32]  # [n, 2]: y, x of the crop in that
+    shape: npt.NDArray[np.int32]  # [n, 2]: height, width of the crop, equal for all images of a batch
 
 
-class EvaluationLoader:
-    """Iterates once over a data set, this rank's share of it.
+Side = npt.NDArray[np.integer]
 
-    ``Resize(resize_size)`` on the shorter side and ``CenterCrop(image_size)`` as torchvision does, antialiased.
+
+class OnePassLoader:
+    """Iterates once over a data set, this rank's share of it, resizing and cropping as ``geometry`` says.
 
     Args:
         index: the images.
         config: its num_threads and hw_decoder_load.
-        image_size: side S of the crop.
-        resize_size: length of the shorter side before the crop.
-        squash: resize both sides to ``resize_size``, whatever the ratio (the release's evaluation of its large model).
+        geometry: of stored widths and heights, [n] each.
         batch_size: images of a batch.
         data_rank, data_size: which of how many ranks this is; image i is evaluated by rank i mod data_size.
         device: where images are decoded and delivered.
         dtype: of the images.
-        interpolation: of the resize.
+        interpolation: of the resize, which is antialiased.
 
     Raises:
-        ConfigError: a crop larger than the resized image; while iterating, an image that cannot be decoded, by name.
+        ConfigError: while iterating, an image that cannot be decoded, by name.
     """
 
     def __init__(
         self,
         index: DatasetIndex,
         config: DataConfig,
-        image_size: int,
-        resize_size: int,
-        squash: bool,
+        geometry: Callable[[Side, Side], Geometry],
         batch_size: int,
         data_rank: int,
         data_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        interpolation: Interpolation = "bicubic",
+        interpolation: Interpolation,
     ) -> None:
-        require(
-            resize_size >= image_size,
-            f"the crop of {image_size} pixels is larger than the resized image's shorter side of {resize_size}.",
-        )
-        self._index, self._image_size, self._resize_size, self._squash = index, image_size, resize_size, squash
+        self._index, self._geometry = index, geometry
         self._batch_size, self._data_rank, self._data_size = batch_size, data_rank, data_size
         self._device, self._dtype, self._interpolation = device, dtype, interpolation
         self._options = DecoderOptions.of(config, index, device)
@@ -133,24 +126,25 @@ class EvaluationLoader:
             raise ConfigError(f"{self._index.where(image)} cannot be read: {error}.") from error
 
     def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> Pipeline:
-        def source(batch: int) -> _Resized:
+        def source(batch: int) -> tuple[Any, ...]:
             images = self._images_of(batch)
             if not len(images):
                 raise StopIteration
             encoded = [content for part in reader(batch) for content in part]
-            width, height = self._index.width[images], self._index.height[images]
-            size = resized_size(width, height, self._resize_size, self._squash)
-            start = np.rint((size - self._image_size) / 2).astype(np.int32)
-            return _Resized(encoded, size.astype(np.float32), start)
+            return encoded, *self._geometry(self._index.width[images], self._index.height[images])
 
         pipeline = new_pipeline(self._batch_size, self._options)
         with pipeline:
-            encoded, size, start = fn.external_source(
-                source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT32], ndim=[1, 1, 1]
+            encoded, size, start, shape = fn.external_source(
+                source,
+                num_outputs=4,
+                batch=True,
+                dtype=[types.UINT8, types.FLOAT, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 1],
             )
             image = fn.decoders.image(encoded, **self._options.decoder_arguments())
             image = fn.resize(image, size=size, interp_type=INTERPOLATIONS[self._interpolation], antialias=True)
-            image = fn.slice(image, start=start, shape=[self._image_size, self._image_size], axes=[0, 1])
+            image = fn.slice(image, start=start, shape=shape, axes=[0, 1])
             pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
         pipeline.build()
         return pipeline
@@ -175,16 +169,47 @@ class EvaluationLoader:
         return True
 
 
-def resized_size(
-    width: npt.NDArray[np.integer], height: npt.NDArray[np.integer], shorter_side: int, squash: bool
-) -> IntArray:
-    """Height and width of each image after torchvision's ``Resize(shorter_side)``, or after a squash to a square.
+class EvaluationLoader(OnePassLoader):
+    """Evaluation of a classifier: ``Resize(resize_size)`` on the shorter side and ``CenterCrop(image_size)``.
 
-    Returns:
-        int64 [n, 2].
+    Args:
+        index: the images.
+        config: its num_threads and hw_decoder_load.
+        image_size: side S of the crop.
+        resize_size: length of the shorter side before the crop.
+        squash: resize both sides to ``resize_size``, whatever the ratio (the release's evaluation of its large model).
+        batch_size, data_rank, data_size, device, dtype, interpolation: as in :class:`OnePassLoader`.
+
+    Raises:
+        ConfigError: a crop larger than the resized image; while iterating, an image that cannot be decoded, by name.
     """
-    if squash:
-        return np.full((len(width), 2), shorter_side, np.int64)
-    sides = np.stack([height, width], axis=1).astype(np.int64)
-    size: IntArray = shorter_side * sides // sides.min(axis=1, keepdims=True)  # torchvision cuts the fraction off too
-    return size
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        image_size: int,
+        resize_size: int,
+        squash: bool,
+        batch_size: int,
+        data_rank: int,
+        data_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
+        require(
+            resize_size >= image_size,
+            f"the crop of {image_size} pixels is larger than the resized image's shorter side of {resize_size}.",
+        )
+
+        def geometry(width: Side, height: Side) -> Geometry:
+            sides = np.stack([height, width], axis=1).astype(np.int64)
+            if squash:
+                size = np.full_like(sides, resize_size)
+            else:
+                size = resize_size * sides // sides.min(axis=1, keepdims=True)  # torchvision cuts the fraction off too
+            start = np.rint((size - image_size) / 2).astype(np.int32)
+            return Geometry(size.astype(np.float32), start, np.full_like(start, image_size))
+
+        super().__init__(index, config, geometry, batch_size, data_rank, data_size, device, dtype, interpolation)
