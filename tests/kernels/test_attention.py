@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 
-import flash_attn_stub
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -11,6 +10,7 @@ from torch.nn.attention import SDPBackend
 from megatron_nepa.config import ConfigError
 from megatron_nepa.kernels import attention
 from megatron_nepa.kernels.dispatch import select_kernels
+from tests.kernels import flash_attn_stub
 
 BF16 = torch.bfloat16
 

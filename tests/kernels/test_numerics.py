@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_rule import assert_rule
+from tests.kernels.kernel_rule import assert_rule
 
 from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
 from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
