@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.kernels.kernel_rule import assert_rule
 
 from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
 from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
@@ -12,6 +11,7 @@ from megatron_nepa.kernels.residual_norm import residual_norm_reference
 from megatron_nepa.kernels.residual_norm_triton import residual_norm_triton
 from megatron_nepa.kernels.swiglu import swiglu_reference
 from megatron_nepa.kernels.swiglu_triton import swiglu_triton
+from tests.kernels.kernel_rule import assert_rule
 
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-12
