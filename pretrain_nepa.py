@@ -19,7 +19,7 @@ from megatron_nepa.parallel.topology import build_topology, init_distributed
 from megatron_nepa.tasks.pretraining import PretrainingTask
 from megatron_nepa.training.deepspeed_config import merge, read_ds_config, resolve
 from megatron_nepa.training.launch import exit_on_user_error
-from megatron_nepa.training.loop import train
+from megatron_nepa.training.loop import DTYPES, train
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,7 +31,16 @@ def main(arguments: Sequence[str]) -> None:
     topology = build_topology(init_distributed(), run.parallel.tensor_parallel_size)
     ds_config = resolve(run, ds_config, topology.data_size)
     task = PretrainingTask(run, topology)
-    kernels = select_kernels(run.kernels, topology.device)
+    model = run.model
+    attention_shape = (
+        run.micro_batch_size,
+        model.sequence_length,
+        model.num_heads // topology.tensor.size,
+        model.head_size,
+    )
+    kernels = select_kernels(
+        run.kernels, topology.device, attention_shape=attention_shape, dtype=DTYPES[run.dtype], causal=model.causal
+    )
     train(run, ds_config, task, kernels, topology)
 
 

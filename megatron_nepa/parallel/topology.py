@@ -114,7 +114,8 @@ def init_distributed(device_type: str | None = None) -> torch.device:
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"] if in_slurm_step else "0"
     world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     os.environ.setdefault("LOCAL_SIZE", str(world_size))
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    is_joined = dist.is_initialized()
+    if not is_joined and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
         require(
             world_size == 1,
             f"{world_size} ranks were started without MASTER_ADDR and MASTER_PORT: set both to the first node's name and a "
@@ -124,7 +125,7 @@ def init_distributed(device_type: str | None = None) -> torch.device:
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if not is_joined:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return device
 

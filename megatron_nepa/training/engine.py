@@ -53,6 +53,9 @@ class TrainingEngine:
         self.topology = topology
         self.zero_stage: int = ds_config["zero_optimization"]["stage"]
         self.accumulation_steps: int = ds_config["gradient_accumulation_steps"]
+        if self.zero_stage == 0:
+            # DeepSpeed's plain fp32 path clips without checking or reporting the norm: _step_without_zero does all three
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         model.to(topology.device)
         optimizer = build_optimizer(parameter_groups(model, run.optimizer), run.optimizer, topology.device, offload)
@@ -103,12 +106,14 @@ class TrainingEngine:
         return result
 
     def _step_without_zero(self) -> StepResult:
-        # DeepSpeed's plain fp32 path neither reports the norm nor checks it
         norm = self._gradient_norm()
         applied = bool(torch.isfinite(norm))
+        gradients = [param.grad for param in self.module.parameters() if param.grad is not None]
         if not applied:
             for param in self.module.parameters():
                 param.grad = None
+        elif self.run.optimizer.clip_grad > 0:
+            torch._foreach_mul_(gradients, (self.run.optimizer.clip_grad / (norm + 1e-6)).clamp(max=1.0))
         self.deepspeed.step()
         return StepResult(applied, norm)
 

@@ -17,8 +17,9 @@ class EmbeddingHealth(NamedTuple):
     Attributes:
         std: mean over dimensions of the unit vectors' standard deviation, times sqrt(D): 1 for isotropic embeddings, 0
             for collapsed ones.
-        effective_rank: exp of the entropy of the normalised eigenvalues of the unit vectors' covariance (Roy &
-            Vetterli, 2007): the number of directions in use, from 1 to the number of rows less one.
+        effective_rank: exp of the entropy of the normalised singular values of the matrix of unit vectors (Roy &
+            Vetterli, 2007; as a measure of collapse: Garrido et al., RankMe, 2023): the number of directions in use, 1
+            where all vectors are the same.
         mean_direction: squared norm of the mean unit vector: 0 where directions cancel, 1 where all are the same.
     """
 
@@ -35,7 +36,8 @@ def embedding_health(rows: Tensor) -> Tensor:
         rows: embeddings [m, D] of any floating dtype; at most 256 of them, spread over all, are used.
 
     Returns:
-        fp32 [2 + r * r] with r = min(m, 256): the std, the squared norm of the mean direction, the centred Gram matrix.
+        fp32 [2 + r * r] with r = min(m, 256): the std, the squared norm of the mean direction, the Gram matrix of the
+        unit vectors.
     """
     count, width = rows.shape
     if count > MAX_ROWS:
@@ -44,9 +46,8 @@ def embedding_health(rows: Tensor) -> Tensor:
     # in fp64: a TF32 product would add its rounding to every eigenvalue, and these are 256 rows
     unit = torch.nn.functional.normalize(rows.double(), dim=1)
     mean = unit.mean(dim=0)
-    centred = unit - mean
-    std = centred.square().mean(dim=0).sqrt().mean() * math.sqrt(width)
-    return torch.cat((torch.stack((std, mean.square().sum())), (centred @ centred.T).flatten())).float()
+    std = (unit - mean).square().mean(dim=0).sqrt().mean() * math.sqrt(width)
+    return torch.cat((torch.stack((std, mean.square().sum())), (unit @ unit.T).flatten())).float()
 
 
 def read_health(flat: Tensor) -> EmbeddingHealth:
@@ -55,11 +56,11 @@ def read_health(flat: Tensor) -> EmbeddingHealth:
     if not bool(torch.isfinite(flat).all()):
         return EmbeddingHealth(math.nan, math.nan, math.nan)
     count = math.isqrt(flat.numel() - 2)
-    energies = torch.linalg.eigvalsh(flat[2:].view(count, count).double()).clamp_min(0.0)
-    # unit vectors that differ by less than fp32 rounding are one direction, not noise of full rank
-    if energies.sum() < 1e-12 * count:
-        return EmbeddingHealth(std, 1.0, mean_direction)
-    entropy = torch.special.entr(energies / energies.sum()).sum()
+    energies = torch.linalg.eigvalsh(flat[2:].view(count, count).double())
+    # what the fp32 rounding of the Gram matrix adds is no direction
+    energies = torch.where(energies > 1e-6 * energies.max(), energies, 0.0)
+    singular_values = energies.sqrt()
+    entropy = torch.special.entr(singular_values / singular_values.sum()).sum()
     return EmbeddingHealth(std, math.exp(entropy.item()), mean_direction)
 
 
