@@ -1,8 +1,15 @@
-"""Triton's kernels run in its interpreter on the CPU; Triton wants to know before it is first imported.
-
-``make test-gpu`` sets TRITON_INTERPRET=0 and runs ``tests/gpu`` in a process of its own, with compiled kernels.
-"""
+"""Settings of the whole suite."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides at import
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run Triton's kernels in its interpreter, on the CPU, except for ``pytest -m gpu`` (``make test-gpu``)."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
