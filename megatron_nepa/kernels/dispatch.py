@@ -68,9 +68,18 @@ def select_kernels(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     attention = choose_attention(device, attention_shape, dtype, causal, deterministic)
-    if choice == "auto" and (device.type != "cuda" or importlib.util.find_spec("triton") is None):
+    if choice == "auto" and not _triton_compiles_for(device):
         return Kernels(attention=attention)
     return _triton_kernels(choice, device, attention_shape, attention)
+
+
+def _triton_compiles_for(device: torch.device) -> bool:
+    """Whether the kernels would run as machine code; in the interpreter they are for proofs alone."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from megatron_nepa.kernels.interpreter import is_interpreting
+
+    return not is_interpreting()
 
 
 def _triton_kernels(

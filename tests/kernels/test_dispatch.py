@@ -24,6 +24,14 @@ def test_a_cpu_takes_the_reference(choice):
     assert select_kernels(choice, "cpu").describe() == REFERENCE == Kernels().describe()
 
 
+def test_a_gpu_takes_the_compiled_kernels_by_itself_but_never_the_interpreter():
+    assert select_kernels("auto", "cuda").swiglu.__name__ == "swiglu_reference"
+    code = "from megatron_nepa.kernels.dispatch import select_kernels; print(select_kernels('auto', 'cuda').describe())"
+    result = run(code, TRITON_INTERPRET="")
+    assert "'swiglu': 'swiglu_triton'" in result.stdout, result.stderr
+    assert "'residual_norm': 'residual_norm_triton'" in result.stdout
+
+
 def test_triton_under_the_interpreter():
     chosen = select_kernels("triton", "cpu", attention_shape=(2, 257, 3, 64)).describe()
     fused = {"qk_norm_rope", "swiglu", "residual_norm", "cosine_loss"}
