@@ -1,14 +1,15 @@
 """Benchmarks of this machine.
 
     python tools/benchmark.py kernels [--recipe nepa_b] [--operations swiglu,attention] [--json]
+    python tools/benchmark.py data [--data DIR] [--threads 2] [--rounds 9] [--json]
 """
 
 import argparse
 
-from megatron_nepa.benchmarks import kernels
+from megatron_nepa.benchmarks import data, kernels
 from megatron_nepa.config import ConfigError
 
-SUBJECTS = {"kernels": kernels}
+SUBJECTS = {"kernels": kernels, "data": data}
 
 
 def main() -> None:

@@ -68,15 +68,15 @@ class AugmentationConfig:
 @contextmanager
 def seeded(seed: int, purpose: str, k: int) -> Iterator[None]:
     """Python's and numpy's global generators seeded by (seed, purpose, k) inside the block, untouched outside."""
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - timm draws from it
     key = derive_key(seed, purpose, k)
     random.seed(key)
-    np.random.seed([key & 0xFFFFFFFF, key >> 32])
+    np.random.seed([key & 0xFFFFFFFF, key >> 32])  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 class RandAugmenter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import DataConfig
+from megatron_nepa.config import DataConfig, require
 from megatron_nepa.data.builtin import builtin_folder
 from megatron_nepa.data.crops import CropStream
 from megatron_nepa.data.folder import scan_folder
@@ -21,6 +22,7 @@ from megatron_nepa.data.share import Share
 from megatron_nepa.parallel.random import uniform_tensor
 
 SYNTHETIC = "synthetic"
+_LONG_SCAN = 10.0  # seconds after which an index is worth a hint
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,16 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
     if config.path is not None and is_index(config.path):
         index = load_index(config.path)
     else:
-        index = scan_folder(config.path if config.path is not None else builtin_folder(verbose))
+        folder = Path(config.path) if config.path is not None else builtin_folder(verbose)
+        require(
+            not any(folder.glob("*.tar")),
+            f"{folder} holds tar shards: index them with tools/index_dataset.py and give the index as --data.",
+        )
+        start = time.monotonic()
+        index = scan_folder(folder)
+        seconds = time.monotonic() - start
+        if verbose and seconds > _LONG_SCAN:
+            print(f"reading {len(index)} headers took {seconds:.0f} s: tools/index_dataset.py makes this instant.")
     if index.quarantine and verbose:
         name, reason = index.quarantine[0]
         print(f"left out {len(index.quarantine)} unreadable images of {index.root}; the first, {name}: {reason}")

@@ -72,7 +72,10 @@ class DecoderOptions:
 
 def new_pipeline(batch_size: int, options: DecoderOptions) -> Pipeline:
     """An empty pipeline on the device of ``options``."""
-    device_id = (options.device.index or 0) if options.on_gpu else None
+    device_id = None
+    if options.on_gpu:
+        index = options.device.index
+        device_id = torch.cuda.current_device() if index is None else index
     return Pipeline(batch_size, options.num_threads, device_id, prefetch_queue_depth=PREFETCH)
 
 

@@ -120,7 +120,7 @@ def _walk_tar(
     whole = True
     try:
         file.seek(start)
-        archive = tarfile.open(fileobj=file, mode="r:")
+        archive = tarfile.TarFile(fileobj=file)
         while whole and (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # a million TarInfo objects would stay in memory
             offset, stem, extension = member.offset_data, *os.path.splitext(member.name)

@@ -81,7 +81,7 @@ def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, 
             np.concatenate([checked.rows, np.array(fatal, np.int64)]),
             np.concatenate([checked.width, nothing]),
             np.concatenate([checked.height, nothing]),
-            checked.reasons | {row: "crashes the decoder" for row in fatal},
+            checked.reasons | dict.fromkeys(fatal, "crashes the decoder"),
         )
 
 

@@ -20,18 +20,18 @@ from megatron_nepa.data.index import DatasetIndex
 
 def make_loader(index: DatasetIndex, **changes: Any) -> EvaluationLoader:
     """An evaluation of one rank."""
-    arguments: dict[str, Any] = dict(
-        index=index,
-        config=DataConfig(),
-        image_size=56,
-        resize_size=64,
-        squash=False,
-        batch_size=5,
-        data_rank=0,
-        data_size=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    arguments: dict[str, Any] = {
+        "index": index,
+        "config": DataConfig(),
+        "image_size": 56,
+        "resize_size": 64,
+        "squash": False,
+        "batch_size": 5,
+        "data_rank": 0,
+        "data_size": 1,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+    }
     return EvaluationLoader(**(arguments | changes))
 
 

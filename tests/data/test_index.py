@@ -37,7 +37,9 @@ def test_flat_folder_and_place_independence(photographs: Path, tmp_path: Path) -
     flat = tmp_path / "flat"
     shutil.copytree(photographs / "bee", flat)
     index = scan_folder(flat)
-    assert len(index) == len(list(flat.iterdir())) and (index.label == -1).all() and index.classes == ()
+    assert len(index) == len(list(flat.iterdir()))
+    assert (index.label == -1).all()
+    assert index.classes == ()
     copy = tmp_path / "copy"
     shutil.copytree(photographs, copy)
     assert scan_folder(copy).fingerprint() == scan_folder(photographs).fingerprint()
@@ -76,7 +78,8 @@ def test_unreadable_images_are_quarantined(photographs: Path, tmp_path: Path) ->
 def one_sentence(error: pytest.ExceptionInfo[ConfigError], *parts: str) -> None:
     """The message is one line that holds every part."""
     message = str(error.value)
-    assert "\n" not in message and message.endswith(".")
+    assert "\n" not in message
+    assert message.endswith(".")
     for part in parts:
         assert part in message
 
@@ -94,6 +97,11 @@ def test_folders_without_images_are_refused(photographs: Path, tmp_path: Path) -
     with pytest.raises(ConfigError) as error:
         build_index(DataConfig(path=str(tmp_path)))
     one_sentence(error, str(tmp_path), "holds no images")
+    (tmp_path / "shard.tar").write_bytes(b"")
+    with pytest.raises(ConfigError) as error:
+        build_index(DataConfig(path=str(tmp_path)))
+    one_sentence(error, str(tmp_path), "holds tar shards", "tools/index_dataset.py")
+    (tmp_path / "shard.tar").unlink()
     (tmp_path / "x.jpg").write_bytes(b"no")
     with pytest.raises(ConfigError) as error:
         build_index(DataConfig(path=str(tmp_path)))
@@ -115,7 +123,8 @@ def test_builtin_set(cache: Path) -> None:
     index = scan_folder(cache)
     assert len(index) == 1803
     assert len(index.classes) == sum(len(names) for names in PHOTOGRAPHS.values())
-    assert np.minimum(index.width, index.height).min() >= 160 and np.maximum(index.width, index.height).max() <= 256
+    assert np.minimum(index.width, index.height).min() >= 160
+    assert np.maximum(index.width, index.height).max() <= 256
     assert not index.quarantine
 
 
@@ -129,7 +138,8 @@ def test_builtin_set_is_written_whole_by_racing_processes(tmp_path: Path, cache:
     ]
     for process in both:
         out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and out.split()[-1] == "1803"
+        assert process.returncode == 0
+        assert out.split()[-1] == "1803"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [cache.name]
 
 

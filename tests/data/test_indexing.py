@@ -58,8 +58,10 @@ def test_index_file_round_trip(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "one").rename(tmp_path / "two")
     opened = load_index(tmp_path / "two" / "index")
     assert isinstance(opened.width, np.memmap)
-    assert opened.fingerprint() == index.fingerprint() and opened.classes == index.classes
-    assert Path(opened.where(5)).is_file() and "two" in opened.where(5)
+    assert opened.fingerprint() == index.fingerprint()
+    assert opened.classes == index.classes
+    assert Path(opened.where(5)).is_file()
+    assert "two" in opened.where(5)
     assert torch.equal(first_images(opened), first_images(scan_folder(photographs)))
     with pytest.raises(ConfigError, match="exists already"):
         save_index(index, tmp_path / "two" / "index")
@@ -94,7 +96,8 @@ def test_shards_and_folder_give_the_same_run(photographs: Path, tmp_path: Path) 
     assert "37 images, 3 classes, 0 left out" in result.stdout
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"shard_{i:06d}.tar" for i in range(4)]
     folder, shards = scan_folder(photographs), load_index(tmp_path / "index")
-    assert shards.fingerprint() == folder.fingerprint() and shards.classes == ("ant", "bee", "cow")
+    assert shards.fingerprint() == folder.fingerprint()
+    assert shards.classes == ("ant", "bee", "cow")
     assert torch.equal(first_images(shards), first_images(folder))
 
 
@@ -125,7 +128,8 @@ def test_imagenet_archive_of_archives(photographs: Path, tmp_path: Path) -> None
             outer.addfile(member, inner)
     index = build_and_save_index(list_source(tmp_path / "train.tar"), tmp_path / "index", workers=1, progress=False)
     folder = scan_folder(photographs)
-    assert index.classes == folder.classes and (index.label == folder.label).all()
+    assert index.classes == folder.classes
+    assert (index.label == folder.label).all()
     assert torch.equal(first_images(index), first_images(folder))
 
 
@@ -206,7 +210,7 @@ def test_an_image_that_kills_the_decoder_costs_itself_alone(photographs: Path, m
     found = list(verify.check_images(listing, list(np.array_split(rows, 4)), "header", "cpu", 2))
     assert sorted(np.concatenate([checked.rows for checked in found]).tolist()) == rows.tolist()
     reasons = {row: reason for checked in found for row, reason in checked.reasons.items()}
-    assert reasons == {row: "crashes the decoder" for row in crashing_worker.FATAL_ROWS}
+    assert reasons == dict.fromkeys(crashing_worker.FATAL_ROWS, "crashes the decoder")
     assert sum(int(checked.width.sum()) for checked in found) == len(rows) - 3
 
 
@@ -241,7 +245,7 @@ def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monke
 
 
 def test_no_worker_outlives_a_killed_tool(photographs: Path, tmp_path: Path) -> None:
-    """kill -9 of the tool ends its workers within a second."""
+    """kill -9 of the parent ends its workers, those that were still starting too."""
     code = (
         "import numpy as np, sys, time\n"
         "from megatron_nepa.data.workers import worker_pool\n"
@@ -258,10 +262,11 @@ def test_no_worker_outlives_a_killed_tool(photographs: Path, tmp_path: Path) -> 
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     workers = [int(word) for word in process.stdout.readline().split()]
-    assert workers and all(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert workers
+    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any(_alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(_alive(worker) for worker in workers)

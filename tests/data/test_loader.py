@@ -28,22 +28,22 @@ CPU = torch.device("cpu")
 def make_loader(folder: Path, **changes: Any) -> PretrainingLoader:
     """A loader of global batch 8 on one rank, with any argument or data field changed."""
     fields = {name: changes.pop(name) for name in list(changes) if name in DataConfig.__dataclass_fields__}
-    arguments: dict[str, Any] = dict(
-        index=changes.get("index") or scan_folder(folder),
-        config=DataConfig(**({"horizontal_flip": True} | fields)),
-        image_size=SIZE,
-        seed=SEED,
-        micro_batch_size=GLOBAL,
-        global_batch_size=GLOBAL,
-        accumulation_steps=1,
-        data_rank=0,
-        data_size=1,
-        tensor_rank=0,
-        tensor_size=1,
-        device=CPU,
-        dtype=torch.float32,
-        consumed_samples=0,
-    )
+    arguments: dict[str, Any] = {
+        "index": changes.get("index") or scan_folder(folder),
+        "config": DataConfig(**({"horizontal_flip": True} | fields)),
+        "image_size": SIZE,
+        "seed": SEED,
+        "micro_batch_size": GLOBAL,
+        "global_batch_size": GLOBAL,
+        "accumulation_steps": 1,
+        "data_rank": 0,
+        "data_size": 1,
+        "tensor_rank": 0,
+        "tensor_size": 1,
+        "device": CPU,
+        "dtype": torch.float32,
+        "consumed_samples": 0,
+    }
     return PretrainingLoader(**(arguments | changes))
 
 
@@ -83,7 +83,8 @@ def test_grids_see_the_same_run(
                 tensor_size=tensor_size,
             )
             for batch in take(loader, steps * accumulation):
-                assert batch.sample_index.dtype == torch.int64 and len(batch.sample_index) == micro
+                assert batch.sample_index.dtype == torch.int64
+                assert len(batch.sample_index) == micro
                 local = batch.sample_index
                 if micro % tensor_size == 0:
                     share = micro // tensor_size
@@ -142,7 +143,8 @@ def test_normalise() -> None:
         assert ((result.double() - exact).abs() <= ulp * 0.5 * 1.001).all()
     both = normalise(levels, torch.tensor([True, False]), torch.float32)
     plain = normalise(levels, None, torch.float32)
-    assert torch.equal(both[0], plain[0].flip(2)) and torch.equal(both[1], plain[1])
+    assert torch.equal(both[0], plain[0].flip(2))
+    assert torch.equal(both[1], plain[1])
 
 
 def test_flip_is_off_by_default(photographs: Path, reference: Tensor) -> None:
@@ -211,7 +213,8 @@ def test_bad_images_end_the_run_where_asked(photographs: Path, tmp_path: Path, k
     loader = make_loader(folder, index=index, on_bad_image="fail")
     with pytest.raises(ConfigError) as error:
         list(islice(loader, 5))
-    assert "\n" not in str(error.value) and any(str(folder / name) in str(error.value) for name in names)
+    assert "\n" not in str(error.value)
+    assert any(str(folder / name) in str(error.value) for name in names)
     loader.close()
 
 
@@ -239,9 +242,13 @@ def test_synthetic_loader() -> None:
     """Same interface: sample numbers of the run, one set of images, sharded over tensor-parallel ranks."""
     whole = SyntheticLoader(SIZE, 0, 4, 16, 2, 1, 2, 0, 1, CPU, torch.bfloat16, consumed_samples=16)
     first, second = islice(whole, 2)
-    assert first.sample_index.tolist() == [20, 21, 22, 23] and second.sample_index.tolist() == [28, 29, 30, 31]
-    assert first.images.shape == (4, 3, SIZE, SIZE) and first.images.dtype == torch.bfloat16
-    assert first.images.min() >= -1 and first.images.max() <= 1 and first.images.float().std() > 0.5
+    assert first.sample_index.tolist() == [20, 21, 22, 23]
+    assert second.sample_index.tolist() == [28, 29, 30, 31]
+    assert first.images.shape == (4, 3, SIZE, SIZE)
+    assert first.images.dtype == torch.bfloat16
+    assert first.images.min() >= -1
+    assert first.images.max() <= 1
+    assert first.images.float().std() > 0.5
     assert whole.consumed_samples == 32
     part = next(SyntheticLoader(SIZE, 0, 4, 16, 2, 1, 2, 1, 2, CPU, torch.bfloat16))
     assert torch.equal(part.images, first.images[2:])

@@ -60,8 +60,12 @@ def test_boxes_have_torchvisions_distribution(size: tuple[int, int]) -> None:
     count = 4000
     boxes = order.crop_boxes(9, np.arange(count), np.full(count, width), np.full(count, height), 0.08)
     x, y, w, h = boxes.T.astype(np.int64)
-    assert (x >= 0).all() and (y >= 0).all() and (w > 0).all() and (h > 0).all()
-    assert (x + w <= width).all() and (y + h <= height).all()
+    assert (x >= 0).all()
+    assert (y >= 0).all()
+    assert (w > 0).all()
+    assert (h > 0).all()
+    assert (x + w <= width).all()
+    assert (y + h <= height).all()
     torch.manual_seed(0)
     image = torch.empty(1, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
@@ -99,7 +103,8 @@ def test_rejection_rule_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None
             y, x, h, w = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         fallbacks += next(feed, None) is None
         if w == 0 or h == 0:  # torchvision returns an empty box for a 1-pixel sliver; ours keeps one pixel
-            assert boxes[i, 2] >= 1 and boxes[i, 3] >= 1
+            assert boxes[i, 2] >= 1
+            assert boxes[i, 3] >= 1
             continue
         assert boxes[i].tolist() == [x, y, w, h], f"image {width[i]} x {height[i]}"
     assert fallbacks > 50

@@ -105,7 +105,8 @@ def test_pixels_match_resize_then_crop(pairs: DatasetIndex, monkeypatch: pytest.
         expected = scaled[y : y + 64, x : x + 64].transpose(2, 0, 1)
         height, width = expected.shape[1:]
         differences.append(np.abs((image.numpy()[:, :height, :width] + 1) * 127.5 - expected).ravel())
-        assert (label[height:] == IGNORED).all() and (label[:, width:] == IGNORED).all()
+        assert (label[height:] == IGNORED).all()
+        assert (label[:, width:] == IGNORED).all()
     assert np.concatenate(differences).mean() < 0.6
     assert np.concatenate(differences).max() <= 20
 
@@ -132,7 +133,8 @@ def test_crops_avoid_a_dominant_class() -> None:
     size = np.array([100, 100])
     draws = np.array([[0.1, 0.0], [0.5, 0.99], [0.3, 0.62]])  # all 0, all 1, both
     corner, crop = choose_crop(mask, size, draws, config)
-    assert corner.tolist() == [24, 50] and crop.mean() == 0.5
+    assert corner.tolist() == [24, 50]
+    assert crop.mean() == 0.5
     corner, crop = choose_crop(mask, size, draws[:2], config)
     assert (crop == 1).all()
     mask[:] = IGNORED  # ignored pixels are no class
@@ -174,7 +176,8 @@ def test_distortion_is_moderate_and_keyed() -> None:
     result = distort(image, samples, SEED)
     same = (result == image).flatten(1).all(1).float().mean()
     assert 0.03 < same < 0.10
-    assert result.min() >= 0 and result.max() <= 255
+    assert result.min() >= 0
+    assert result.max() <= 255
     assert torch.equal(distort(image[:5], samples[100:105], SEED), result[100:105])
 
 
@@ -195,7 +198,8 @@ def test_evaluation_sees_whole_images_once(pairs: DatasetIndex, data_size: int) 
                 scaled = np.asarray(picture.resize((int(size[1]), int(size[0])), Image.Resampling.BILINEAR), np.float32)
             assert np.abs((item.images[0].numpy() + 1) * 127.5 - scaled.transpose(2, 0, 1)).mean() < 0.6
             seen += [i] * item.valid
-    assert len(rounds) == 1 and sorted(seen) == list(range(len(pairs)))
+    assert len(rounds) == 1
+    assert sorted(seen) == list(range(len(pairs)))
 
 
 def test_bad_pairs_are_named(pairs: DatasetIndex, photographs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,268 @@
+"""Times the pre-training input against torchvision's DataLoader and DALI's own reader, on the same images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+from torch import Tensor
+
+from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.data.builtin import builtin_folder, cache_folder
+from megatron_nepa.data.crops import CropStream
+from megatron_nepa.data.index import DatasetIndex, PackedNames
+from megatron_nepa.data.index_file import load_index, save_index
+from megatron_nepa.data.loader import PretrainingLoader, build_index
+from megatron_nepa.data.order import crop_boxes, flips, image_of_sample
+from megatron_nepa.data.pipelines import PREFETCH, DecoderOptions
+from megatron_nepa.data.share import Share
+
+IMAGE_SIZE, SCALE_MIN, SEED = 224, 0.08, 0
+IMAGENET_IMAGES = 1_281_167
+H100_IMAGES_PER_SECOND = 3000  # what one H100 asks for on NEPA-B at 40 % of its bf16 peak
+SETTLE_SECONDS = 0.4  # a contender that was just timed fills its queue again: not at the next one's expense
+
+NextBatch = Callable[[], Tensor]  # [batch, 3, 224, 224]
+# each of ours against the one that puts out the same
+LOADER, TORCHVISION = "megatron_nepa, fp32", "torchvision, fp32"
+CROPS, DALI_READER = "megatron_nepa, uint8", "DALI's reader, uint8"
+PAIRS = {TORCHVISION: LOADER, DALI_READER: CROPS}
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What was measured.
+
+    Attributes:
+        images_per_second: by contender, median over the rounds.
+        spread: by contender, slowest and fastest round.
+        ratio: ours over each other contender with the same output, median of the rounds' ratios.
+        plan_share: time of index look-up, order, boxes and flips over the time of a batch.
+        startup_seconds: opening an index of ImageNet's size and planning its first batch.
+        images_per_second_per_core: ours, decoded crops as a GPU would receive them (uint8).
+        cores_per_h100: cores that feed one H100 without a GPU decoder.
+    """
+
+    images_per_second: dict[str, float]
+    spread: dict[str, tuple[float, float]]
+    ratio: dict[str, float]
+    plan_share: float
+    startup_seconds: float
+    images_per_second_per_core: float
+    cores_per_h100: float
+
+
+def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int) -> DataReport:
+    """Time every contender in ``rounds`` interleaved rounds of ``batches`` batches of ``batch`` images."""
+    index = build_index(DataConfig(path=str(folder)))
+    assert index is not None
+    loader, crops = _loader(index, batch, threads), _crops(index, batch, threads)
+    contenders: dict[str, NextBatch] = {
+        LOADER: lambda: next(loader).images,
+        TORCHVISION: _torchvision(index, batch, threads),
+        CROPS: lambda: next(crops)[0],
+        DALI_READER: _dali_reader(folder, batch, threads),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            time.sleep(SETTLE_SECONDS)
+            speed = _images_per_second(contenders[name], batch, batches, queued=2 * threads + PREFETCH)
+            if number:  # the first round fills caches and starts threads
+                speeds[name].append(speed)
+    loader.close()
+    crops.close()
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    per_core = median[CROPS] / threads
+    return DataReport(
+        images_per_second=median,
+        spread={name: (min(values), max(values)) for name, values in speeds.items()},
+        ratio={
+            other: statistics.median(a / b for a, b in zip(speeds[own], speeds[other], strict=True))
+            for other, own in PAIRS.items()
+        },
+        plan_share=_plan_seconds(index, batch) * median[CROPS] / batch,
+        startup_seconds=_startup_seconds(batch),
+        images_per_second_per_core=per_core,
+        cores_per_h100=H100_IMAGES_PER_SECOND / per_core,
+    )
+
+
+def _images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: int) -> float:
+    for _ in range(queued):  # decoded while others were timed: not this round's work
+        next_batch()
+    start = time.perf_counter()
+    for _ in range(batches):
+        next_batch()
+    return batch * batches / (time.perf_counter() - start)
+
+
+def _loader(index: DatasetIndex, batch: int, threads: int) -> PretrainingLoader:
+    config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
+    return PretrainingLoader(
+        index,
+        config,
+        IMAGE_SIZE,
+        SEED,
+        micro_batch_size=batch,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        data_rank=0,
+        data_size=1,
+        tensor_rank=0,
+        tensor_size=1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def _crops(index: DatasetIndex, batch: int, threads: int) -> CropStream:
+    config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
+    options = DecoderOptions.of(config, index, torch.device("cpu"))
+    return CropStream(index, config, IMAGE_SIZE, SEED, Share(batch, batch, 1, 0, 1, 0, 1), options)
+
+
+def _dali_reader(folder: Path, batch: int, threads: int) -> NextBatch:
+    """DALI's file reader and random crop, with its default settings."""
+    pipeline = Pipeline(batch, threads, None, seed=SEED, prefetch_queue_depth=PREFETCH)
+    with pipeline:
+        encoded, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name="reader")
+        image = fn.decoders.image_random_crop(encoded, random_area=[SCALE_MIN, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+        image = fn.resize(image, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
+        pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
+    pipeline.build()
+
+    def next_batch() -> Tensor:
+        (output,) = pipeline.run()
+        images: Tensor = torch.from_dlpack(output.as_tensor())
+        return images
+
+    return next_batch
+
+
+class _Folder(torch.utils.data.Dataset[Tensor]):
+    """Images of an index through PIL and torchvision, as the authors' release loads them."""
+
+    def __init__(self, index: DatasetIndex) -> None:
+        try:
+            from torchvision import transforms
+        except ImportError as error:
+            raise ConfigError("the data benchmark compares with torchvision: pip install torchvision.") from error
+        self._paths = [index.where(i) for i in range(len(index))]
+        steps = [
+            transforms.RandomResizedCrop(IMAGE_SIZE, (SCALE_MIN, 1.0)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+        self._transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        with Image.open(self._paths[i]) as image:
+            transformed: Tensor = self._transform(image.convert("RGB"))
+        return transformed
+
+
+def _torchvision(index: DatasetIndex, batch: int, threads: int) -> NextBatch:
+    dataset = _Folder(index)
+    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
+    batches = iter(torch.utils.data.DataLoader(dataset, batch, sampler=sampler, num_workers=threads))
+    return lambda: next(batches)
+
+
+def _plan_seconds(index: DatasetIndex, batch: int) -> float:
+    """Index look-up, order, boxes and flips of one batch."""
+    times = []
+    for number in range(20):
+        samples = np.arange(number * batch, (number + 1) * batch)
+        start = time.perf_counter()
+        images = image_of_sample(SEED, samples, len(index))
+        crop_boxes(SEED, samples, index.width[images], index.height[images], SCALE_MIN)
+        flips(SEED, samples)
+        for image in images.tolist():
+            index.names[image]
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _startup_seconds(batch: int) -> float:
+    """Open an index of ImageNet's size and plan its first batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = PackedNames.pack(f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(IMAGENET_IMAGES))
+        sizes = np.full(IMAGENET_IMAGES, 500, np.int32)
+        label = np.arange(IMAGENET_IMAGES, dtype=np.int32) // 1300
+        save_index(DatasetIndex(Path(folder), names, sizes, sizes, label), Path(folder) / "index")
+        start = time.perf_counter()
+        _plan_seconds(load_index(Path(folder) / "index"), batch)
+        return time.perf_counter() - start
+
+
+def sample_images(count: int = 300) -> Path:
+    """A folder of 500 x 375 JPEGs (quality 90) scaled from the built-in photographs, made on first use."""
+    target = cache_folder() / f"benchmark-500x375-{count}"
+    if target.is_dir():
+        return target
+    sources = sorted(builtin_folder().glob("*/*.jpg"))
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        folder = Path(beside) / "images" / "all"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            image = Image.open(sources[number * len(sources) // count])
+            image.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.jpg", quality=90)
+        shutil.move(str(folder.parent), target)
+    return target
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``tools/benchmark.py data``."""
+    parser.add_argument("--data", help="ImageFolder tree to read; none takes 500x375 JPEGs of the built-in photographs")
+    parser.add_argument("--batch", type=int, default=32, help="images of a batch")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, and DataLoader workers")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; ratios are medians over them")
+    parser.add_argument("--batches", type=int, default=16, help="batches that are timed of each contender a round")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and print."""
+    for name in ("batch", "threads", "rounds", "batches"):
+        require(getattr(options, name) >= 1, f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    folder = Path(options.data) if options.data else sample_images()
+    report = benchmark(folder, options.batch, options.threads, options.rounds, options.batches)
+    if options.json:
+        print(json.dumps(asdict(report) | {"machine": platform.processor() or platform.machine()}))
+        return
+    for line in lines(report, options.threads):
+        print(line)
+
+
+def lines(report: DataReport, threads: int) -> Iterator[str]:
+    """The report as text."""
+    title = f"random crops of 224, {threads} threads"
+    yield f"{title:32s}{'images/s':>10s}{'min':>8s}{'max':>8s}{'ours over it':>14s}"
+    for name, speed in report.images_per_second.items():
+        low, high = report.spread[name]
+        ratio = f"{report.ratio[name]:.2f}" if name in report.ratio else ""
+        yield f"{name:32s}{speed:10.0f}{low:8.0f}{high:8.0f}{ratio:>14s}"
+    yield f"index look-up and order: {report.plan_share:.2%} of a batch"
+    yield f"start-up on an index of {IMAGENET_IMAGES:,} images: {report.startup_seconds:.2f} s"
+    yield (
+        f"{report.images_per_second_per_core:.0f} images/s a core: decoding on the CPU, one H100 at "
+        f"{H100_IMAGES_PER_SECOND} images/s needs {report.cores_per_h100:.0f} cores"
+    )

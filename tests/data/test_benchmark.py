@@ -1,0 +1,25 @@
+"""The data benchmark runs and its figures fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_nepa.benchmarks.data import PAIRS, benchmark, lines
+
+
+def test_data_benchmark(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short round: a ratio is the quotient of its pair, and planning is a small part of a batch."""
+    monkeypatch.setattr("megatron_nepa.benchmarks.data.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_nepa.benchmarks.data.IMAGENET_IMAGES", 1000)
+    report = benchmark(photographs, batch=16, threads=1, rounds=1, batches=2)
+    speed = report.images_per_second
+    assert set(speed) == set(PAIRS) | set(PAIRS.values())
+    for other, own in PAIRS.items():
+        assert report.ratio[other] == pytest.approx(speed[own] / speed[other])
+        assert report.spread[other] == (speed[other], speed[other])
+    assert 0 < report.plan_share < 0.2
+    assert report.cores_per_h100 == pytest.approx(3000 / report.images_per_second_per_core)
+    text = "\n".join(lines(report, 1))
+    assert all(name in text for name in speed)
