@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megatron_nepa.kernels.interpreter import is_interpreting, round_bf16_to_nearest
-
-round_bf16_to_nearest()
-
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _interpreted():
+    # not imported above: Triton must not be imported before the suite's conftest has asked for its interpreter
+    from megatron_nepa.kernels.interpreter import is_interpreting, round_bf16_to_nearest
+
     if not is_interpreting():
         pytest.skip("TRITON_INTERPRET=0: kernels are compiled in this process")
+    round_bf16_to_nearest()
     torch.manual_seed(0)
