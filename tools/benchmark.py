@@ -1,7 +1,7 @@
 """Benchmarks of this machine.
 
-    python tools/benchmark.py kernels [--recipe nepa_b] [--operations swiglu,attention] [--json]
-    python tools/benchmark.py data [--data DIR] [--threads 2] [--rounds 9] [--json]
+python tools/benchmark.py kernels [--recipe nepa_b] [--operations swiglu,attention] [--json]
+python tools/benchmark.py data [--data DIR] [--threads 2] [--rounds 9] [--json]
 """
 
 import argparse
