@@ -107,7 +107,7 @@ def _build_parser(description: str) -> argparse.ArgumentParser:
         "--ds_config", metavar="FILE", help='DeepSpeed config; its "auto" values take the flags\' values'
     )
     start.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    short = {long: name for long, name in SHORT_NAMES.items()}
+    short = SHORT_NAMES
     group = parser.add_argument_group("run")
     for section, cls in SECTIONS.items():
         for name in (name for name in fields(cls) if f"{section}.{name.name}" in short):

@@ -1,13 +1,14 @@
 """Named starting points: a recipe is a function that returns a :class:`RunConfig`.
 
-``nepa_b`` and ``nepa_l`` follow the paper, ``nepa_b_release`` and ``nepa_l_release`` the authors' code where the two differ (the
-README lists every difference); the larger trunks have no published counterpart.
+``nepa_b`` and ``nepa_l`` follow the paper, ``nepa_b_release`` and ``nepa_l_release`` the authors' code where the two
+differ (the README lists every difference); the larger trunks have no published counterpart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from megatron_nepa.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
@@ -33,6 +34,8 @@ def quickstart() -> RunConfig:
         steps=200,
         global_batch_size=64,
         micro_batch_size=32,
+        # CPUs without bf16 units multiply several times faster in fp32
+        dtype="fp32",
         save_every=100,
         log_every=1,
     )
@@ -105,7 +108,7 @@ def _trunk(num_layers: int, hidden_size: int, num_heads: int, mlp_hidden_size: i
     )
 
 
-def _release(base: RunConfig, mlp_hidden_size: int, qk_norm: str) -> RunConfig:
+def _release(base: RunConfig, mlp_hidden_size: int, qk_norm: Literal["plain", "affine"]) -> RunConfig:
     model = replace(
         base.model,
         mlp="gelu",

@@ -101,7 +101,9 @@ def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
         parse(*arguments)
 
 
-def merged(config: Any, tmp_path: Path, *arguments: str, data_parallel_size: int = 1) -> tuple[RunConfig, dict[str, Any]]:
+def merged(
+    config: Any, tmp_path: Path, *arguments: str, data_parallel_size: int = 1
+) -> tuple[RunConfig, dict[str, Any]]:
     path = tmp_path / "ds.json"
     path.write_text(config if isinstance(config, str) else json.dumps(config))
     command = parse_command_line(["--ds_config", str(path), *arguments], "")
@@ -120,7 +122,8 @@ def test_auto_takes_the_flags_values(tmp_path: Path) -> None:
 
 
 def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
-    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5, "bf16": {"enabled": False}}
+    config: dict[str, Any] = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
+    config["bf16"] = {"enabled": False}
     run, _ = merged(config, tmp_path)
     assert (run.global_batch_size, run.micro_batch_size, run.optimizer.clip_grad, run.dtype) == (16, 2, 0.5, "fp32")
 

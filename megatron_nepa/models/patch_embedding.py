@@ -84,8 +84,8 @@ class PatchEmbedding(nn.Module):
         return target, trunk_input
 
     def _shared_parameters(self, is_share: bool) -> list[Tensor | None]:
-        embedding = [self.weight, self.bias, self.bos_token]
-        on_input = [self.positions, self.mask_token]
+        embedding: list[Tensor | None] = [self.weight, self.bias, self.bos_token]
+        on_input: list[Tensor | None] = [self.positions, self.mask_token]
         if self.sequence_parallel:
             return sum_gradients(embedding + on_input, self.tensor)
         if is_share:  # all rows are rebuilt on every rank before positions and mask, whose gradients are equal there

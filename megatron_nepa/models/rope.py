@@ -15,8 +15,8 @@ def rope_angles(
 ) -> Tensor:
     """Rotation angle of every token and channel pair.
 
-    Patch centres are normalised to (-1, 1) per image, so another resolution needs no interpolation. The first quarter of the
-    head's channels (paired with the third) turns with y, the second (paired with the fourth) with x.
+    Patch centres are normalised to (-1, 1) per image, so another resolution needs no interpolation. The first quarter
+    of the head's channels (paired with the third) turns with y, the second (paired with the fourth) with x.
 
     Args:
         grid_height, grid_width: patches of the image, raster order.

@@ -1,10 +1,13 @@
 """The pre-norm transformer block (paper section 3.2, release section 2.2).
 
-A block is written from seam to seam. ``residual_norm`` adds a finished branch to the stream and normalises the sum for the next
-branch in one pass, so a block receives its first norm already applied and applies the first norm of its successor.
+A block is written from seam to seam. ``residual_norm`` adds a finished branch to the stream and normalises the sum for
+the next branch in one pass, so a block receives its first norm already applied and applies the first norm of its
+successor.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -83,6 +86,21 @@ class FeedForward(nn.Module):
         return output
 
 
+class _Replicated(NamedTuple):
+    """The parameters of a block that are not split, and of the norm after it."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attention_bias: Tensor
+    layer_scale1: Tensor | None
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    feed_forward_bias: Tensor
+    layer_scale2: Tensor | None
+    next_norm_weight: Tensor
+    next_norm_bias: Tensor
+
+
 class Block(nn.Module):
     """Attention and feed-forward branches on a residual stream."""
 
@@ -126,34 +144,48 @@ class Block(nn.Module):
         Returns:
             The new stream and its next norm, both [n, D].
         """
-        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
-        bias1, bias2 = self.attention.out.bias, self.feed_forward.down.bias
-        scale1, scale2 = self.layer_scale1, self.layer_scale2
-        weight2, norm_bias2 = self.norm2.weight, self.norm2.bias
-        # each rank uses the QK-norm on its heads, and everything else here on its rows
-        if self.sequence_parallel:
-            summed = [
-                q_norm,
-                k_norm,
-                bias1,
-                bias2,
-                scale1,
-                scale2,
-                weight2,
-                norm_bias2,
-                next_norm_weight,
-                next_norm_bias,
-            ]
-            summed = sum_gradients(summed, self.tensor)
-            q_norm, k_norm, bias1, bias2, scale1, scale2, weight2, norm_bias2, next_norm_weight, next_norm_bias = summed
-        else:
-            q_norm, k_norm = sum_gradients((q_norm, k_norm), self.tensor)
-
-        branch = self.attention(normed, q_norm, k_norm, angles, rope_scale, num_samples, period)
-        stream, normed = self.kernels.residual_norm(
-            stream, branch, bias1, scale1, attention_scale, weight2, norm_bias2, self.eps
+        shared = self._replicated(next_norm_weight, next_norm_bias)
+        residual_norm = self.kernels.residual_norm
+        branch = self.attention(normed, shared.q_norm, shared.k_norm, angles, rope_scale, num_samples, period)
+        stream, normed = residual_norm(
+            stream,
+            branch,
+            shared.attention_bias,
+            shared.layer_scale1,
+            attention_scale,
+            shared.norm2_weight,
+            shared.norm2_bias,
+            self.eps,
         )
         branch = self.feed_forward(normed)
-        return self.kernels.residual_norm(
-            stream, branch, bias2, scale2, feed_forward_scale, next_norm_weight, next_norm_bias, self.eps
+        return residual_norm(
+            stream,
+            branch,
+            shared.feed_forward_bias,
+            shared.layer_scale2,
+            feed_forward_scale,
+            shared.next_norm_weight,
+            shared.next_norm_bias,
+            self.eps,
         )
+
+    def _replicated(self, next_norm_weight: Tensor, next_norm_bias: Tensor) -> _Replicated:
+        """What every rank holds whole, with the sum of its gradient over the ranks where each computes a share."""
+        qk_norms: tuple[Tensor | None, ...] = (
+            self.attention.q_norm,
+            self.attention.k_norm,
+        )  # used on each rank's heads
+        on_rows = (
+            self.attention.out.bias,
+            self.layer_scale1,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.feed_forward.down.bias,
+            self.layer_scale2,
+            next_norm_weight,
+            next_norm_bias,
+        )
+        if self.sequence_parallel:
+            return _Replicated(*sum_gradients((*qk_norms, *on_rows), self.tensor))  # type: ignore[arg-type]
+        q_norm, k_norm = sum_gradients(qk_norms, self.tensor)
+        return _Replicated(q_norm, k_norm, *on_rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,19 +103,32 @@ class Trunk(nn.Module):
                 )
         row_scale = self._row_scale(sample_index, rows, period)
 
-        norms = [block.norm1 for block in self.blocks] + [self.norm]
-        weight, bias = norms[0].weight, norms[0].bias
+        blocks = cast("list[Block]", list(self.blocks))
+        norms = [block.norm1 for block in blocks] + [self.norm]
+        weight: Tensor | None = norms[0].weight
+        bias: Tensor | None = norms[0].bias
         if self.sequence_parallel:
             weight, bias = sum_gradients((weight, bias), self.tensor)
+        assert weight is not None
+        assert bias is not None
         normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)
-        for i, block in enumerate(self.blocks):
-            arguments = (stream, normed, norms[i + 1].weight, norms[i + 1].bias, angles, rope_scale)
-            arguments += (row_scale[2 * i], row_scale[2 * i + 1], num_samples, period)
+        for i, block in enumerate(blocks):
+            call: Callable[..., tuple[Tensor, Tensor]] = block
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # every draw is an argument, so there is no random state to restore
-                stream, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                stream, normed = block(*arguments)
+                call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            stream, normed = call(
+                stream,
+                normed,
+                norms[i + 1].weight,
+                norms[i + 1].bias,
+                angles,
+                rope_scale,
+                row_scale[2 * i],
+                row_scale[2 * i + 1],
+                num_samples,
+                period,
+            )
         return TrunkOutput(embedding, normed, rows, period)
 
     def _row_scale(self, sample_index: Tensor, rows: RowShard, period: int) -> Tensor | list[None]:

@@ -47,8 +47,8 @@ def reduce_scatter_rows(x: Tensor, tensor: TensorGroup) -> Tensor:
 def sum_gradients(parameters: Sequence[Tensor | None], tensor: TensorGroup) -> list[Tensor | None]:
     """Replicated parameters whose gradient each rank computes a share of; the shares are summed in one collective.
 
-    Part of the autograd graph, so no set-up step can forget it; DeepSpeed does not do it (it reduces over the data-parallel
-    group only).
+    Part of the autograd graph, so no set-up step can forget it; DeepSpeed does not do it (it reduces over the
+    data-parallel group only).
 
     Args:
         parameters: tensors of one dtype; None entries are passed through.
@@ -63,13 +63,17 @@ def sum_gradients(parameters: Sequence[Tensor | None], tensor: TensorGroup) -> l
 def all_gather_rows_async(x: Tensor, tensor: TensorGroup) -> tuple[Tensor, dist.Work]:
     """Start joining the ranks' rows (no gradient); wait on the second result before the first is read."""
     out = x.new_empty(x.shape[0] * tensor.size, *x.shape[1:])
-    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=tensor.group, async_op=True)
+    work = dist.all_gather_into_tensor(out, x.contiguous(), group=tensor.group, async_op=True)
+    assert work is not None  # this rank is in its own group
+    return out, work
 
 
 def reduce_scatter_rows_async(x: Tensor, tensor: TensorGroup) -> tuple[Tensor, dist.Work]:
     """Start summing over the ranks and keeping this rank's rows (no gradient); wait before reading."""
     out = x.new_empty(x.shape[0] // tensor.size, *x.shape[1:])
-    return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=tensor.group, async_op=True)
+    work = dist.reduce_scatter_tensor(out, x.contiguous(), group=tensor.group, async_op=True)
+    assert work is not None
+    return out, work
 
 
 class _Copy(torch.autograd.Function):

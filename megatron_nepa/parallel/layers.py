@@ -1,7 +1,7 @@
 """Linear layers split over the tensor-parallel ranks (Shoeybi et al. 2019; Korthikanti et al. 2022 for the row shards).
 
-With one rank they are plain linears. Weights are created empty: ``initialize_parameters`` draws the whole model's weights
-and keeps this rank's slice, so any tensor-parallel size starts from the same model.
+With one rank they are plain linears. Weights are created empty: ``initialize_parameters`` draws the whole model's
+weights and keeps this rank's slice, so any tensor-parallel size starts from the same model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def parameter(
     result = nn.Parameter(torch.full(shape, float("nan")))
     result.parallel_layout = layout  # type: ignore[attr-defined]
     result.constant = constant  # type: ignore[attr-defined]
-    # DeepSpeed counts marked parameters of every tensor-parallel rank, and unmarked ones of rank 0 only, in the gradient norm
+    # DeepSpeed counts marked parameters of every tensor-parallel rank, and unmarked ones of rank 0 only, in the
+    # gradient norm
     result.tensor_model_parallel = layout.split_dim is not None  # type: ignore[attr-defined]
     return result
 
@@ -152,9 +153,9 @@ class RowParallelLinear(nn.Module):
 class _ColumnParallelProduct(torch.autograd.Function):
     """The product of a column-parallel layer, with its collectives overlapped.
 
-    Under sequence parallelism the rows are gathered before the product; only this rank's rows are kept, and the backward pass gathers
-    them again while it computes the input's gradient, then sums that gradient over the ranks while it computes the weight's
-    (Korthikanti et al. 2022, section 4.2.2).
+    Under sequence parallelism the rows are gathered before the product; only this rank's rows are kept, and the
+    backward pass gathers them again while it computes the input's gradient, then sums that gradient over the ranks
+    while it computes the weight's (Korthikanti et al. 2022, section 4.2.2).
     """
 
     @staticmethod

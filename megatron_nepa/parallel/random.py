@@ -1,7 +1,8 @@
 """Random draws keyed by what they are for, never by who draws them.
 
 Every draw of a run is ``uniform(seed, purpose, layer, k)`` with k the sample's number in the run. The result depends on
-nothing else: not on rank, device, micro-batch, call order or restart (principle: a run is a pure function of its config).
+nothing else: not on rank, device, micro-batch, call order or restart (principle: a run is a pure function of its
+config).
 
 The generator is splitmix64's finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014) applied to a counter under a hashed key. :func:`uniform` (numpy) and :func:`uniform_tensor`

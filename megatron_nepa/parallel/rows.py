@@ -1,8 +1,9 @@
 """Sequence parallelism as a shard of token rows.
 
-A replica's activations are [N, D] with N = B * T rows in batch-major order. Sequence parallelism gives every tensor-parallel
-rank a contiguous run of ceil(N / size) rows; the last rank's run may end in padding. Where the size divides the batch a run is
-whole samples; elsewhere it cuts one, and the last row's target is then the next rank's first row (the halo).
+A replica's activations are [N, D] with N = B * T rows in batch-major order. Sequence parallelism gives every
+tensor-parallel rank a contiguous run of ceil(N / size) rows; the last rank's run may end in padding. Where the size divides
+the batch a run is whole samples; elsewhere it cuts one, and the last row's target is then the next rank's first row
+(the halo).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class RowShard:
         return present if missing == 0 else torch.cat((present, rows.new_zeros(missing, *rows.shape[1:])))
 
     def sample_of_row(self, period: int, num_samples: int, device: torch.device) -> Tensor:
-        """Batch position of the sample that each of this rank's rows belongs to, int64 [count]; padding repeats the last."""
+        """Batch position of each row's sample, int64 [count]; padding repeats the last."""
         row = torch.arange(self.first, self.first + self.count, device=device)
         return (row // period).clamp_(max=num_samples - 1)
 

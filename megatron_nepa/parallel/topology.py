@@ -101,7 +101,8 @@ def init_distributed(device_type: str | None = None) -> torch.device:
     """Join the process group that the launcher describes and return this rank's device.
 
     Understands the variables of the ``deepspeed`` launcher and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-    MASTER_PORT) and those of ``srun`` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID); with none of them the process is a run of one.
+    MASTER_PORT) and those of ``srun`` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID); with none of them the process is a
+    run of one.
 
     Args:
         device_type: "cuda" or "cpu"; None takes CUDA where it is available.
@@ -118,8 +119,8 @@ def init_distributed(device_type: str | None = None) -> torch.device:
     if not is_joined and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
         require(
             world_size == 1,
-            f"{world_size} ranks were started without MASTER_ADDR and MASTER_PORT: set both to the first node's name and a "
-            "free port, or start with deepspeed or torchrun, which do.",
+            f"{world_size} ranks were started without MASTER_ADDR and MASTER_PORT: set both to the first node's name "
+            "and a free port, or start with deepspeed or torchrun, which do.",
         )
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
@@ -139,8 +140,8 @@ def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
     world_size = dist.get_world_size()
     require(
         world_size % tensor_parallel_size == 0,
-        f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks {world_size}: start a multiple of "
-        f"{tensor_parallel_size} ranks (deepspeed --num_gpus) or choose another size.",
+        f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks {world_size}: start a "
+        f"multiple of {tensor_parallel_size} ranks (deepspeed --num_gpus) or choose another size.",
     )
     shape = (world_size // tensor_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
@@ -150,7 +151,7 @@ def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
         group=mesh.get_group("tensor") if tensor_parallel_size > 1 else None,
     )
     host_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
-    assert host_group is not None
+    assert isinstance(host_group, dist.ProcessGroup)
     return Topology(
         mesh=mesh,
         device=device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class PretrainingTask:
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> PretrainingLoader | SyntheticLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""
         run, topology = self.run, self.topology
-        place = {
+        place: dict[str, Any] = {
             "image_size": run.model.image_size,
             "seed": run.seed,
             "micro_batch_size": run.micro_batch_size,

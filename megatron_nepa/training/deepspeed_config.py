@@ -89,7 +89,8 @@ def merge(run: RunConfig, given: Collection[str], path: str | None, config: dict
         asked = _field(run, link.field)
         require(
             link.field not in given or asked == value,
-            f'{link.flag} is {asked} but "{".".join(link.keys)}" in {place} is {value}: make them equal, or set the latter to "auto".',
+            f'{link.flag} is {asked} but "{".".join(link.keys)}" in {place} is {value}: make them equal, '
+            'or set the latter to "auto".',
         )
         values[link.field] = value
 
@@ -98,7 +99,8 @@ def merge(run: RunConfig, given: Collection[str], path: str | None, config: dict
         dtype = "bf16" if bf16 else "fp32"
         require(
             "dtype" not in given or run.dtype == dtype,
-            f'--dtype is {run.dtype} but "bf16.enabled" in {place} is {str(bf16).lower()}: make them agree, or set the latter to "auto".',
+            f'--dtype is {run.dtype} but "bf16.enabled" in {place} is {str(bf16).lower()}: make them agree, '
+            'or set the latter to "auto".',
         )
         values["dtype"] = dtype
     return override(run, values)
@@ -114,14 +116,16 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
     asked = config.get("gradient_accumulation_steps", "auto")
     require(
         asked in ("auto", accumulation),
-        f'"gradient_accumulation_steps" in the DeepSpeed config is {asked}, but global_batch_size {run.global_batch_size} / '
-        f"(micro_batch_size {run.micro_batch_size} x data-parallel size {data_parallel_size}) = {accumulation}.",
+        f'"gradient_accumulation_steps" in the DeepSpeed config is {asked}, but global_batch_size '
+        f"{run.global_batch_size} / (micro_batch_size {run.micro_batch_size} x data-parallel size "
+        f"{data_parallel_size}) = {accumulation}.",
     )
     zero = dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
     require(
         stage in (0, 1, 2),
-        f"ZeRO stage {stage} is not supported: use 1 or 2 (or 0 in fp32); split larger models with --tensor_parallel_size.",
+        f"ZeRO stage {stage} is not supported: use 1 or 2 (or 0 in fp32); split larger models with "
+        "--tensor_parallel_size.",
     )
     require(
         stage > 0 or run.dtype == "fp32",

@@ -17,7 +17,8 @@ class ExponentialMovingAverage:
     Args:
         masters: this rank's fp32 tensors, read at every update.
         decay: d.
-        warmup: use ``min(decay, (1 + t) / (10 + t))`` instead; after 2,000 steps 0.9999 alone is still 82 % initial weights.
+        warmup: use ``min(decay, (1 + t) / (10 + t))`` instead; after 2,000 steps 0.9999 alone is still 82 % initial
+            weights.
     """
 
     def __init__(self, masters: Sequence[Tensor], decay: float, warmup: bool) -> None:

@@ -49,6 +49,7 @@ class MetricWindow:
         flat = values.flatten()
         host = (flat if extra is None else torch.cat((flat, extra))).cpu()
         table = host[: flat.numel()].view(len(self._rows), len(self.names)).tolist()
-        rows = [{**row, **dict(zip(self.names, line, strict=True))} for row, line in zip(self._rows, table, strict=True)]
+        named = [dict(zip(self.names, line, strict=True)) for line in table]
+        rows: list[Row] = [{**row, **scalars} for row, scalars in zip(self._rows, named, strict=True)]
         self._rows, self._scalars = [], []
         return rows, host[flat.numel() :]

@@ -14,7 +14,8 @@ from megatron_nepa.config import OptimizerConfig
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Trainable parameters as two groups, "decay" and "no_decay".
 
-    Biases, norms, LayerScale, the mask token and (unless ``decay_bos_token``) the BOS token are vectors and are not decayed.
+    Biases, norms, LayerScale, the mask token and (unless ``decay_bos_token``) the BOS token are vectors and are not
+    decayed.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []

@@ -61,7 +61,7 @@ class Case:
 
     grid: Grid = Grid()
     model: ModelConfig = MODEL
-    objective: ObjectiveConfig = ObjectiveConfig(mask_ratio=0.4)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(mask_ratio=0.4))
     dtype: str = "fp32"
     steps: int = 3
     global_batch_size: int = 8
@@ -110,9 +110,7 @@ def build_engine(case: Case, mutation: Mutation | None = None, kernels: Kernels 
     config["zero_optimization"]["overlap_comm"] = grid.overlap_comm
     if grid.zero_stage == 0:
         del config["data_types"]
-    model = NepaForPretraining(
-        run.model, run.objective, run.parallel, run.seed, topology.tensor, kernels or Kernels()
-    )
+    model = NepaForPretraining(run.model, run.objective, run.parallel, run.seed, topology.tensor, kernels or Kernels())
     spread_vectors(model)
     if mutation is not None:
         mutation(model, topology)
@@ -135,8 +133,8 @@ def spread_vectors(model: nn.Module) -> None:
 def sample_images(sample: range, model: ModelConfig, dtype: torch.dtype) -> Tensor:
     """Image k of the run is a function of k alone."""
     shape = (model.in_channels, model.image_size, model.image_size)
-    images = [torch.randn(shape, generator=torch.Generator().manual_seed(1000 + k), dtype=torch.float64) for k in sample]
-    return torch.stack(images).to(dtype)
+    generators = [torch.Generator().manual_seed(1000 + k) for k in sample]
+    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators]).to(dtype)
 
 
 def train_case(case: Case, mutation: Mutation | None = None, kernels: Kernels | None = None) -> Outcome:
@@ -222,7 +220,8 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
     """Where two fp32 runs differ by more than rounding: empty where they are equal by the suite's measure.
 
     Loss 1e-6 absolute, gradient norm 1e-5 relative; each gradient of step 1, master, moment and average in norm, to
-    2e-5 of its norm or of lr * sqrt(numel). Element by element would not do: Adam amplifies rounding where a gradient is near 0.
+    2e-5 of its norm or of lr * sqrt(numel). Element by element would not do: Adam amplifies rounding where
+    a gradient is near 0.
     """
     problems = [
         f"loss of step {i + 1}: {a} and {b}"

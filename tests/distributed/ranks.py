@@ -37,7 +37,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
             process.kill()
         outcomes = [_read(Path(folder) / f"{rank}.pickle") for rank in range(world_size)]
     errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
-    assert not errors and not alive, f"ranks still running: {alive}\n" + "\n".join(errors)
+    if errors or alive:
+        raise AssertionError(f"ranks still running: {alive}\n" + "\n".join(errors))
     return [value for value, _ in outcomes]
 
 

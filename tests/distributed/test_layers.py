@@ -22,7 +22,12 @@ EVEN = replace(MODEL, bos_token=False)
 Layout = tuple[ModelConfig, ObjectiveConfig, ParallelConfig, int]
 
 LAYOUTS: list[Layout] = [
-    (model, ObjectiveConfig(stop_gradient=stop_gradient, mask_ratio=0.4), ParallelConfig(size, sequence_parallel), batch)
+    (
+        model,
+        ObjectiveConfig(stop_gradient=stop_gradient, mask_ratio=0.4),
+        ParallelConfig(size, sequence_parallel),
+        batch,
+    )
     for model in (MODEL, EVEN)
     for size in (2, 4)
     for sequence_parallel in (False, True)

@@ -1,4 +1,4 @@
-"""The objective learns, and its ablations fail as the paper says (section 4.1): seen in the embeddings, not in the loss."""
+"""The objective learns; without stop-gradient the embeddings collapse, which the loss does not show (paper 4.1)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,9 @@ def test_forward_and_backward_reproduce_the_release(name: str) -> None:
     for i, stream in enumerate(streams):
         torch.testing.assert_close(stream.view(2, period, -1), golden[f"out.hidden_{i}"], atol=1e-5, rtol=0)
     torch.testing.assert_close(output.target.view(2, period, -1), golden["out.input_embedding"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.prediction.view(2, period, -1), golden["out.last_hidden_state"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        output.prediction.view(2, period, -1), golden["out.last_hidden_state"], atol=1e-5, rtol=0
+    )
     assert abs(output.loss.item() - golden["out.loss"].item()) <= 1e-7
 
     gradients = to_release({key: param.grad for key, param in model.named_parameters()}, config)

@@ -17,7 +17,7 @@ READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.defaul
 
 
 class ReadCounter(TorchDispatchMode):
-    """Collects where the host waits for a value of the device: ``item``, ``tolist``, a truth value, a copy to the CPU."""
+    """Collects where the host waits for a value of the device: ``item``, ``equal``, ``nonzero``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ReadCounter(TorchDispatchMode):
 def count_reads(planted: bool) -> tuple[list[str], int]:
     case = Case(steps=1).on(micro_batch_size=4)
     engine = build_engine(case)
-    batches = [(sample_images(range(first, first + 4), case.model, torch.float32), torch.arange(4) + first) for first in (0, 4)]
+    batches = [(sample_images(range(k, k + 4), case.model, torch.float32), torch.arange(4) + k) for k in (0, 4)]
     with ReadCounter() as counter:
         for i, (images, sample_index) in enumerate(batches):
             output = engine.forward(images, sample_index)
