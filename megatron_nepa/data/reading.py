@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nepa.config import ConfigError, DataConfig
+from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.order import IntArray, crop_boxes, image_of_sample
@@ -26,6 +26,8 @@ from megatron_nepa.data.pipelines import EncodedBatch
 from megatron_nepa.data.storage import ImageStore
 
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few samples says anything
+
+_SAID = 10  # bad images that are also named on the terminal; the log has all
 
 _Read = tuple[list[npt.NDArray[np.uint8]], list[int]]  # contents, and images they are of
 T = TypeVar("T")
@@ -125,19 +127,20 @@ class SampleReader:
         self._store.close()
 
     def _read(self, samples: IntArray) -> _Read:
-        contents, images = [], []
-        for sample in samples.tolist():
+        contents = []
+        images = image_of_sample(self._seed, samples, len(self._index)).tolist()
+        for i, sample in enumerate(samples.tolist()):
             skip = 0
             while True:
-                image = self._image(sample, skip)
                 if skip not in self._undecodable.get(sample, ()):
                     try:
-                        contents.append(self._store.read(image))
+                        contents.append(self._store.read(images[i]))
                         break
                     except UnreadableImageError as reason:
-                        self._record(sample, image, f"{self._index.where(image)}: {reason}")
+                        self._record(sample, images[i], f"{self._index.where(images[i])}: {reason}")
                 skip += 1
-            images.append(image)
+                require(skip < len(self._index), f"none of the {len(self._index)} images can be read or decoded.")
+                images[i] = self._image(sample, skip)
         return contents, images
 
     def _image(self, sample: int, skip: int) -> int:
@@ -174,7 +177,8 @@ class SampleReader:
                 f"{len(self._bad)} of {self._num_samples} samples of this rank could not be decoded, more than "
                 f"data.max_bad_share {self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
             )
-        print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)
+        if len(self._bad) <= _SAID:
+            print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)
         if self._log is not None:
             row = {"sample": sample, "image": image, "reason": reason}
             with open(self._log, "a") as file:  # one short write in append mode: ranks do not cut each other's lines

@@ -228,6 +228,10 @@ def test_too_many_bad_images_end_the_run(photographs: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"more than data.max_bad_share 0.01"):
         next(loader)
     loader.close()
+    loader = make_loader(folder, index=index, max_bad_share=1.0, num_threads=1)
+    with pytest.raises(ConfigError, match=r"more than data.max_bad_share 1.0|none of the 37 images"):
+        next(loader)
+    loader.close()
 
 
 def test_sizes_that_do_not_fit_are_refused(photographs: Path) -> None:
