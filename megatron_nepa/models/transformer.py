@@ -58,10 +58,12 @@ class Attention(nn.Module):
         """[n, D] to [n, D]; ``num_samples`` samples of ``period`` tokens each."""
         fused = self.qkv(normed)  # [N, 3 * heads * d], N padded under sequence parallelism
         num_rows = num_samples * period
-        qkv = fused[:num_rows].view(num_samples, period, 3, self.num_local_heads, self.head_size)
+        padding = fused.shape[0] - num_rows
+        # cut only where there is padding: a slice's gradient is a copy into zeros
+        rows = fused[:num_rows] if padding else fused
+        qkv = rows.view(num_samples, period, 3, self.num_local_heads, self.head_size)
         qkv = self.kernels.qk_norm_rope(qkv, angles, rope_scale, q_norm, k_norm, self.normalize, self.eps)
         mixed = self.kernels.attention(qkv, self.causal).flatten(2).flatten(0, 1)
-        padding = fused.shape[0] - num_rows
         output: Tensor = self.out(nn.functional.pad(mixed, (0, 0, 0, padding)) if padding else mixed)
         return output
 
