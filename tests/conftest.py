@@ -13,3 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Run Triton's kernels in its interpreter, on the CPU, except for ``pytest -m gpu`` (``make test-gpu``)."""
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+
+
+# the tests' matrices are tiny, and the forked ranks share the cores with them
+torch.set_num_threads(1)

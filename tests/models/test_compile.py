@@ -1,0 +1,41 @@
+"""``--compile``: blocks compile without a graph break and change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_nepa.config import ObjectiveConfig, ParallelConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.parallel.topology import TensorGroup
+from tests.distributed.cases import MODEL, sample_images, spread_vectors
+
+
+def loss_and_gradients(compiled: bool, checkpointing: bool) -> tuple[float, dict[str, Tensor]]:
+    parallel = ParallelConfig(activation_checkpointing=checkpointing)
+    model = NepaForPretraining(replace(MODEL, num_layers=2), ObjectiveConfig(), parallel, 0, TensorGroup(), Kernels())
+    spread_vectors(model)
+    if compiled:
+        for block in model.trunk.blocks:
+            block.compile(fullgraph=True)
+    for first in (0, 4):  # a second micro-batch would show a recompilation
+        output = model(sample_images(range(first, first + 4), MODEL, torch.float32), torch.arange(first, first + 4))
+        output.loss.backward()
+    return output.loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_equal_eager_ones(checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    eager_loss, eager = loss_and_gradients(False, checkpointing)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled_loss, compiled = loss_and_gradients(True, checkpointing)
+    assert abs(eager_loss - compiled_loss) <= 1e-6
+    assert compiled.keys() == eager.keys()
+    for name, gradient in eager.items():
+        assert (compiled[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
