@@ -276,10 +276,14 @@ class RunConfig:
     save_every: int = 1000
     # newest checkpoints that are kept; 0 keeps all
     keep_last: int = 3
+    # checkpoints of steps that this divides are kept besides the newest; 0 keeps none of them
+    keep_every: int = 0
     # steps between copies of the metrics from the device to the log
     log_every: int = 10
     # end the run after this many skipped (non-finite) steps in a row
     max_skipped_steps: int = 10
+    # seconds without progress after which the rank that the others wait for is named, with its stack; 0 never
+    stall_timeout: float = 300.0
     # Weights & Biases: online, offline or disabled
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     # Weights & Biases project
@@ -292,7 +296,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "save_every", "log_every", "max_skipped_steps"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
-        require(self.keep_last >= 0, f"keep_last is {self.keep_last}; it must not be negative.")
+        for name in ("keep_last", "keep_every", "stall_timeout"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         require(
             (self.steps is None) != (self.epochs is None),
             f"set either steps or epochs, not both and not neither: steps is {self.steps} and epochs is {self.epochs}.",

@@ -49,14 +49,14 @@ def pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> s
         None, or "ConfigError: ..." and the like for an error that a user would see.
     """
     from megatron_nepa.config import ConfigError
-    from megatron_nepa.training.loop import TrainingError
+    from megatron_nepa.training.loop import RunStopped, TrainingError
     from pretrain_nepa import main
 
     if fault is not None:
         fault()
     try:
         main(arguments)
-    except (ConfigError, TrainingError) as error:
+    except (ConfigError, TrainingError, RunStopped) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -135,7 +135,8 @@ def test_a_run_continues_on_another_grid(images: Path, tmp_path: Path) -> None:
 
 def test_sigterm_saves_and_the_same_command_continues(images: Path, tmp_path: Path) -> None:
     arguments = flags(images, tmp_path / "run", "--steps=5")
-    assert run_ranks(2, pretrain, arguments, partial(signal_in_step, 2)) == [None, None]
+    stopped = "RunStopped: stopped by SIGTERM after step 2; the same command continues from there"
+    assert run_ranks(2, pretrain, arguments, partial(signal_in_step, 2)) == [stopped, stopped]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000002"
     assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2]
     assert run_ranks(2, pretrain, arguments) == [None, None]

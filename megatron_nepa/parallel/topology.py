@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -114,7 +115,8 @@ def init_distributed(device_type: str | None = None) -> torch.device:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"] if in_slurm_step else "1"
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"] if in_slurm_step else "0"
     world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    os.environ.setdefault("LOCAL_SIZE", str(world_size))
+    # DeepSpeed reduces through shared memory where it takes all ranks for one node's
+    os.environ.setdefault("LOCAL_SIZE", str(ranks_of_this_node()))
     is_joined = dist.is_initialized()
     if not is_joined and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
         require(
@@ -129,6 +131,19 @@ def init_distributed(device_type: str | None = None) -> torch.device:
     if not is_joined:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return device
+
+
+def ranks_of_this_node() -> int:
+    """How many ranks of the run share this machine, by the variables of torchrun, deepspeed or ``srun``."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
+        # "8(x2),4": two nodes of 8 tasks, then one of 4
+        runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
+        return tasks[int(os.environ["SLURM_NODEID"])]
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:

@@ -19,7 +19,8 @@ from megatron_nepa.checkpoint.state import TrainState
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.ema import ExponentialMovingAverage
-from megatron_nepa.training.optimizer import build_optimizer, parameter_groups
+from megatron_nepa.training.extensions import build_extensions
+from megatron_nepa.training.optimizer import build_optimizer, optimizer_extensions, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,13 @@ class TrainingEngine:
         self.zero_stage: int = ds_config["zero_optimization"]["stage"]
         self.accumulation_steps: int = ds_config["gradient_accumulation_steps"]
         if self.zero_stage == 0:
-            # DeepSpeed's plain fp32 path clips without checking or reporting the norm: _step_without_zero does all three
+            # DeepSpeed's plain fp32 path clips without checking or reporting the norm:
+            # _step_without_zero does all three
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         model.to(topology.device)
+        with quiet_deepspeed():
+            build_extensions(["ShareMemCommBuilder", *optimizer_extensions(topology.device, offload)], topology)
         optimizer = build_optimizer(parameter_groups(model, run.optimizer), run.optimizer, topology.device, offload)
         self.deepspeed = _initialize(model, optimizer, ds_config, topology)
         self.module: nn.Module = self.deepspeed.module

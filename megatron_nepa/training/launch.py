@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.training.loop import TrainingError
-
-EXIT_BAD_INPUT = 2
-EXIT_TRAINING_FAILED = 3
+from megatron_nepa.parallel.topology import ranks_of_this_node
+from megatron_nepa.training.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
+from megatron_nepa.training.loop import RunStopped, TrainingError
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Run a script's body: a mistake of the user's ends it with one sentence and status 2, a failed training with 3.
+    """Run a script's body and turn how it ended into an exit status (:mod:`megatron_nepa.training.exit_codes`).
 
-    Every rank sees the same settings, so the first rank of each node speaks for all.
+    A mistake of the user's ends it with one sentence and status 2, a training that cannot go on with 3. Every rank
+    sees the same settings, so the first rank of each node speaks for all. A run that a signal stopped ends with 75:
+    start the same command again. An unforeseen error ends with its traceback and 1.
     """
     _share_cores()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_at_once)  # training has its own handlers, which finish the step and save
     status = 0
     try:
         yield
+    except RunStopped:
+        status = EXIT_STOPPED
     except (ConfigError, TrainingError) as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
+    except Exception:
+        # the cause first, and no orderly farewell, which would wait for ranks that wait for this one
+        print(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -38,9 +51,14 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(status)
 
 
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\n{signal.Signals(number).name} outside of training: nothing to save, exits.\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
 def _share_cores() -> None:
     """On a CPU, divide the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
     if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node()))

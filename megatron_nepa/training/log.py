@@ -95,6 +95,11 @@ class RunLog:
             else:
                 print(text, flush=True)
 
+    def warn(self, text: str | None) -> None:
+        """Print ``text`` where there is one: several that say what may go wrong return None where nothing will."""
+        if text is not None:
+            self.message(text)
+
     def close(self) -> None:
         """End the progress bar and wait for wandb to finish."""
         if self._bar is not None:

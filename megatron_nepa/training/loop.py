@@ -17,20 +17,28 @@ from megatron_nepa.config import RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.exit_codes import EXIT_TRAINING_FAILED
 from megatron_nepa.training.figures import draw_figures
 from megatron_nepa.training.flops import device_peak_flops
 from megatron_nepa.training.log import RunLog, truncate_metrics
+from megatron_nepa.training.lost_rank import LostRankWatch
 from megatron_nepa.training.memory import memory_gb
 from megatron_nepa.training.metrics import MetricWindow
-from megatron_nepa.training.preemption import StopSignal
+from megatron_nepa.training.preemption import StopSignal, job_end_time
 from megatron_nepa.training.run_directory import RunDirectory
+from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
 from megatron_nepa.training.schedule import warmup_cosine
+from megatron_nepa.training.stall import StallWatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what to look at."""
+
+
+class RunStopped(RuntimeError):
+    """A signal or the end of the job's time stopped the run early; its state is saved, the same command continues."""
 
 
 class Loader(Protocol):
@@ -76,7 +84,7 @@ class Task(Protocol):
 
 
 def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
-    """Train ``task`` to the end of the run, or until a signal stops it; every rank calls it.
+    """Train ``task`` to the end of the run; every rank calls it.
 
     Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints and figures under ``run.output_dir``.
 
@@ -84,6 +92,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         Where the run stands.
 
     Raises:
+        RunStopped: after a signal, or shortly before the end of the Slurm job's time, once a checkpoint is saved.
         ConfigError: for a folder or checkpoint that does not fit, before anything is written.
         TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row.
     """
@@ -111,9 +120,15 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     window = MetricWindow((*task.metric_names, "grad_norm"), topology)
     warmup_steps = round(run.optimizer.warmup_ratio * total_steps)
     flops_per_step = task.flops_per_image * run.global_batch_size / topology.world_size
+    save_time = SaveTime(checkpoint_bytes(engine.module, topology.tensor.size, engine.ema is not None))
+    if log is not None:
+        log.warn(save_time.warning())
+    stop = StopSignal(topology.is_main, job_end_time(), save_time.seconds)
+    lost = LostRankWatch(topology, EXIT_TRAINING_FAILED, orderly=(TrainingError,))
+    stopped = None
 
     try:
-        with StopSignal(announce=topology.is_main) as stop:
+        with stop, lost, StallWatch(topology, run.stall_timeout) as stall:
             last_end = time.perf_counter()
             while progress.step < total_steps:
                 # one optimizer step
@@ -123,14 +138,17 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 metrics = torch.zeros(len(task.metric_names), device=topology.device)
                 data_wait = 0.0
                 for micro_batch in range(engine.accumulation_steps):
+                    stall.at("waiting for data", progress.step + 1)
                     wait_start = time.perf_counter()
                     batch = next(loader)
                     data_wait += time.perf_counter() - wait_start
+                    stall.at("in the forward or backward pass", progress.step + 1)
                     loss, values = task.forward(engine, batch)
                     engine.backward(loss)
                     metrics += values / engine.accumulation_steps
                     if micro_batch < engine.accumulation_steps - 1:
                         engine.end_micro_batch()
+                stall.at("in the weight update", progress.step + 1)
                 result = engine.step(learning_rate)
                 progress = replace(
                     progress,
@@ -161,6 +179,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 window.add(row, torch.cat((metrics, result.grad_norm.view(1))))
 
                 # decide together, then write
+                stall.at("agreeing after the update", progress.step)
                 reason = stop.agreed(topology.host_group, topology.world_size)
                 is_last = progress.step == total_steps
                 failed = progress.skipped_in_a_row >= run.max_skipped_steps
@@ -173,18 +192,25 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 if failed:
                     raise TrainingError(_describe_failure(run, progress, directory.checkpoints.latest()))
                 if saves:
+                    stall.at("saving the checkpoint", progress.step)
                     path = directory.checkpoints.save(engine.train_state, progress, engine.zero_stage, run.to_dict())
+                    last_end = time.perf_counter()  # the time to save is not the next step's
+                    save_time.measured(last_end - now)
+                    stop.save_seconds = save_time.seconds
                     if log is not None:
                         log.message(f"saved {path}")
-                    last_end = time.perf_counter()  # the time to save is not the next step's
+                        log.warn(save_time.warning(seconds))
                 if reason is not None and not is_last:
+                    stopped = f"stopped by {reason} after step {progress.step}; the same command continues from there"
                     if log is not None:
-                        log.message(f"stopped by {reason} after step {progress.step}; the same command continues from there")
+                        log.message(stopped)
                     break
     finally:
         loader.close()
         if log is not None:
             log.close()
+    if stopped is not None:
+        raise RunStopped(stopped)
     if topology.is_main:
         draw_figures(directory.metrics_path, directory.figures_path)
         print(_describe_end(directory, progress, total_steps), flush=True)

@@ -63,6 +63,13 @@ def build_optimizer(
     return FusedAdam(groups, lr=0.0, betas=betas, eps=config.eps, adam_w_mode=True)
 
 
+def optimizer_extensions(device: torch.device, offload: bool) -> list[str]:
+    """The op builders of DeepSpeed whose extension :func:`build_optimizer` will load."""
+    if offload:
+        return ["CPUAdamBuilder"]
+    return ["FusedAdamBuilder"] if device.type == "cuda" and not _has_apex() else []
+
+
 def _has_apex() -> bool:
     # the unrelated project that owns the name on PyPI has no such module
     return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None

@@ -1,4 +1,4 @@
-"""Stopping on a signal: finish the step, save, exit."""
+"""Stopping on a signal or before the job's time is over: finish the step, save, exit."""
 
 from __future__ import annotations
 
@@ -14,20 +14,33 @@ import torch.distributed as dist
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # one stop reaches a rank several times: from the terminal or Slurm, and from the launcher, which passes it on
 REPEAT_SECONDS = 3.0
+# kept free at the end of a job's time for the step in progress and the exit; the time to save comes on top
+EXIT_SECONDS = 60.0
+_END_OF_TIME = 1000  # among the signals' numbers, above all of them
+
+
+def job_end_time() -> float | None:
+    """When the Slurm job that this process runs in will be ended (seconds of the epoch), or None."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
 
 
 class StopSignal:
-    """Context in which SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to stop instead of killing it.
+    """Context in which SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and the nearing end of the job's time ask the run to stop.
 
     The first signal only sets a flag; one that comes more than 3 seconds later ends the process at once, with exit
     status 128 plus the signal's number. The former handlers return when the context ends. Enter it in the main thread.
 
     Args:
         announce: print a line at the first signal; give it to one rank.
+        end_time: when the job will be ended, in seconds of the epoch; None for never.
+        save_seconds: how long a save is expected to take; may be set anew at any time.
     """
 
-    def __init__(self, announce: bool = True) -> None:
+    def __init__(self, announce: bool = True, end_time: float | None = None, save_seconds: float = 0.0) -> None:
         self.announce = announce
+        self.end_time = end_time
+        self.save_seconds = save_seconds
         self._number = 0
         self._time = 0.0
         self._former: dict[signal.Signals, Any] = {}
@@ -43,7 +56,7 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self, host_group: dist.ProcessGroup | None, world_size: int) -> str | None:
-        """Name of the signal that some rank received ("SIGTERM"), the same on every rank, or None.
+        """Why some rank has to stop ("SIGTERM", "the end of the job's time"), the same on every rank, or None.
 
         A collective call where ``world_size`` exceeds 1: an all-reduce of one integer on the host.
 
@@ -52,10 +65,16 @@ class StopSignal:
             world_size: number of ranks.
         """
         number = self._number
+        # twice the expected time to save: the file system is shared
+        leave_by = None if self.end_time is None else self.end_time - EXIT_SECONDS - 2 * self.save_seconds
+        if not number and leave_by is not None and time.time() >= leave_by:
+            number = _END_OF_TIME
         if world_size > 1:
             flag = torch.tensor([number], dtype=torch.int32)
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=host_group)
             number = int(flag)
+        if number == _END_OF_TIME:
+            return "the end of the job's time"
         return signal.Signals(number).name if number else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -24,6 +24,7 @@ _FREE_FIELDS = {
     "keep_last",
     "log_every",
     "max_skipped_steps",
+    "stall_timeout",
     "wandb",
     "wandb_project",
     "compile",
