@@ -59,7 +59,16 @@ def test_the_deepspeed_command_trains_on_a_grid(images: Path, tmp_path: Path) ->
 
     rows = read_metrics(output)
     assert [row["step"] for row in rows] == [1, 2, 3]
-    for key in ("loss", "grad_norm", "lr", "samples_per_second", "tflops_per_device", "mfu", "data_wait_ms", "memory_gb"):
+    for key in (
+        "loss",
+        "grad_norm",
+        "lr",
+        "samples_per_second",
+        "tflops_per_device",
+        "mfu",
+        "data_wait_ms",
+        "memory_gb",
+    ):
         assert np.isfinite(rows[0][key]), key
     assert rows[-1]["target_effective_rank"] > 1
     config = json.loads((output / "config.json").read_text())
@@ -165,10 +174,12 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(
     config = tmp_path / "ds.json"
     grad_accum = {"data_types": {"grad_accum_dtype": "fp32"}} if stage else {}
     config.write_text(json.dumps({"zero_optimization": {"stage": stage}, **grad_accum}))
-    arguments = [flag for flag in flags(images, tmp_path / "run", "--steps=9", "--max_skipped_steps=2")]
+    arguments = flags(images, tmp_path / "run", "--steps=9", "--max_skipped_steps=2")
     arguments += ["--ds_config", str(config), f"--dtype={dtype}", "--save_every=1"]
     error = run_ranks(1, pretrain, arguments, partial(poison_from_step, 3))[0]
-    assert error.startswith("TrainingError: the gradient was not finite in 2 steps in a row (steps 3 to 4, samples 16 to 31)")
+    assert error.startswith(
+        "TrainingError: the gradient was not finite in 2 steps in a row (steps 3 to 4, samples 16 to 31)"
+    )
     rows = read_metrics(tmp_path / "run")
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 2]
     before, after = (state_of(tmp_path / f"run/checkpoints/step_0000000{step}") for step in (2, 3))
@@ -219,7 +230,7 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-10])
     error = run_ranks(1, pretrain, [*flags(images, tmp_path / "b", "--steps=3"), f"--resume={tmp_path}/run"])[0]
     assert shard.name in error
-    assert "the checkpoint is damaged" in error
+    assert "no checkpoint is intact" in error
 
 
 def test_the_script_exits_with_one_line_for_bad_input(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The optimizer's fp32 tensors and where each parameter lies in them.
 
-ZeRO flattens every parameter group and gives each data-parallel rank one contiguous part of it; a parameter may lie on one
-rank, on two neighbours, or (on this rank) nowhere. Without ZeRO the optimizer's tensors are the parameters. Either way the
-optimizer's state and the weight average live beside these tensors, element for element.
+ZeRO flattens every parameter group and gives each data-parallel rank one contiguous part of it; a parameter may lie on
+one rank, on two neighbours, or (on this rank) nowhere. Without ZeRO the optimizer's tensors are the parameters. Either
+way the optimizer's state and the weight average live beside these tensors, element for element.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a checkpoint holds: logical tensors, whole or split over the tensor-parallel ranks, independent of the grid.
 
-Every trainable parameter appears under its name as ``master.NAME`` (fp32), ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and, where the
-run keeps an average, ``ema.NAME``; a frozen parameter as ``master.NAME`` alone. Fused projections are viewed as
-[sections, rows, ...], so that a split of every section is one plain shard of the logical tensor.
+Every trainable parameter appears under its name as ``master.NAME`` (fp32), ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and,
+where the run keeps an average, ``ema.NAME``; a frozen parameter as ``master.NAME`` alone. Fused projections are viewed
+as [sections, rows, ...], so that a split of every section is one plain shard of the logical tensor.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TrainState:
 def collect_state(train: TrainState) -> dict[str, Tensor]:
     """This rank's share of the checkpoint, on the CPU; a collective over the data-parallel ranks.
 
-    The fragments of a parameter are summed on one owner among the data-parallel ranks (a fragment plus zeros is exact), so
-    each logical tensor is written once and no rank holds more than its share.
+    The fragments of a parameter are summed on one owner among the data-parallel ranks (a fragment plus zeros is exact),
+    so each logical tensor is written once and no rank holds more than its share.
     """
     _seed_optimizer_state(train)
     topology = train.topology
@@ -130,9 +130,8 @@ def _join(
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if fragment is not None:
         whole[fragment.param_start : fragment.param_start + fragment.numel] = _view(flats, fragment)
-    if hasattr(
-        param, "_hp_mapping"
-    ):  # ZeRO spreads masters over the data-parallel ranks; without it each has them whole
+    # ZeRO spreads masters over the data-parallel ranks; without it each has them whole
+    if hasattr(param, "_hp_mapping"):
         dist.reduce(whole, dist.get_global_rank(topology.data_group, owner), group=topology.data_group)
     return whole.view(param.shape)
 

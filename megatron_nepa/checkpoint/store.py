@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from megatron_nepa.checkpoint.state import TrainState, collect_state, empty_state, restore_state, set_optimizer_step
-from megatron_nepa.config import ConfigError, require
+from megatron_nepa.checkpoint.agreement import RankError, on_all_ranks, on_main_rank
+from megatron_nepa.checkpoint.manifest import file_facts, write_manifest
+from megatron_nepa.checkpoint.state import TrainState, collect_state
 
-FORMAT_VERSION = 1
-_STATE_FILE = "state.json"
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; the older ones are as they were."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,16 @@ class CheckpointStore:
     Args:
         folder: OUTPUT_DIR/checkpoints.
         keep_last: newest checkpoints that are kept; 0 keeps all.
+        keep_every: checkpoints of steps that this divides are kept as well; 0 keeps none of them.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_every = keep_every
 
     def save(self, train: TrainState, progress: Progress, zero_stage: int, run: dict[str, Any]) -> Path:
-        """Write a checkpoint; every rank calls it. A failure leaves the older checkpoints as they were.
+        """Write a checkpoint; every rank calls it. It appears under its name in one piece, or not at all.
 
         Args:
             train: what is saved.
@@ -61,143 +66,106 @@ class CheckpointStore:
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            SaveError: on every rank, where one could not write; the older checkpoints are as they were.
         """
         topology = train.topology
         final = self.folder / f"step_{progress.step:08d}"
-        partial = self.folder / f".{final.name}.partial"
-        if topology.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial = _aside(final)
+        description = {
+            "progress": asdict(progress),
+            "has_ema": train.ema is not None,
+            "data_parallel_size": topology.data_size,
+            "tensor_parallel_size": topology.tensor.size,
+            "zero_stage": zero_stage,
+            "run": run,
+        }
+
+        def start() -> None:
+            self.remove_partial()
             partial.mkdir(parents=True)
-        dist.barrier(topology.host_group)
-        _quiet_torch_checkpoint()
-        dcp.save(
-            collect_state(train),
-            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-            process_group=topology.host_group,
-        )
-        if topology.is_main:
-            files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
-            state = {
-                "format_version": FORMAT_VERSION,
-                "progress": asdict(progress),
-                "has_ema": train.ema is not None,
-                "data_parallel_size": topology.data_size,
-                "tensor_parallel_size": topology.tensor.size,
-                "zero_stage": zero_stage,
-                "files": files,
-                "run": run,
-            }
-            (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
-            _sync_files(partial)
-            if final.exists():  # a run that was killed between the rename and the log: the new one is complete
-                shutil.rmtree(final)
-            partial.rename(final)
-            _replace_text(self.folder / "latest", final.name)
-            self._remove_old(keep=final)
-        dist.barrier(topology.host_group)
+
+        def finish() -> None:
+            write_manifest(partial, {**description, "files": files})
+            _sync(partial)
+            self._publish(partial, final)
+
+        state = collect_state(train)
+        try:
+            on_main_rank(topology, start)
+            quiet_torch_checkpoint()
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(state, storage_writer=writer, process_group=topology.host_group)
+            # a rank reads back what it wrote itself: on a network disk the others may not see it yet
+            mine = f"shard-{topology.rank + 1:05d}-*.safetensors"
+            found = on_all_ranks(topology, lambda: {path.name: file_facts(path) for path in partial.glob(mine)})
+            files = {name: facts for part in found for name, facts in sorted(part.items())}
+            on_main_rank(topology, finish)
+        except (RankError, CheckpointException) as error:
+            if topology.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+            raise SaveError(
+                f"the checkpoint of step {progress.step} could not be written ({_cause(error)}): make room or repair "
+                f"{self.folder}; the same command continues from {self.latest() or 'the start'}."
+            ) from error
         return final
 
+    def newest_first(self) -> list[Path]:
+        """The checkpoint that ``latest`` names, there or not, and the older ones; all where it names none."""
+        found = sorted((path for path in self.folder.glob("step_*") if path.is_dir()), reverse=True)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            name = (self.folder / "latest").read_text().strip()
+            if re.fullmatch(r"step_\d{8,}", name):
+                return [self.folder / name, *(path for path in found if path.name < name)]
+        return found
+
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        path = self.folder / pointer.read_text().strip()
-        require(
-            (path / _STATE_FILE).is_file(),
-            f"{pointer} names {path.name}, which is no complete checkpoint: remove {pointer}, or resume from another with --resume PATH.",
-        )
-        return path
+        """The newest checkpoint, or None."""
+        return next(iter(self.newest_first()), None)
 
-    def _remove_old(self, keep: Path) -> None:
-        if self.keep_last == 0:
-            return
-        complete = sorted(path for path in self.folder.glob("step_*") if (path / _STATE_FILE).is_file())
-        for path in complete[: -self.keep_last]:
-            if path != keep:
-                shutil.rmtree(path)
+    def remove_partial(self) -> None:
+        """Remove what a save or removal that was cut short left behind."""
+        for path in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
-
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint that a user means by ``path``: itself, or the newest of a run's folder.
-
-    Raises:
-        ConfigError: where there is none.
-    """
-    folder = Path(path)
-    if (folder / _STATE_FILE).is_file():
-        return folder
-    for candidate in (folder, folder / "checkpoints"):
-        newest = CheckpointStore(candidate, keep_last=0).latest()
-        if newest is not None:
-            return newest
-    raise ConfigError(
-        f"--resume {path} holds no checkpoint: give a folder such as OUTPUT_DIR/checkpoints/step_00001000, or an OUTPUT_DIR."
-    )
+    def _publish(self, partial: Path, final: Path) -> None:
+        if final.exists():  # of a run that was continued from an older checkpoint
+            _discard(final)
+        partial.rename(final)
+        _replace_text(self.folder / "latest", final.name)
+        _sync(self.folder)
+        if self.keep_last > 0:
+            for path in self.newest_first()[self.keep_last :]:
+                if not (self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0):
+                    _discard(path)
 
 
-def read_description(checkpoint: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint, checked against its files.
+def _cause(error: RankError | CheckpointException) -> str:
+    if isinstance(error, RankError):
+        return str(error)
+    # torch adds the traceback of every rank
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause or type(cause).__name__}"
 
-    Raises:
-        ConfigError: for a damaged checkpoint or one of another format.
-    """
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _discard(path: Path) -> None:
+    # renamed first: a removal that is cut short leaves no half checkpoint under a checkpoint's name
+    aside = path.with_name(f".{path.name}.removed.partial")
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        state: dict[str, Any] = json.loads((checkpoint / _STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{checkpoint / _STATE_FILE} cannot be read: {error}.") from None
-    require(
-        state.get("format_version") == FORMAT_VERSION,
-        f"{checkpoint} has format version {state.get('format_version')}; this release reads version {FORMAT_VERSION}.",
-    )
-    for name, size in state["files"].items():
-        found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
-        require(
-            found == size,
-            f"{checkpoint / name} is {'missing' if found is None else f'{found} bytes'} where {size} bytes were written: "
-            "the checkpoint is damaged; resume from another with --resume PATH.",
-        )
-    return state
-
-
-def load(train: TrainState, checkpoint: Path, model: dict[str, Any]) -> Progress:
-    """Restore a run on any grid from a checkpoint; every rank calls it.
-
-    Args:
-        train: filled in place.
-        checkpoint: folder of a complete checkpoint.
-        model: this run's model config as plain values, which the checkpoint's must equal.
-
-    Raises:
-        ConfigError: where the checkpoint is damaged or belongs to another model.
-    """
-    description = read_description(checkpoint)
-    theirs = description["run"]["model"]
-    differing = [
-        f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value
-    ]
-    require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
-    require(
-        description["has_ema"] or train.ema is None,
-        f"{checkpoint} holds no weight average: set --optimizer.ema_decay 0, or start from another checkpoint.",
-    )
-    state = empty_state(train)
-    _quiet_torch_checkpoint()
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
-    restore_state(train, state)
-    progress = Progress(**description["progress"])
-    set_optimizer_step(train, progress.applied_steps)
-    return progress
-
-
-def _sync_files(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -209,6 +177,6 @@ def _replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _quiet_torch_checkpoint() -> None:
-    # it reports every save and load as information on the standard logger
+def quiet_torch_checkpoint() -> None:
+    """Silence torch's report of every save and load, which it writes as information to the standard logger."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
