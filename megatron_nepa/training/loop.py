@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.store import Progress, load
+from megatron_nepa.checkpoint.resume import Found, describe_grid_change, load
+from megatron_nepa.checkpoint.store import Progress, SaveError
 from megatron_nepa.config import RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology
@@ -86,7 +87,7 @@ class Task(Protocol):
 def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
     """Train ``task`` to the end of the run; every rank calls it.
 
-    Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints and figures under ``run.output_dir``.
+    Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints, figures under ``run.output_dir``.
 
     Returns:
         Where the run stands.
@@ -94,15 +95,15 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     Raises:
         RunStopped: after a signal, or shortly before the end of the Slurm job's time, once a checkpoint is saved.
         ConfigError: for a folder or checkpoint that does not fit, before anything is written.
-        TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row.
+        TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written.
     """
     directory = RunDirectory(run)
-    checkpoint = directory.checkpoint_to_resume()
+    found = directory.checkpoint_to_resume(topology)
     total_steps = run.total_steps(task.num_images)
     engine = TrainingEngine(task.build_model(kernels), run, ds_config, topology)
     progress = Progress()
-    if checkpoint is not None:
-        progress = load(engine.train_state, checkpoint, run.to_dict()["model"])
+    if found.checkpoint is not None:
+        progress = load(engine.train_state, found.checkpoint, run.to_dict()["model"])
         engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
     if run.compile:
         for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
@@ -115,7 +116,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         directory.record({"ds_config": ds_config, "kernels": kernels.describe(), "peak_flops": peak.flops})
         truncate_metrics(directory.metrics_path, progress.step)
         log = RunLog(directory.path, run, total_steps, progress.step)
-        log.message(_describe_start(run, engine, topology, kernels, checkpoint, progress, peak.source))
+        log.message(_describe_start(run, engine, topology, kernels, found, progress, peak.source))
     loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
     window = MetricWindow((*task.metric_names, "grad_norm"), topology)
     warmup_steps = round(run.optimizer.warmup_ratio * total_steps)
@@ -193,7 +194,12 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                     raise TrainingError(_describe_failure(run, progress, directory.checkpoints.latest()))
                 if saves:
                     stall.at("saving the checkpoint", progress.step)
-                    path = directory.checkpoints.save(engine.train_state, progress, engine.zero_stage, run.to_dict())
+                    try:
+                        path = directory.checkpoints.save(
+                            engine.train_state, progress, engine.zero_stage, run.to_dict()
+                        )
+                    except SaveError as error:
+                        raise TrainingError(str(error)) from error
                     last_end = time.perf_counter()  # the time to save is not the next step's
                     save_time.measured(last_end - now)
                     stop.save_seconds = save_time.seconds
@@ -222,7 +228,7 @@ def _describe_start(
     engine: TrainingEngine,
     topology: Topology,
     kernels: Kernels,
-    checkpoint: Path | None,
+    found: Found,
     progress: Progress,
     peak_source: str,
 ) -> str:
@@ -240,8 +246,12 @@ def _describe_start(
         "kernels: " + ", ".join(f"{name} {served}" for name, served in kernels.describe().items()),
         f"MFU is of {peak_source}",
     ]
-    if checkpoint is not None:
-        lines.append(f"continuing {checkpoint} at step {progress.step}")
+    lines += [f"warning: checkpoint passed over: {damage}" for damage in found.damage]
+    if found.checkpoint is not None:
+        lines.append(f"continuing {found.checkpoint} at step {progress.step}")
+        change = describe_grid_change(found.checkpoint, topology, engine.zero_stage, run)
+        if change:
+            lines.append(f"resumed on another grid: {change}")
     return "\n".join(lines)
 
 
@@ -249,8 +259,8 @@ def _describe_failure(run: RunConfig, progress: Progress, newest: Path | None) -
     count = progress.skipped_in_a_row
     return (
         f"the gradient was not finite in {count} steps in a row (steps {progress.step - count + 1} to {progress.step}, "
-        f"samples {progress.samples - count * run.global_batch_size} to {progress.samples - 1}); their updates were skipped. "
-        f"Look at metrics.jsonl for where the loss or gradient norm grew, and lower --base_lr "
+        f"samples {progress.samples - count * run.global_batch_size} to {progress.samples - 1}); their updates were "
+        f"skipped. Look at metrics.jsonl for where the loss or gradient norm grew, and lower --base_lr "
         f"or raise --optimizer.warmup_ratio; the newest checkpoint is {newest or 'none'}."
     )
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_nepa.checkpoint.store import CheckpointStore, find_checkpoint
+from megatron_nepa.checkpoint.resume import Found, find_checkpoint, find_intact
+from megatron_nepa.checkpoint.store import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.parallel.topology import Topology
 
 # settings that change where or how fast a run computes, never what; anything else makes it another run
 _FREE_FIELDS = {
@@ -22,6 +24,7 @@ _FREE_FIELDS = {
     "resume",
     "save_every",
     "keep_last",
+    "keep_every",
     "log_every",
     "max_skipped_steps",
     "stall_timeout",
@@ -32,14 +35,23 @@ _FREE_FIELDS = {
     "data.num_threads",
     "data.hw_decoder_load",
 }
-_PACKAGES = ("megatron_nepa", "torch", "deepspeed", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "flash-attn")
+_PACKAGES = (
+    "megatron_nepa",
+    "torch",
+    "deepspeed",
+    "triton",
+    "numpy",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "flash-attn",
+)
 
 
 class RunDirectory:
     """OUTPUT_DIR of one run.
 
     Args:
-        run: whose ``output_dir``, ``resume`` and ``keep_last`` count.
+        run: whose ``output_dir``, ``resume``, ``keep_last`` and ``keep_every`` count.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -48,29 +60,37 @@ class RunDirectory:
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.figures_path = self.path / "figures"
-        self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last)
+        self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last, run.keep_every)
 
-    def checkpoint_to_resume(self) -> Path | None:
-        """The checkpoint that this run continues, or None for a fresh start; changes nothing on disk.
+    def checkpoint_to_resume(self, topology: Topology) -> Found:
+        """The checkpoint that this run continues; every rank calls it, and nothing changes on disk.
+
+        ``--resume auto`` passes over damaged checkpoints, a path that is given must be intact.
 
         Raises:
-            ConfigError: where the folder holds another run, or ``--resume`` names no checkpoint.
+            ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, or all are damaged.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--output_dir {self.path} is a file; give a folder.")
         resume = self.run.resume
-        explicit = find_checkpoint(resume) if resume not in ("auto", "none") else None
         newest = self.checkpoints.latest()
         require(
             not (resume == "none" and newest is not None),
             f"--resume none starts afresh, but {self.path} already holds {newest}: choose another --output_dir.",
         )
+        candidates = self.checkpoints.newest_first()
+        if resume not in ("auto", "none"):
+            candidates = [find_checkpoint(resume)]
         self._refuse_another_run()
-        return explicit or newest
+        return find_intact(candidates, topology)
 
     def record(self, facts: dict[str, Any]) -> None:
-        """Create the folder and write config.json: the run's config, ``facts``, versions and the git commit."""
+        """Create the folder, clear what a killed save left there, and write config.json.
+
+        It holds the run's config, ``facts``, versions and the git commit.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.remove_partial()
         content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
         partial = self.config_path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1))
@@ -82,7 +102,9 @@ class RunDirectory:
         try:
             other = json.loads(self.config_path.read_text())["run"]
         except (json.JSONDecodeError, KeyError) as error:
-            raise ConfigError(f"{self.config_path} is not a run's config ({error}): choose another --output_dir.") from None
+            raise ConfigError(
+                f"{self.config_path} is not a run's config ({error}): choose another --output_dir."
+            ) from None
         theirs, ours = _numbers_of_the_run(other), _numbers_of_the_run(self.run.to_dict())
         differing = [
             f"{key} {theirs.get(key)} there, {ours.get(key)} here"
