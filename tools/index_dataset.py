@@ -1,10 +1,10 @@
 """Index a data set once, so that training starts in no time and meets no bad image.
 
-    python tools/index_dataset.py /data/imagenet/train --out /data/imagenet/train.index
+    python tools/index_dataset.py /data/imagenet/train --out train.index
     python tools/index_dataset.py ILSVRC2012_img_train.tar --out train.index
-    python tools/index_dataset.py val/ --labels ILSVRC2012_validation_ground_truth.txt --devkit_meta meta.mat --out val.index
+    python tools/index_dataset.py val --labels ground_truth.txt --devkit_meta meta.mat --out val.index
     python tools/index_dataset.py ADEChallengeData2016 --split training --out ade20k.index
-    python tools/index_dataset.py /data/imagenet/train --to_shards /lustre/shards --resize 512 --out /lustre/shards/index
+    python tools/index_dataset.py train.index --to_shards /lustre/shards --resize 512 --out /lustre/shards/index
     deepspeed pretrain_nepa.py --data train.index ...
 
 An interrupted run continues when the same command is given again.

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, DataConfig, require
-from megatron_nepa.data.builtin import builtin_folder, cache_folder
+from megatron_nepa.data.builtin import cache_folder, photograph_files
 from megatron_nepa.data.crops import CropStream
 from megatron_nepa.data.index import DatasetIndex, PackedNames
 from megatron_nepa.data.index_file import load_index, save_index
@@ -36,10 +36,10 @@ H100_IMAGES_PER_SECOND = 3000  # what one H100 asks for on NEPA-B at 40 % of its
 SETTLE_SECONDS = 0.4  # a contender that was just timed fills its queue again: not at the next one's expense
 
 NextBatch = Callable[[], Tensor]  # [batch, 3, 224, 224]
-# each of ours against the one that puts out the same
 LOADER, TORCHVISION = "megatron_nepa, fp32", "torchvision, fp32"
-CROPS, DALI_READER = "megatron_nepa, uint8", "DALI's reader, uint8"
-PAIRS = {TORCHVISION: LOADER, DALI_READER: CROPS}
+CROPS, TORCHVISION_UINT8, DALI_READER = "megatron_nepa, uint8", "torchvision, uint8", "DALI's reader, uint8"
+# each other contender and the one of ours with the same output: uint8 is what a GPU would be sent, fp32 is normalised
+PAIRS = {TORCHVISION: LOADER, TORCHVISION_UINT8: CROPS, DALI_READER: CROPS}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     loader, crops = _loader(index, batch, threads), _crops(index, batch, threads)
     contenders: dict[str, NextBatch] = {
         LOADER: lambda: next(loader).images,
-        TORCHVISION: _torchvision(index, batch, threads),
+        TORCHVISION: _torchvision(index, batch, threads, normalised=True),
+        TORCHVISION_UINT8: _torchvision(index, batch, threads, normalised=False),
         CROPS: lambda: next(crops)[0],
         DALI_READER: _dali_reader(folder, batch, threads),
     }
@@ -157,18 +158,15 @@ def _dali_reader(folder: Path, batch: int, threads: int) -> NextBatch:
 class _Folder(torch.utils.data.Dataset[Tensor]):
     """Images of an index through PIL and torchvision, as the authors' release loads them."""
 
-    def __init__(self, index: DatasetIndex) -> None:
+    def __init__(self, index: DatasetIndex, normalised: bool) -> None:
         try:
             from torchvision import transforms
         except ImportError as error:
             raise ConfigError("the data benchmark compares with torchvision: pip install torchvision.") from error
         self._paths = [index.where(i) for i in range(len(index))]
-        steps = [
-            transforms.RandomResizedCrop(IMAGE_SIZE, (SCALE_MIN, 1.0)),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-        self._transform = transforms.Compose(steps)
+        crop = transforms.RandomResizedCrop(IMAGE_SIZE, (SCALE_MIN, 1.0))
+        scaled = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        self._transform = transforms.Compose([crop, *(scaled if normalised else [transforms.PILToTensor()])])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -179,8 +177,8 @@ class _Folder(torch.utils.data.Dataset[Tensor]):
         return transformed
 
 
-def _torchvision(index: DatasetIndex, batch: int, threads: int) -> NextBatch:
-    dataset = _Folder(index)
+def _torchvision(index: DatasetIndex, batch: int, threads: int, normalised: bool) -> NextBatch:
+    dataset = _Folder(index, normalised)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
     batches = iter(torch.utils.data.DataLoader(dataset, batch, sampler=sampler, num_workers=threads))
     return lambda: next(batches)
@@ -214,24 +212,31 @@ def _startup_seconds(batch: int) -> float:
 
 
 def sample_images(count: int = 300) -> Path:
-    """A folder of 500 x 375 JPEGs (quality 90) scaled from the built-in photographs, made on first use."""
+    """A folder of ``count`` 500 x 375 JPEGs (quality 90) cut from the built-in photographs, made on first use.
+
+    Cut, not scaled: scaled-up pictures are smooth, and cheaper to decode than photographs are.
+    """
     target = cache_folder() / f"benchmark-500x375-{count}"
     if target.is_dir():
         return target
-    sources = sorted(builtin_folder().glob("*/*.jpg"))
+    photographs = [Image.open(file).convert("RGB") for file in photograph_files()]
+    large = [image for image in photographs if image.width >= 500 and image.height >= 375]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=target.parent) as beside:
         folder = Path(beside) / "images" / "all"
         folder.mkdir(parents=True)
         for number in range(count):
-            image = Image.open(sources[number * len(sources) // count])
-            image.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.jpg", quality=90)
+            image = large[number % len(large)]
+            x, y = int(rng.integers(image.width - 499)), int(rng.integers(image.height - 374))
+            image.crop((x, y, x + 500, y + 375)).save(folder / f"{number:04d}.jpg", quality=90)
         shutil.move(str(folder.parent), target)
     return target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``tools/benchmark.py data``."""
-    parser.add_argument("--data", help="ImageFolder tree to read; none takes 500x375 JPEGs of the built-in photographs")
+    parser.add_argument("--data", help="ImageFolder tree to read; none takes 500x375 cuts of the built-in photographs")
     parser.add_argument("--batch", type=int, default=32, help="images of a batch")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, and DataLoader workers")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; ratios are medians over them")

@@ -61,7 +61,7 @@ def builtin_folder(verbose: bool = True) -> Path:
     target = cache_folder() / f"builtin-v{VERSION}"
     if target.is_dir():
         return target
-    photographs = list(_photograph_files())
+    photographs = list(photograph_files())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
@@ -86,7 +86,12 @@ def builtin_folder(verbose: bool = True) -> Path:
     return target
 
 
-def _photograph_files() -> Iterator[Path]:
+def photograph_files() -> Iterator[Path]:
+    """The photographs inside the installed packages.
+
+    Raises:
+        ConfigError: a package, or a photograph in it, is missing.
+    """
     for module, names in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
