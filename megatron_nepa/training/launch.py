@@ -47,6 +47,10 @@ def exit_on_user_error() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if status == EXIT_STOPPED:
+        # at once, for the same reason that the ranks left the loop together: all is written
+        sys.stdout.flush()
+        os._exit(status)
     if status:
         sys.exit(status)
 

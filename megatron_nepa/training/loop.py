@@ -25,6 +25,7 @@ from megatron_nepa.training.log import RunLog, truncate_metrics
 from megatron_nepa.training.lost_rank import LostRankWatch
 from megatron_nepa.training.memory import memory_gb
 from megatron_nepa.training.metrics import MetricWindow
+from megatron_nepa.training.non_finite import describe_non_finite
 from megatron_nepa.training.preemption import StopSignal, job_end_time
 from megatron_nepa.training.run_directory import RunDirectory
 from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
@@ -185,11 +186,13 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 is_last = progress.step == total_steps
                 failed = progress.skipped_in_a_row >= run.max_skipped_steps
                 saves = is_last or reason is not None or progress.step % run.save_every == 0
-                if failed or saves or progress.step % run.log_every == 0:
+                if failed or saves or not result.applied or progress.step % run.log_every == 0:
                     rows, flat = window.read(task.health() if topology.is_main else None)
                     if log is not None:
                         rows[-1] |= task.read_health(flat)
                         log.write(rows)
+                        for step, replicas in window.not_finite.items():
+                            log.message(describe_non_finite(step, replicas, run, topology))
                 if failed:
                     raise TrainingError(_describe_failure(run, progress, directory.checkpoints.latest()))
                 if saves:
@@ -216,6 +219,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         if log is not None:
             log.close()
     if stopped is not None:
+        # leave together: a launcher takes the first status that is not 0 for a failure and kills the others
+        dist.barrier(topology.host_group)
         raise RunStopped(stopped)
     if topology.is_main:
         draw_figures(directory.metrics_path, directory.figures_path)

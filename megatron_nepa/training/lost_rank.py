@@ -17,6 +17,8 @@ from megatron_nepa.parallel.topology import Topology
 
 # a rank whose own collective failed leaves its watch this long to find out that a peer is the cause
 VERDICT_SECONDS = 2.0
+# ranks leave together, after the same step; a thread that still waits would break the interpreter's shutdown
+LEAVE_SECONDS = 60.0
 
 
 class LostRankWatch:
@@ -58,6 +60,7 @@ class LostRankWatch:
         if kind is None or issubclass(kind, self.orderly):
             with contextlib.suppress(RuntimeError):  # it may be gone already
                 dist.send(torch.zeros(1), (self.rank - 1) % self.world_size, group=self._group)
+            self._thread.join(LEAVE_SECONDS)
         else:
             self._thread.join(VERDICT_SECONDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.non_finite import ranks_not_finite
 
 Row = dict[str, float | int]
 
@@ -19,11 +21,17 @@ class MetricWindow:
     Args:
         names: of the device scalars of every step.
         topology: the scalars are averaged over its data-parallel ranks when they are read.
+
+    Attributes:
+        not_finite: of the steps last read, those with a scalar that is not finite, and the data-parallel ranks whose
+            own was not (none where only the gradient norm, which is common to all, was not).
     """
 
     def __init__(self, names: Sequence[str], topology: Topology) -> None:
         self.names = list(names)
         self.topology = topology
+        self.not_finite: dict[int, list[int]] = {}
+        self._own = [i for i, name in enumerate(self.names) if name != "grad_norm"]
         self._rows: list[Row] = []
         self._scalars: list[Tensor] = []
 
@@ -42,7 +50,8 @@ class MetricWindow:
         """
         if not self._rows:
             return [], torch.empty(0)
-        values = torch.stack(self._scalars)
+        own = torch.stack(self._scalars)
+        values = own.clone()
         if self.topology.data_size > 1:
             dist.all_reduce(values, group=self.topology.data_group)
             values /= self.topology.data_size
@@ -51,5 +60,9 @@ class MetricWindow:
         table = host[: flat.numel()].view(len(self._rows), len(self.names)).tolist()
         named = [dict(zip(self.names, line, strict=True)) for line in table]
         rows: list[Row] = [{**row, **scalars} for row, scalars in zip(self._rows, named, strict=True)]
+        # every data-parallel rank has the same averages, so all of them come here or none
+        steps = [i for i, line in enumerate(table) if not all(map(math.isfinite, line))]
+        blamed = ranks_not_finite(own[steps][:, self._own], self.topology) if steps else []
+        self.not_finite = {int(rows[i]["step"]): ranks for i, ranks in zip(steps, blamed, strict=True)}
         self._rows, self._scalars = [], []
         return rows, host[flat.numel() :]

@@ -52,6 +52,8 @@ class StallWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._over.set()
+        if self._thread is not None:
+            self._thread.join(ANSWER_SECONDS)
 
     def at(self, what: str, step: int) -> None:
         """Note that this rank has come to a new place, such as "waiting for data" of step 12; costs nothing."""
