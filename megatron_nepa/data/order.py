@@ -22,7 +22,7 @@ _RATIO = (3 / 4, 4 / 3)
 _CROP, _FLIP, _PERMUTATION = "random_resized_crop", "horizontal_flip", "permutation"
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # two epochs of two loaders
 def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
     """The order of epoch ``epoch``: every image once.
 
@@ -63,11 +63,10 @@ def crop_boxes(
     width: npt.NDArray[np.integer],
     height: npt.NDArray[np.integer],
     scale_min: float,
-    scale_max: float = 1.0,
 ) -> npt.NDArray[np.int32]:
     """Random crop of each sample: torchvision's RandomResizedCrop with ratio 3/4 to 4/3.
 
-    Up to 10 tries draw an area share in [scale_min, scale_max] and a log-uniform ratio; the first box that fits is
+    Up to 10 tries draw an area share in [scale_min, 1] and a log-uniform ratio; the first box that fits is
     placed uniformly. If none fits, the largest centred box of an allowed ratio.
 
     Args:
@@ -76,7 +75,6 @@ def crop_boxes(
         width: stored width of each sample's image, [n].
         height: stored height, [n].
         scale_min: least share of the image's area.
-        scale_max: largest share.
 
     Returns:
         int32 [n, 4]: x, y, width, height, inside the image.
@@ -85,7 +83,7 @@ def crop_boxes(
     image_width, image_height = width.astype(np.int64), height.astype(np.int64)
     rows = np.arange(len(sample))
 
-    area = (image_width * image_height)[:, None] * (scale_min + (scale_max - scale_min) * draws[:, 0 : 2 * _TRIES : 2])
+    area = (image_width * image_height)[:, None] * (scale_min + (1.0 - scale_min) * draws[:, 0 : 2 * _TRIES : 2])
     log_low, log_high = math.log(_RATIO[0]), math.log(_RATIO[1])
     ratio = np.exp(log_low + (log_high - log_low) * draws[:, 1 : 2 * _TRIES : 2])
     tried_width = np.rint(np.sqrt(area * ratio)).astype(np.int64)  # [n, tries]; rint rounds halves as Python's round

@@ -101,6 +101,19 @@ def test_shards_and_folder_give_the_same_run(photographs: Path, tmp_path: Path) 
     assert torch.equal(first_images(shards), first_images(folder))
 
 
+def test_a_vanished_shard_is_named(photographs: Path, tmp_path: Path) -> None:
+    """A shard that is gone, or shorter than when it was indexed, is named with its path."""
+    write_shards(scan_folder(photographs), tmp_path, 37, progress=False)
+    index = build_and_save_index(list_source(tmp_path), tmp_path / "index", workers=1, progress=False)
+    shard = tmp_path / "shard_000000.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=rf"{shard}:.*the shard ends \d+ bytes before this image does"):
+        first_images(index)
+    shard.unlink()
+    with pytest.raises(ConfigError, match=rf"{shard}:.*no such file"):
+        first_images(index)
+
+
 def test_resized_shards(photographs: Path, tmp_path: Path) -> None:
     """Images are scaled down to the shorter side and never up; other shards in the folder are refused."""
     index = scan_folder(photographs)

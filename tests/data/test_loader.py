@@ -82,9 +82,11 @@ def test_grids_see_the_same_run(
                 tensor_rank=tensor_rank,
                 tensor_size=tensor_size,
             )
-            for batch in take(loader, steps * accumulation):
+            for number, batch in enumerate(take(loader, steps * accumulation)):
                 assert batch.sample_index.dtype == torch.int64
-                assert len(batch.sample_index) == micro
+                step, m = divmod(number, accumulation)
+                first = step * GLOBAL + (m * data_size + data_rank) * micro
+                assert batch.sample_index.tolist() == list(range(first, first + micro))
                 local = batch.sample_index
                 if micro % tensor_size == 0:
                     share = micro // tensor_size
