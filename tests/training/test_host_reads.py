@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.cases import Case, build_engine, sample_images
 from tests.distributed.ranks import run_ranks
+from tests.runs import TINY, make_images, pretrain
 
 PROJECT = str(Path(__file__).parents[2])
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
@@ -59,3 +60,17 @@ def test_a_step_reads_nothing_from_the_device() -> None:
 def test_a_read_would_be_seen() -> None:
     ours, _ = run_ranks(1, count_reads, True)[0]
     assert len(ours) == 2
+
+
+def reads_of_a_run(output_dir: str, images: str, steps: int) -> int:
+    arguments = [*TINY, f"--data={images}", f"--output_dir={output_dir}", f"--steps={steps}", "--log_every=100"]
+    with ReadCounter() as counter:
+        assert pretrain(arguments) is None
+    return len(counter.ours)
+
+
+def test_the_loop_reads_no_more_in_a_longer_run(tmp_path: Path) -> None:
+    """Starting, logging once and saving once read; the steps between do not."""
+    images = make_images(tmp_path / "images")
+    short, long = (run_ranks(1, reads_of_a_run, str(tmp_path / f"{n}"), str(images), n)[0] for n in (2, 7))
+    assert short == long
