@@ -4,13 +4,14 @@ PYTHON ?= python3
 DALI ?= cuda13
 BIN := .venv/bin
 
-.PHONY: help pretrain test test-all test-gpu lint clean
+.PHONY: help pretrain test test-all test-gpu test-slurm lint clean
 
 help:
 	@echo "make pretrain   install, then train the quickstart recipe on the built-in photographs"
 	@echo "make test       install, then run the tests (under 20 minutes on 2 cores)"
 	@echo "make test-all   the long suites as well"
 	@echo "make test-gpu   the tests that need CUDA devices"
+	@echo "make test-slurm a run under a real Slurm of two virtual nodes on this machine (installs Debian packages)"
 	@echo "make lint       ruff and mypy"
 
 .venv/installed: pyproject.toml
@@ -23,10 +24,13 @@ pretrain: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed pretrain_nepa.py --ds_config ds_configs/zero2.json
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-slurm: .venv/installed
+	$(BIN)/python -m pytest -m slurm
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu

@@ -34,6 +34,7 @@ SECTIONS: dict[str, type] = {
 # the fields that people set most are flags of one word, spelled as in DeepSpeed and Megatron
 SHORT_NAMES = {
     "data.path": "data",
+    "data.on_bad_image": "on_bad_image",
     "optimizer.base_lr": "base_lr",
     "parallel.tensor_parallel_size": "tensor_parallel_size",
     "parallel.sequence_parallel": "sequence_parallel",
