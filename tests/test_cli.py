@@ -114,7 +114,8 @@ def merged(
 
 def test_auto_takes_the_flags_values(tmp_path: Path) -> None:
     config = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
-    _, resolved = merged(config, tmp_path, "--global_batch_size", "32", "--micro_batch_size", "4", data_parallel_size=2)
+    given = ("--global_batch_size=32", "--micro_batch_size=4", "--dtype=bf16")
+    _, resolved = merged(config, tmp_path, *given, data_parallel_size=2)
     assert resolved["train_batch_size"] == 32
     assert resolved["train_micro_batch_size_per_gpu"] == 4
     assert resolved["gradient_accumulation_steps"] == 4
