@@ -272,6 +272,10 @@ class RunConfig:
     seed: int = 1337
     # auto continues output_dir's newest checkpoint, none starts afresh, a path continues that checkpoint
     resume: str = "auto"
+    # start from the weights of this checkpoint or OUTPUT_DIR, with a fresh optimizer at step 0; none draws them
+    init_from: str | None = None
+    # which weights init_from takes of a run: its average (ema) or raw
+    init_weights: Literal["ema", "raw"] = "ema"
     # steps between checkpoints (one is always written at the end)
     save_every: int = 1000
     # newest checkpoints that are kept; 0 keeps all
@@ -308,6 +312,10 @@ class RunConfig:
         require(
             not (self.compile and self.parallel.tensor_parallel_size > 1),
             f"--compile serves tensor_parallel_size 1, not {self.parallel.tensor_parallel_size}: drop one of them.",
+        )
+        require(
+            self.init_from is None or self.resume in ("auto", "none"),
+            f"--resume {self.resume} continues a run and --init_from {self.init_from} starts one: give one of them.",
         )
         self.parallel.check_model(self.model)
 

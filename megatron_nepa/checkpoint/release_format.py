@@ -1,8 +1,13 @@
-"""Names and layout of the authors' released checkpoints (release section 3) against ours."""
+"""Names and layout of the authors' released tensors (release section 3) against ours.
+
+Ours are the parameters of :class:`~megatron_nepa.models.nepa.NepaForPretraining`; a classifier's head keeps the
+release's names (``fc_norm.*``, ``classifier.*``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +15,9 @@ from torch import Tensor
 from megatron_nepa.config import ConfigError, ModelConfig
 
 _PREFIX = "vit_nepa."
+_HEAD = ("fc_norm", "classifier")
+# ours, of the objective: the release has none, and a model without masking needs none
+MASK_TOKEN = "trunk.embedding.mask_token"
 
 
 def release_names(config: ModelConfig) -> dict[str, list[str]]:
@@ -46,17 +54,18 @@ def release_names(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def from_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Rename and fuse a released trunk's tensors into a state dict of :class:`~megatron_nepa.models.nepa.NepaForPretraining`.
+    """Rename and fuse released tensors into ours.
 
     Raises:
         ConfigError: listing the keys that are missing or left over.
     """
-    names = release_names(config)
+    names = release_names(config) | _head_names(state)
     wanted = {part for parts in names.values() for part in parts}
     missing, left_over = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
     if missing or left_over:
         raise ConfigError(
-            f"the released checkpoint does not fit this model: missing {missing or 'nothing'}, left over {left_over or 'nothing'}."
+            f"the released checkpoint does not fit this model: missing {missing or 'nothing'}, "
+            f"left over {left_over or 'nothing'}."
         )
     result = {name: torch.cat([state[part] for part in parts]) for name, parts in names.items()}
     if config.bos_token:
@@ -65,12 +74,63 @@ def from_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
 
 def to_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Inverse of :func:`from_release`."""
+    """Inverse of :func:`from_release`; leaves out the mask token, which the release does not have.
+
+    Raises:
+        ConfigError: listing the tensors that are missing or left over.
+    """
+    names = release_names(config) | _head_names(state)
+    missing, left_over = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys() - {MASK_TOKEN})
+    if missing or left_over:
+        raise ConfigError(
+            f"the checkpoint does not fit the released format: missing {missing or 'nothing'}, "
+            f"left over {left_over or 'nothing'}."
+        )
     result = {}
-    for name, parts in release_names(config).items():
+    for name, parts in names.items():
         pieces = state[name].chunk(len(parts))
         result.update({part: piece.contiguous() for part, piece in zip(parts, pieces, strict=True)})
     if config.bos_token:
         token = f"{_PREFIX}embeddings.cls_token"
         result[token] = result[token].view(1, 1, -1)
     return result
+
+
+def add_missing_qk_norm(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """Give an affine QK-norm whose weights were never trained ones: the same function as without parameters.
+
+    Args:
+        state: released tensors.
+        config: of the model; whether QK-norm is affine is its say, never the tensors'.
+
+    Returns:
+        The tensors, and the names that were added.
+    """
+    names = release_names(config)
+    wanted = [part for name, parts in names.items() if name.endswith(("q_norm", "k_norm")) for part in parts]
+    added = [part for part in wanted if part not in state]
+    return {**state, **{part: torch.ones(config.head_size) for part in added}}, added
+
+
+def fold_layer_scale(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Multiply LayerScale into the layer before it (ours by name): the same function without LayerScale.
+
+    Raises:
+        ConfigError: where the model has no LayerScale.
+    """
+    if config.layer_scale_init is None:
+        raise ConfigError("this model has no LayerScale: there is nothing to fold.")
+    result = dict(state)
+    for i in range(config.num_layers):
+        for scale, layer in (("layer_scale1", "attention.out"), ("layer_scale2", "feed_forward.down")):
+            factor = result.pop(f"trunk.blocks.{i}.{scale}")
+            weight, bias = f"trunk.blocks.{i}.{layer}.weight", f"trunk.blocks.{i}.{layer}.bias"
+            result[weight] = result[weight] * factor[:, None]
+            result[bias] = result[bias] * factor
+    return result, replace(config, layer_scale_init=None)
+
+
+def _head_names(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """A classifier's layers, each whole where any of it is there."""
+    found = [layer for layer in _HEAD if any(name.startswith(f"{layer}.") for name in state)]
+    return {f"{layer}.{kind}": [f"{layer}.{kind}"] for layer in found for kind in ("weight", "bias")}

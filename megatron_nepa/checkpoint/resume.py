@@ -82,6 +82,10 @@ def load(train: TrainState, checkpoint: Path, model: dict[str, Any]) -> Progress
         ConfigError: where the checkpoint is damaged or belongs to another model.
     """
     description = read_manifest(checkpoint)
+    require(
+        description["has_optimizer"],
+        f"{checkpoint} holds weights only: start a run from it with --init_from instead of --resume.",
+    )
     theirs = description["run"]["model"]
     differing = [
         f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value

@@ -87,6 +87,28 @@ def restore_state(train: TrainState, state: dict[str, Tensor]) -> None:
                 _view(flats, fragment).copy_(part)
 
 
+def empty_weights(train: TrainState) -> dict[str, Tensor]:
+    """Tensors on the CPU to read weights into, under the parameters' names."""
+    return {
+        name: _logical(torch.empty(param.shape), param, train.topology)
+        for name, param in train.module.named_parameters()
+    }
+
+
+@torch.no_grad()
+def restore_weights(train: TrainState, weights: dict[str, Tensor]) -> None:
+    """Copy :func:`empty_weights`'s tensors, now filled, into a fresh run: masters, average and model weights."""
+    for name, value in weights.items():
+        param = train.module.get_parameter(name)
+        local = (value.to_local() if isinstance(value, DTensor) else value).reshape(param.shape)
+        param.copy_(local)
+        fragment = train.masters.fragments.get(name)
+        for flats in (train.masters.flats, train.ema):
+            if flats is not None and fragment is not None:
+                part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
+                _view(flats, fragment).copy_(part)
+
+
 def set_optimizer_step(train: TrainState, step: int) -> None:
     """Set the step count of AdamW's bias correction."""
     optimizer = train.masters.optimizer

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ class CheckpointStore:
         """
         topology = train.topology
         final = self.folder / f"step_{progress.step:08d}"
-        partial = _aside(final)
+        partial = beside(final)
         description = {
             "progress": asdict(progress),
+            "has_optimizer": True,
             "has_ema": train.ema is not None,
             "data_parallel_size": topology.data_size,
             "tensor_parallel_size": topology.tensor.size,
@@ -88,7 +90,7 @@ class CheckpointStore:
 
         def finish() -> None:
             write_manifest(partial, {**description, "files": files})
-            _sync(partial)
+            sync_folder(partial)
             self._publish(partial, final)
 
         state = collect_state(train)
@@ -134,7 +136,7 @@ class CheckpointStore:
             _discard(final)
         partial.rename(final)
         _replace_text(self.folder / "latest", final.name)
-        _sync(self.folder)
+        sync_folder(self.folder)
         if self.keep_last > 0:
             for path in self.newest_first()[self.keep_last :]:
                 if not (self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0):
@@ -149,7 +151,8 @@ def _cause(error: RankError | CheckpointException) -> str:
     return f"rank {rank}: {cause or type(cause).__name__}"
 
 
-def _aside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """Where a checkpoint is written before it takes the name ``path``."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -160,7 +163,8 @@ def _discard(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -178,5 +182,6 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def quiet_torch_checkpoint() -> None:
-    """Silence torch's report of every save and load, which it writes as information to the standard logger."""
+    """Silence torch's reports of every save and load, and its guess that one process was meant (it was)."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.resume import Found, describe_grid_change, load
 from megatron_nepa.checkpoint.store import Progress, SaveError
 from megatron_nepa.config import RunConfig
@@ -102,10 +103,12 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     found = directory.checkpoint_to_resume(topology)
     total_steps = run.total_steps(task.num_images)
     engine = TrainingEngine(task.build_model(kernels), run, ds_config, topology)
-    progress = Progress()
+    progress, start = Progress(), None
     if found.checkpoint is not None:
         progress = load(engine.train_state, found.checkpoint, run.to_dict()["model"])
         engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
+    elif run.init_from is not None:
+        start = start_from(engine.train_state, run.init_from, run.init_weights, run.model)
     if run.compile:
         for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
             block.compile()
@@ -118,6 +121,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         truncate_metrics(directory.metrics_path, progress.step)
         log = RunLog(directory.path, run, total_steps, progress.step)
         log.message(_describe_start(run, engine, topology, kernels, found, progress, peak.source))
+        if start is not None:
+            log.message(start)
     loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
     window = MetricWindow((*task.metric_names, "grad_norm"), topology)
     warmup_steps = round(run.optimizer.warmup_ratio * total_steps)

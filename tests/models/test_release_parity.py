@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_nepa.checkpoint.release_config import model_from_release
+from megatron_nepa.checkpoint.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.release_format import from_release, to_release
+from megatron_nepa.checkpoint.weights import read_weights, write_weights
 from megatron_nepa.config import ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
@@ -26,18 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 def load_case(name: str) -> tuple[NepaForPretraining, dict[str, torch.Tensor], ModelConfig]:
     meta = json.loads((FOLDER / "meta.json").read_text())[name]
-    config = ModelConfig(
-        image_size=meta["image_size"],
-        patch_size=meta["patch_size"],
-        hidden_size=meta["hidden_size"],
-        num_layers=meta["num_hidden_layers"],
-        num_heads=meta["num_attention_heads"],
-        mlp="swiglu" if meta.get("use_gated_mlp") else "gelu",
-        mlp_hidden_size=meta["intermediate_size"],
-        qk_norm="affine" if meta.get("qk_norm_affine") else "plain",
-        position_embedding="none",
-        bos_token=True,
-    )
+    config = model_from_release(meta)
     golden = load_file(FOLDER / f"{name}.safetensors")
     model = NepaForPretraining(config, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
     released = {key.removeprefix("sd."): value for key, value in golden.items() if key.startswith("sd.")}
@@ -86,3 +78,26 @@ def test_conversion_is_lossless(name: str) -> None:
     back = to_release(model.state_dict(), config)
     for key, value in back.items():
         assert torch.equal(value, golden[f"sd.{key}"]), key
+
+
+@pytest.mark.parametrize("name", [*CASES, "cls_bidir_pool"])
+def test_a_released_folder_comes_back_bit_equal(name: str, tmp_path: Path) -> None:
+    """As a user converts: the release, a checkpoint to start from, and the release's format again."""
+    meta = json.loads((FOLDER / "meta.json").read_text())[name]
+    golden = load_file(FOLDER / f"{name}.safetensors")
+    released = {key.removeprefix("sd."): value for key, value in golden.items() if key.startswith("sd.")}
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/config.json").write_text(json.dumps(meta))
+    save_file(released, tmp_path / "release/model.safetensors")
+
+    weights, notes = read_release(tmp_path / "release")
+    assert notes == []
+    write_weights(weights, tmp_path / "start")
+    write_release(read_weights(tmp_path / "start"), tmp_path / "again")
+    back = load_file(tmp_path / "again/model.safetensors")
+    assert back.keys() == released.keys()
+    assert [key for key, value in back.items() if not torch.equal(value, released[key])] == []
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    config["num_labels"] = len(config.get("label2id", {}))  # Hugging Face derives it from the labels
+    meta.pop("loss", None)
+    assert {key: config[key] for key in meta} == meta

@@ -1,0 +1,97 @@
+"""Whether two checkpoints are the same model: their embeddings and loss on sample images, whatever their formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_nepa.checkpoint.release_folder import is_release, read_release
+from megatron_nepa.checkpoint.release_format import MASK_TOKEN
+from megatron_nepa.checkpoint.weights import Choice, Weights, read_weights
+from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig, require
+from megatron_nepa.data.builtin import photograph_files
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.parallel.topology import TensorGroup
+
+_NUM_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images, in fp32 and evaluation mode.
+
+    Attributes:
+        origins: what was compared.
+        largest_difference: of any element of the predicted embeddings.
+        largest_embedding: largest element of the first model's, to judge it by.
+        losses: next-embedding loss of each.
+    """
+
+    origins: tuple[str, str]
+    largest_difference: float
+    largest_embedding: float
+    losses: tuple[float, float]
+
+
+def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparison:
+    """Run both models of this project's or the release's format on four photographs.
+
+    Args:
+        first, second: checkpoints, OUTPUT_DIRs or folders of released models.
+        choice: average or raw weights, where there are both; None takes the average where there is one.
+
+    Raises:
+        ConfigError: where one cannot be read, or they take images of other sizes.
+    """
+    models = [read_any(path, choice) for path in (first, second)]
+    a, b = (weights.model for weights in models)
+    require(
+        (a.image_size, a.patch_size, a.hidden_size) == (b.image_size, b.patch_size, b.hidden_size),
+        f"{first} and {second} have no embeddings in common: image_size, patch_size, hidden_size are "
+        f"{a.image_size}, {a.patch_size}, {a.hidden_size} and {b.image_size}, {b.patch_size}, {b.hidden_size}.",
+    )
+    images = _sample_images(a)
+    (embedding, loss), (other_embedding, other_loss) = (_run(weights, images) for weights in models)
+    # a BOS token's output stands in the first place of each sample, if only one has it
+    patches, other_patches = (x[:, -a.num_patches :] for x in (embedding, other_embedding))
+    return Comparison(
+        (models[0].origin, models[1].origin),
+        (patches - other_patches).abs().max().item(),
+        patches.abs().max().item(),
+        (loss, other_loss),
+    )
+
+
+def read_any(path: Path, choice: Choice | None = None) -> Weights:
+    """The weights of a checkpoint of this project's or the release's format.
+
+    Raises:
+        ConfigError: where ``path`` is neither, or is damaged.
+    """
+    return read_release(path, choice)[0] if is_release(path) else read_weights(path, choice)
+
+
+@torch.no_grad()
+def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
+    objective, parallel = ObjectiveConfig(), ParallelConfig()
+    model = NepaForPretraining(weights.model, objective, parallel, 0, TensorGroup(), Kernels()).eval()
+    trunk = {name: value for name, value in weights.tensors.items() if name.startswith("trunk.") and name != MASK_TOKEN}
+    model.load_state_dict(trunk)
+    output = model(images, torch.arange(images.shape[0]))
+    return output.prediction.unflatten(0, (images.shape[0], -1)), output.loss.item()
+
+
+def _sample_images(model: ModelConfig) -> Tensor:
+    """Photographs in [-1, 1], fp32 [4, C, H, W]."""
+    files = list(photograph_files())[:_NUM_IMAGES]
+    size = (model.image_size, model.image_size)
+    mode = "RGB" if model.in_channels == 3 else "L"
+    pixels = [np.asarray(Image.open(path).convert(mode).resize(size), np.float32) for path in files]
+    images = torch.from_numpy(np.stack(pixels)).view(len(files), *size, -1).permute(0, 3, 1, 2)
+    return (images / 127.5 - 1).expand(-1, model.in_channels, -1, -1).contiguous()

@@ -1,0 +1,138 @@
+"""A model's weights outside a run: read whole from a checkpoint of any grid, written as one that a run starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from megatron_nepa.checkpoint.manifest import file_facts, read_manifest, verify_files, write_manifest
+from megatron_nepa.checkpoint.release_format import MASK_TOKEN
+from megatron_nepa.checkpoint.resume import find_checkpoint
+from megatron_nepa.checkpoint.store import Progress, beside, quiet_torch_checkpoint, sync_folder
+from megatron_nepa.config import ModelConfig, ParallelConfig, require
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.topology import TensorGroup
+
+Choice = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, whole.
+
+    Attributes:
+        model: the model that they belong to.
+        tensors: fp32, under the names of the model's parameters.
+        origin: what they are, in words.
+    """
+
+    model: ModelConfig
+    tensors: dict[str, Tensor]
+    origin: str
+
+
+def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
+    """The weights of a checkpoint, from whatever grid wrote it; its files are verified.
+
+    Args:
+        path: a checkpoint, or an OUTPUT_DIR for its newest one.
+        choice: the average (ema) or the raw weights; None takes the average where there is one.
+
+    Raises:
+        ConfigError: where there is no checkpoint, it is damaged, or holds no average.
+    """
+    checkpoint = find_checkpoint(str(path))
+    verify_files(checkpoint)
+    manifest = read_manifest(checkpoint)
+    kind = choose_kind(checkpoint, manifest, choice)
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    names = [name.removeprefix("master.") for name in sizes if name.startswith("master.")]
+    # a frozen parameter has no average: it is its own
+    keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in sizes else f"master.{name}" for name in names}
+    state = {key: torch.empty(sizes[key]) for key in keys.values()}
+    quiet_torch_checkpoint()
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    model = ModelConfig(**manifest["run"]["model"])
+    shapes = {name: shape for name, (shape, _) in _parameters(model, names).items()}
+    tensors = {name: state[key].reshape(shapes.get(name, sizes[key])) for name, key in keys.items()}
+    origin = manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
+    return Weights(model, tensors, origin)
+
+
+def choose_kind(checkpoint: Path, manifest: dict[str, Any], choice: Choice | None) -> Literal["ema", "master"]:
+    """Under which prefix the chosen weights lie in a checkpoint; one that holds weights only has just one kind.
+
+    Raises:
+        ConfigError: where the average is asked of a run that kept none.
+    """
+    if choice == "raw" or not manifest["has_optimizer"] or (choice is None and not manifest["has_ema"]):
+        return "master"
+    require(manifest["has_ema"], f"{checkpoint} holds no weight average: ask for its raw weights.")
+    return "ema"
+
+
+def write_weights(weights: Weights, folder: Path) -> None:
+    """Write a checkpoint that holds weights only, for ``--init_from``; it appears in one piece or not at all.
+
+    Raises:
+        ConfigError: where ``folder`` exists.
+    """
+    require(not folder.exists(), f"{folder} exists: choose another name for the result.")
+    layouts = _parameters(weights.model, weights.tensors)
+    partial = beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {}
+    for name, value in weights.tensors.items():
+        sections = layouts[name][1] if name in layouts else 1
+        state[f"master.{name}"] = value.float().view(sections, -1, *value.shape[1:]) if sections > 1 else value.float()
+    quiet_torch_checkpoint()
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+    write_manifest(
+        partial,
+        {
+            "progress": asdict(Progress()),
+            "has_optimizer": False,
+            "has_ema": False,
+            "origin": weights.origin,
+            "files": {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))},
+            "run": {"model": asdict(weights.model)},
+        },
+    )
+    sync_folder(partial)
+    partial.rename(folder)
+
+
+def consolidate(weights: Weights, path: Path) -> None:
+    """Write the weights as one fp32 safetensors file, with the model's config in its metadata.
+
+    Raises:
+        ConfigError: where ``path`` exists.
+    """
+    require(not path.exists(), f"{path} exists: choose another name for the result.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(path)
+    metadata = {"format": "pt", "model": json.dumps(asdict(weights.model)), "origin": weights.origin}
+    save_file({name: value.float().contiguous() for name, value in weights.tensors.items()}, partial, metadata)
+    partial.rename(path)
+
+
+def _parameters(model: ModelConfig, names: Iterable[str]) -> dict[str, tuple[torch.Size, int]]:
+    """Shape and number of fused sections of every trunk parameter."""
+    with torch.device("meta"):
+        masked = 0.5 if MASK_TOKEN in names else 0.0  # any share: only whether there is a mask token
+        trunk = Trunk(model, ParallelConfig(), masked, 0, TensorGroup(), Kernels())
+    return {f"trunk.{name}": (param.shape, layout_of(param).sections) for name, param in trunk.named_parameters()}

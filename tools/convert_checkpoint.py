@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Look into checkpoints, convert them to and from the authors' released format, and check the result.
+
+    tools/convert_checkpoint.py inspect runs/nepa_b
+    tools/convert_checkpoint.py to_release runs/nepa_b_release nepa-base-patch14-224
+    tools/convert_checkpoint.py from_release nepa-base-patch14-224 nepa_b_start
+    tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
+    tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
+    deepspeed pretrain_nepa.py --recipe nepa_b_release --init_from nepa_b_start ...
+
+A checkpoint is a folder such as OUTPUT_DIR/checkpoints/step_00001000, or an OUTPUT_DIR for its newest; any grid may
+have written it. Where it holds the weight average (ema) as well as the raw weights, --weights raw takes the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_nepa.checkpoint.compare import compare
+from megatron_nepa.checkpoint.inspect import describe
+from megatron_nepa.checkpoint.release_folder import read_release, write_release
+from megatron_nepa.checkpoint.weights import consolidate, read_weights, write_weights
+from megatron_nepa.config import ConfigError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def to_release(args: argparse.Namespace) -> int:
+    """Write config.json and model.safetensors as the authors' code reads them."""
+    weights = read_weights(args.source, args.weights)
+    _say(weights.origin, args.target, write_release(weights, args.target, args.fold_layer_scale))
+    return 0
+
+
+def from_release(args: argparse.Namespace) -> int:
+    """Write a checkpoint for --init_from from model.safetensors (raw) or pytorch_model_ema.bin (ema)."""
+    weights, notes = read_release(args.source, args.weights, args.fold_layer_scale)
+    write_weights(weights, args.target)
+    _say(weights.origin, args.target, notes)
+    return 0
+
+
+def consolidate_weights(args: argparse.Namespace) -> int:
+    """Write the weights as one fp32 safetensors file under this project's names."""
+    weights = read_weights(args.source, args.weights)
+    consolidate(weights, args.target)
+    _say(weights.origin, args.target, [])
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint holds: step, grid, tensors, model."""
+    print(describe(args.source))
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare the embeddings and the loss of two checkpoints of either format; exit status 1 where they differ."""
+    found = compare(args.first, args.second, args.weights)
+    equal = found.largest_difference <= args.tolerance
+    print(f"A  loss {found.losses[0]:.9f}  {found.origins[0]}")
+    print(f"B  loss {found.losses[1]:.9f}  {found.origins[1]}")
+    print(
+        f"largest difference of an embedding {found.largest_difference:.3g} (largest value "
+        f"{found.largest_embedding:.3g}, tolerance {args.tolerance:.3g}): {'the same' if equal else 'they differ'}"
+    )
+    return 0 if equal else 1
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, *paths: str) -> argparse.ArgumentParser:
+        help_text = (command.__doc__ or "").strip()
+        added = commands.add_parser(name, help=help_text, description=help_text)
+        for path in paths:
+            added.add_argument(path, type=Path)
+        added.set_defaults(command=command)
+        return added
+
+    converters = [
+        add("to_release", to_release, "source", "target"),
+        add("from_release", from_release, "source", "target"),
+    ]
+    for converter in converters:
+        converter.add_argument(
+            "--fold_layer_scale",
+            action="store_true",
+            help="multiply LayerScale into the layers before it: the same function without it",
+        )
+    add("inspect", inspect, "source")
+    comparison = add("verify", verify, "first", "second")
+    comparison.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of an element (1e-4)")
+    for weighted in (*converters, add("consolidate", consolidate_weights, "source", "target"), comparison):
+        weighted.add_argument("--weights", choices=["ema", "raw"], help="default: ema where there is one")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run one command."""
+    args = parse_arguments()
+    try:
+        status = args.command(args)
+    except ConfigError as error:
+        sys.exit(f"convert_checkpoint: {error}")
+    sys.exit(status)
+
+
+def _say(origin: str, target: Path, notes: list[str]) -> None:
+    print(f"{target}: {origin}")
+    for note in notes:
+        print(f"  {note}")
+
+
+if __name__ == "__main__":
+    main()
