@@ -12,7 +12,7 @@ import pytest
 import torch.multiprocessing as mp
 
 from megatron_nepa.training import preemption
-from megatron_nepa.training.preemption import SIGNALS, StopSignal
+from megatron_nepa.training.preemption import SIGNALS, StopSignal, job_end_time
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -89,3 +89,22 @@ def test_all_ranks_agree(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None SIGUSR1"] * 2
+
+
+def test_the_end_of_the_jobs_time_stops_early_enough_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_800_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    with StopSignal(announce=False, end_time=now + 100.0) as stop:
+        assert stop.agreed(None, 1) is None
+        stop.save_seconds = 20.0  # 100 s are left: 60 to leave, and twice 20
+        assert stop.agreed(None, 1) == "the end of the job's time"
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(None, 1) == "SIGTERM"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1800000000", 1.8e9), ("", None), ("N/A", None), (None, None)], ids=str)
+def test_slurm_tells_the_end(text: str | None, seconds: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    if text is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", text)
+    assert job_end_time() == seconds
