@@ -5,6 +5,7 @@
     tools/convert_checkpoint.py to_release runs/nepa_b_release nepa-base-patch14-224
     tools/convert_checkpoint.py from_release nepa-base-patch14-224 nepa_b_start
     tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
+    tools/convert_checkpoint.py universal runs/nepa_b nepa_b_universal
     tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
     deepspeed pretrain_nepa.py --recipe nepa_b_release --init_from nepa_b_start ...
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_nepa.checkpoint.compare import compare
 from megatron_nepa.checkpoint.inspect import describe
 from megatron_nepa.checkpoint.release_folder import read_release, write_release
+from megatron_nepa.checkpoint.universal import export_universal, import_universal, is_universal
 from megatron_nepa.checkpoint.weights import consolidate, read_weights, write_weights
 from megatron_nepa.config import ConfigError
 
@@ -48,6 +50,15 @@ def consolidate_weights(args: argparse.Namespace) -> int:
     weights = read_weights(args.source, args.weights)
     consolidate(weights, args.target)
     _say(weights.origin, args.target, [])
+    return 0
+
+
+def universal(args: argparse.Namespace) -> int:
+    """Export to DeepSpeed's universal layout; a SOURCE of that layout is imported."""
+    if is_universal(args.source):
+        print(f"{args.target}: {import_universal(args.source, args.target)}")
+    else:
+        print(f"{args.target}: {export_universal(args.source, args.target)}")
     return 0
 
 
@@ -94,6 +105,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             help="multiply LayerScale into the layers before it: the same function without it",
         )
     add("inspect", inspect, "source")
+    add("universal", universal, "source", "target")
     comparison = add("verify", verify, "first", "second")
     comparison.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of an element (1e-4)")
     for weighted in (*converters, add("consolidate", consolidate_weights, "source", "target"), comparison):

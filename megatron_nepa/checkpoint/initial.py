@@ -12,7 +12,7 @@ from megatron_nepa.checkpoint.release_folder import is_release
 from megatron_nepa.checkpoint.resume import find_checkpoint, find_intact
 from megatron_nepa.checkpoint.state import TrainState, empty_weights, restore_weights
 from megatron_nepa.checkpoint.store import quiet_torch_checkpoint
-from megatron_nepa.checkpoint.weights import Choice, choose_kind
+from megatron_nepa.checkpoint.weights import Choice, choose_kind, stored_sizes
 from megatron_nepa.config import ModelConfig, require
 
 # parameters that a run may have without their being in the checkpoint: they keep their initial values
@@ -42,8 +42,7 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig)
     find_intact([checkpoint], train.topology)
     manifest = read_manifest(checkpoint)
     kind = choose_kind(checkpoint, manifest, choice)
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    stored = {key: tuple(size) for key, size in stored_sizes(checkpoint).items()}
     names = {name.removeprefix("master."): size for name, size in stored.items() if name.startswith("master.")}
 
     wanted = empty_weights(train)
@@ -63,7 +62,7 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig)
         if name not in kept
     }
     quiet_torch_checkpoint()
-    dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), process_group=train.topology.host_group)
     restore_weights(train, {key.partition(".")[2]: value for key, value in state.items()})
 
     origin = manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"

@@ -6,10 +6,9 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
 from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import find_checkpoint
+from megatron_nepa.checkpoint.weights import stored_sizes
 from megatron_nepa.config import ModelConfig
 
 
@@ -24,11 +23,11 @@ def describe(path: str | Path) -> str:
     """
     checkpoint = find_checkpoint(str(path))
     manifest = read_manifest(checkpoint)
-    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    sizes = stored_sizes(checkpoint)
     counts: dict[str, int] = {}
-    for name, entry in metadata.items():
+    for name, size in sizes.items():
         kind = name.partition(".")[0]
-        counts[kind] = counts.get(kind, 0) + math.prod(entry.size)  # type: ignore[union-attr]
+        counts[kind] = counts.get(kind, 0) + math.prod(size)
     files = manifest["files"]
     lines = [str(checkpoint)]
     if manifest["has_optimizer"]:
@@ -44,8 +43,8 @@ def describe(path: str | Path) -> str:
     else:
         lines.append(f"  weights only, for --init_from: {manifest['origin']}")
     elements = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-    size = sum(facts["size"] for facts in files.values())
-    lines.append(f"  {len(files)} files, {size / 1e9:.3g} GB, {len(metadata)} fp32 tensors; elements: {elements}")
+    total = sum(facts["size"] for facts in files.values())
+    lines.append(f"  {len(files)} files, {total / 1e9:.3g} GB, {len(sizes)} fp32 tensors; elements: {elements}")
     model = manifest["run"]["model"]
     lines += [f"  model.{field.name} {model[field.name]}" for field in fields(ModelConfig)]
     return "\n".join(lines)

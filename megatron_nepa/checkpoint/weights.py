@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,7 +22,7 @@ from megatron_nepa.checkpoint.store import Progress, beside, quiet_torch_checkpo
 from megatron_nepa.config import ModelConfig, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
-from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.layers import ParameterLayout, layout_of
 from megatron_nepa.parallel.topology import TensorGroup
 
 Choice = Literal["ema", "raw"]
@@ -57,17 +57,16 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
     verify_files(checkpoint)
     manifest = read_manifest(checkpoint)
     kind = choose_kind(checkpoint, manifest, choice)
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-    names = [name.removeprefix("master.") for name in sizes if name.startswith("master.")]
+    sizes = stored_sizes(checkpoint)
+    names = [key.removeprefix("master.") for key in sizes if key.startswith("master.")]
     # a frozen parameter has no average: it is its own
     keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in sizes else f"master.{name}" for name in names}
-    state = {key: torch.empty(sizes[key]) for key in keys.values()}
-    quiet_torch_checkpoint()
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    state = load_whole(checkpoint, keys.values(), sizes)
     model = ModelConfig(**manifest["run"]["model"])
-    shapes = {name: shape for name, (shape, _) in _parameters(model, names).items()}
-    tensors = {name: state[key].reshape(shapes.get(name, sizes[key])) for name, key in keys.items()}
+    forms = trunk_layouts(model, MASK_TOKEN in names)
+    tensors = {
+        name: state[key].reshape(forms[name].shape if name in forms else sizes[key]) for name, key in keys.items()
+    }
     origin = manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
     return Weights(model, tensors, origin)
 
@@ -90,28 +89,44 @@ def write_weights(weights: Weights, folder: Path) -> None:
     Raises:
         ConfigError: where ``folder`` exists.
     """
+    description = {
+        "progress": asdict(Progress()),
+        "has_optimizer": False,
+        "has_ema": False,
+        "origin": weights.origin,
+        "run": {"model": asdict(weights.model)},
+    }
+    write_state(
+        folder, {f"master.{name}": value for name, value in weights.tensors.items()}, weights.model, description
+    )
+
+
+def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, description: dict[str, Any]) -> None:
+    """Write whole tensors as a checkpoint of one process, in one piece or not at all.
+
+    Args:
+        folder: that must not exist.
+        state: by kind and parameter ("master.NAME", "exp_avg.NAME", ...), in the parameters' shapes.
+        model: whose fused projections are stored section by section.
+        description: what the manifest says besides the files.
+
+    Raises:
+        ConfigError: where ``folder`` exists.
+    """
     require(not folder.exists(), f"{folder} exists: choose another name for the result.")
-    layouts = _parameters(weights.model, weights.tensors)
+    layouts = trunk_layouts(model, masked=any(MASK_TOKEN in key for key in state))
     partial = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = {}
-    for name, value in weights.tensors.items():
-        sections = layouts[name][1] if name in layouts else 1
-        state[f"master.{name}"] = value.float().view(sections, -1, *value.shape[1:]) if sections > 1 else value.float()
+    stored = {}
+    for key, value in state.items():
+        layout = layouts.get(key.partition(".")[2])
+        sections = layout.layout.sections if layout else 1
+        stored[key] = value.float().view(sections, -1, *value.shape[1:]) if sections > 1 else value.float()
     quiet_torch_checkpoint()
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
-    write_manifest(
-        partial,
-        {
-            "progress": asdict(Progress()),
-            "has_optimizer": False,
-            "has_ema": False,
-            "origin": weights.origin,
-            "files": {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))},
-            "run": {"model": asdict(weights.model)},
-        },
-    )
+    dcp.save(stored, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+    files = {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))}
+    write_manifest(partial, {**description, "files": files})
     sync_folder(partial)
     partial.rename(folder)
 
@@ -130,9 +145,40 @@ def consolidate(weights: Weights, path: Path) -> None:
     partial.rename(path)
 
 
-def _parameters(model: ModelConfig, names: Iterable[str]) -> dict[str, tuple[torch.Size, int]]:
-    """Shape and number of fused sections of every trunk parameter."""
+class ParameterForm(NamedTuple):
+    """Shape of a whole parameter, and how tensor parallelism splits it."""
+
+    shape: torch.Size
+    layout: ParameterLayout
+
+
+def trunk_layouts(model: ModelConfig, masked: bool) -> dict[str, ParameterForm]:
+    """Every trunk parameter of a model, without its memory.
+
+    Args:
+        model: its config.
+        masked: whether the objective gives it a mask token.
+    """
     with torch.device("meta"):
-        masked = 0.5 if MASK_TOKEN in names else 0.0  # any share: only whether there is a mask token
-        trunk = Trunk(model, ParallelConfig(), masked, 0, TensorGroup(), Kernels())
-    return {f"trunk.{name}": (param.shape, layout_of(param).sections) for name, param in trunk.named_parameters()}
+        trunk = Trunk(model, ParallelConfig(), 0.5 if masked else 0.0, 0, TensorGroup(), Kernels())
+    return {f"trunk.{name}": ParameterForm(param.shape, layout_of(param)) for name, param in trunk.named_parameters()}
+
+
+def load_whole(checkpoint: Path, keys: Iterable[str], sizes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint, read by this process alone, as they are stored.
+
+    Args:
+        checkpoint: its folder.
+        keys: which, by kind and parameter.
+        sizes: :func:`stored_sizes` of the checkpoint.
+    """
+    state = {key: torch.empty(sizes[key]) for key in keys}
+    quiet_torch_checkpoint()
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    return state
+
+
+def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Every tensor of a checkpoint, by kind and parameter, with the size in which it is stored."""
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {key: entry.size for key, entry in metadata.items()}  # type: ignore[union-attr]

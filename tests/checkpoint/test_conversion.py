@@ -266,6 +266,9 @@ def test_the_tool(
     assert "they differ" in out
     assert call("consolidate", source, f"{tmp_path}/one.safetensors")[0] == 0
     assert_equal(load_file(tmp_path / "one.safetensors"), read_weights(source).tensors)
+    assert call("universal", source, f"{tmp_path}/universal")[0] == 0
+    assert "step 7 of" in call("universal", f"{tmp_path}/universal", f"{tmp_path}/back")[1]
+    assert call("verify", f"{tmp_path}/back", source, "--tolerance=0")[0] == 0
     for arguments in (["to_release", source, f"{tmp_path}/raw"], ["from_release", source, f"{tmp_path}/new"]):
         status, _ = call(*arguments)
         assert str(status).startswith("convert_checkpoint: ")
