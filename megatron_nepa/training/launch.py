@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from types import FrameType
@@ -28,8 +29,7 @@ def exit_on_user_error() -> Iterator[None]:
     start the same command again. An unforeseen error ends with its traceback and 1.
     """
     _share_cores()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_at_once)  # training has its own handlers, which finish the step and save
+    _stop_at_once_outside_training()
     status = 0
     try:
         yield
@@ -53,6 +53,27 @@ def exit_on_user_error() -> Iterator[None]:
         os._exit(status)
     if status:
         sys.exit(status)
+
+
+def _stop_at_once_outside_training() -> None:
+    """Let SIGTERM and SIGUSR1 end the process, which has nothing to save; training sets its own handlers meanwhile.
+
+    Python runs a handler only when native code returns, and at the start that may be waiting for another rank. So a
+    thread is told through a pipe, too.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_at_once)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+    def listen() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            if signal.getsignal(number) is _stop_at_once:
+                _stop_at_once(number, None)
+
+    threading.Thread(target=listen, name="stop-at-once", daemon=True).start()
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:

@@ -26,7 +26,9 @@ RESOURCES = "--nodes=2 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 -
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[dict[str, str]]:
+    if "slurm" not in pytestconfig.option.markexpr:
+        pytest.skip("installs and starts Slurm: ask for it with -m slurm")
     if os.geteuid() != 0:
         pytest.skip("starts Slurm's daemons: needs root")
     install()

@@ -1,0 +1,62 @@
+"""How a script's process ends: its exit status, and signals before there is anything to save."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+BODY = """
+import sys, time, threading
+from megatron_nepa.config import ConfigError
+from megatron_nepa.training.launch import exit_on_user_error
+from megatron_nepa.training.loop import RunStopped, TrainingError
+with exit_on_user_error():
+    print("started", flush=True)
+    {line}
+"""
+
+
+def start(line: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BODY.format(line=line)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("pass", 0, ""),
+        ("raise ConfigError('give another folder.')", 2, "error: give another folder.\n"),
+        ("raise TrainingError('it diverged.')", 3, "error: it diverged.\n"),
+        ("raise RunStopped('by a signal')", 75, ""),
+    ],
+    ids=["finished", "bad input", "failed", "stopped"],
+)
+def test_status(line: str, status: int, message: str) -> None:
+    process = start(line)
+    _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (status, message)
+
+
+def test_an_unforeseen_error_tells_its_rank_and_cause() -> None:
+    process = start("{}['key']")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.startswith("rank 0 failed:\nTraceback")
+    assert error.strip().endswith("KeyError: 'key'")
+
+
+def test_a_signal_before_training_ends_even_a_process_that_waits_in_native_code() -> None:
+    # a lock of the C library, as a collective's: Python's own handlers run only when it returns
+    process = start("import ctypes; ctypes.PyDLL(None); ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    process.terminate()
+    sent = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert time.monotonic() - sent < 5
+    assert error.strip() == "SIGTERM outside of training: nothing to save, exits."
