@@ -25,6 +25,8 @@ def build_extensions(names: list[str], topology: Topology) -> None:
     # environments that share torch's default folder rebuild it in turns, at every start
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions" / environment))
+    # the environment's own ninja, be it activated or not: what one version of ninja built, another builds anew
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         from deepspeed.accelerator import get_accelerator
 
