@@ -27,7 +27,8 @@ test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest -m slurm

@@ -5,7 +5,8 @@
     deepspeed pretrain_nepa.py --ds_config ds_configs/zero2.json --recipe nepa_7b --data /data/imagenet/train \\
         --tensor_parallel_size 8 --sequence_parallel --activation_checkpointing
 
-Without --data it trains on photographs that come with the installed packages. The same command continues a run that was stopped.
+Without --data it trains on photographs that come with the installed packages. The same command continues a run that was
+stopped.
 """
 
 from __future__ import annotations

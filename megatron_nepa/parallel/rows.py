@@ -1,9 +1,9 @@
 """Sequence parallelism as a shard of token rows.
 
 A replica's activations are [N, D] with N = B * T rows in batch-major order. Sequence parallelism gives every
-tensor-parallel rank a contiguous run of ceil(N / size) rows; the last rank's run may end in padding. Where the size divides
-the batch a run is whole samples; elsewhere it cuts one, and the last row's target is then the next rank's first row
-(the halo).
+tensor-parallel rank a contiguous run of ceil(N / size) rows; the last rank's run may end in padding. Where the size
+divides the batch a run is whole samples; elsewhere it cuts one, and the last row's target is then the next rank's first
+row (the halo).
 """
 
 from __future__ import annotations
