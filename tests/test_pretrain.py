@@ -160,6 +160,13 @@ def test_a_finished_run_says_so_and_changes_nothing(images: Path, tmp_path: Path
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
+def test_a_run_continues_where_its_images_have_moved(images: Path, tmp_path: Path) -> None:
+    arguments = ["--steps=2", "--save_every=1"]
+    assert run_ranks(1, pretrain, flags(images, tmp_path / "run", *arguments)) == [None]
+    moved = make_images(tmp_path / "moved")
+    assert run_ranks(1, pretrain, flags(moved, tmp_path / "run", *arguments)) == [None]
+
+
 def test_old_checkpoints_are_removed(images: Path, tmp_path: Path) -> None:
     arguments = flags(images, tmp_path / "run", "--steps=4", "--save_every=1", "--keep_last=2")
     assert run_ranks(1, pretrain, arguments) == [None]
@@ -218,6 +225,9 @@ def test_another_runs_folder_is_refused(images: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     error = run_ranks(1, pretrain, [*arguments, "--base_lr=0.5"])[0]
     assert "holds another run (optimizer.base_lr 0.0048 there, 0.5 here)" in error
+    other = make_images(tmp_path / "others", count=19)
+    error = run_ranks(1, pretrain, flags(other, tmp_path / "run", "--steps=2"))[0]
+    assert "holds a run on other images" in error
     error = run_ranks(1, pretrain, [*arguments, "--resume=none"])[0]
     assert "--resume none starts afresh" in error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before

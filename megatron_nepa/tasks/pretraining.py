@@ -37,6 +37,7 @@ class PretrainingTask:
         self.topology = topology
         self.index = build_index(run.data, verbose=topology.is_main)
         self.num_images = None if self.index is None else len(self.index)
+        self.data_fingerprint = None if self.index is None else self.index.fingerprint()
         self.flops_per_image = float(train_flops(run.model))
         self._output: PretrainingOutput | None = None
 

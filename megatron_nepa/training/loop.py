@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from megatron_nepa.checkpoint.initial import start_from
-from megatron_nepa.checkpoint.resume import Found, describe_grid_change, load
+from megatron_nepa.checkpoint.resume import load
 from megatron_nepa.checkpoint.store import Progress, SaveError
 from megatron_nepa.config import RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.announce import describe_end, describe_failure, describe_start
 from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.exit_codes import EXIT_TRAINING_FAILED
 from megatron_nepa.training.figures import draw_figures
@@ -32,6 +30,7 @@ from megatron_nepa.training.run_directory import RunDirectory
 from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
 from megatron_nepa.training.schedule import warmup_cosine
 from megatron_nepa.training.stall import StallWatch
+from megatron_nepa.training.task import Task
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,48 +41,6 @@ class TrainingError(RuntimeError):
 
 class RunStopped(RuntimeError):
     """A signal or the end of the job's time stopped the run early; its state is saved, the same command continues."""
-
-
-class Loader(Protocol):
-    """Micro-batches of one rank, forever."""
-
-    num_bad_images: int
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def __next__(self) -> Any: ...
-
-    def close(self) -> None:
-        """Free whatever decodes."""
-
-
-class Task(Protocol):
-    """What the loop asks of a task.
-
-    Attributes:
-        metric_names: of the scalars that :meth:`forward` returns.
-        num_images: of the training data, or None where it is endless.
-        flops_per_image: model FLOPs of one training step on one image.
-    """
-
-    metric_names: tuple[str, ...]
-    num_images: int | None
-    flops_per_image: float
-
-    def build_model(self, kernels: Kernels) -> nn.Module:
-        """The freshly initialised fp32 model."""
-
-    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> Loader:
-        """The data from sample ``consumed_samples`` on."""
-
-    def forward(self, engine: TrainingEngine, batch: Any) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch, and its metrics as a detached fp32 tensor [len(metric_names)]."""
-
-    def health(self) -> Tensor | None:
-        """Flat fp32 device tensor about the last micro-batch, or None."""
-
-    def read_health(self, flat: Tensor) -> dict[str, float]:
-        """The log's numbers from :meth:`health`'s tensor on the host."""
 
 
 def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
@@ -100,7 +57,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written.
     """
     directory = RunDirectory(run)
-    found = directory.checkpoint_to_resume(topology)
+    found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
     total_steps = run.total_steps(task.num_images)
     engine = TrainingEngine(task.build_model(kernels), run, ds_config, topology)
     progress, start = Progress(), None
@@ -117,10 +74,17 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     peak = device_peak_flops(topology.device, DTYPES[run.dtype])
     log = None
     if topology.is_main:
-        directory.record({"ds_config": ds_config, "kernels": kernels.describe(), "peak_flops": peak.flops})
+        directory.record(
+            {
+                "data_fingerprint": task.data_fingerprint,
+                "ds_config": ds_config,
+                "kernels": kernels.describe(),
+                "peak_flops": peak.flops,
+            }
+        )
         truncate_metrics(directory.metrics_path, progress.step)
         log = RunLog(directory.path, run, total_steps, progress.step)
-        log.message(_describe_start(run, engine, topology, kernels, found, progress, peak.source))
+        log.message(describe_start(run, engine, topology, kernels, found, progress, peak.source))
         if start is not None:
             log.message(start)
     loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
@@ -199,7 +163,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                         for step, replicas in window.not_finite.items():
                             log.message(describe_non_finite(step, replicas, run, topology))
                 if failed:
-                    raise TrainingError(_describe_failure(run, progress, directory.checkpoints.latest()))
+                    raise TrainingError(describe_failure(run, progress, directory.checkpoints.latest()))
                 if saves:
                     stall.at("saving the checkpoint", progress.step)
                     try:
@@ -229,56 +193,5 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         raise RunStopped(stopped)
     if topology.is_main:
         draw_figures(directory.metrics_path, directory.figures_path)
-        print(_describe_end(directory, progress, total_steps), flush=True)
+        print(describe_end(directory, progress, total_steps), flush=True)
     return progress
-
-
-def _describe_start(
-    run: RunConfig,
-    engine: TrainingEngine,
-    topology: Topology,
-    kernels: Kernels,
-    found: Found,
-    progress: Progress,
-    peak_source: str,
-) -> str:
-    parameters = sum(
-        param.numel() * (topology.tensor.size if getattr(param, "tensor_model_parallel", False) else 1)
-        for param in engine.module.parameters()
-    )
-    shards = " with sequence parallelism" if run.parallel.sequence_parallel else ""
-    lines = [
-        f"{run.recipe}: {parameters / 1e6:.1f} M parameters in {run.dtype}, lr {run.learning_rate:.3g}, "
-        f"global batch {run.global_batch_size} = {topology.data_size} replicas x {engine.accumulation_steps} x "
-        f"{run.micro_batch_size}",
-        f"{topology.world_size} x {topology.device.type}: tensor parallel {topology.tensor.size}{shards}, "
-        f"data parallel {topology.data_size}, ZeRO {engine.zero_stage}, {type(engine.masters.optimizer).__name__}",
-        "kernels: " + ", ".join(f"{name} {served}" for name, served in kernels.describe().items()),
-        f"MFU is of {peak_source}",
-    ]
-    lines += [f"warning: checkpoint passed over: {damage}" for damage in found.damage]
-    if found.checkpoint is not None:
-        lines.append(f"continuing {found.checkpoint} at step {progress.step}")
-        change = describe_grid_change(found.checkpoint, topology, engine.zero_stage, run)
-        if change:
-            lines.append(f"resumed on another grid: {change}")
-    return "\n".join(lines)
-
-
-def _describe_failure(run: RunConfig, progress: Progress, newest: Path | None) -> str:
-    count = progress.skipped_in_a_row
-    return (
-        f"the gradient was not finite in {count} steps in a row (steps {progress.step - count + 1} to {progress.step}, "
-        f"samples {progress.samples - count * run.global_batch_size} to {progress.samples - 1}); their updates were "
-        f"skipped. Look at metrics.jsonl for where the loss or gradient norm grew, and lower --base_lr "
-        f"or raise --optimizer.warmup_ratio; the newest checkpoint is {newest or 'none'}."
-    )
-
-
-def _describe_end(directory: RunDirectory, progress: Progress, total_steps: int) -> str:
-    return (
-        f"step {progress.step} of {total_steps} done\n"
-        f"  checkpoint  {directory.checkpoints.latest()}\n"
-        f"  metrics     {directory.metrics_path}\n"
-        f"  figures     {directory.figures_path}/loss.png, health.png"
-    )

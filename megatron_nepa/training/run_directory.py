@@ -32,6 +32,7 @@ _FREE_FIELDS = {
     "wandb_project",
     "compile",
     "kernels",
+    "data.path",  # the data's fingerprint counts, not where they lie
     "data.num_threads",
     "data.hw_decoder_load",
 }
@@ -62,10 +63,14 @@ class RunDirectory:
         self.figures_path = self.path / "figures"
         self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last, run.keep_every)
 
-    def checkpoint_to_resume(self, topology: Topology) -> Found:
+    def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
         """The checkpoint that this run continues; every rank calls it, and nothing changes on disk.
 
         ``--resume auto`` passes over damaged checkpoints, a path that is given must be intact.
+
+        Args:
+            topology: this rank's place.
+            data_fingerprint: of the training data, which a run keeps; its folder may move.
 
         Raises:
             ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, or all are damaged.
@@ -81,7 +86,7 @@ class RunDirectory:
         candidates = self.checkpoints.newest_first()
         if resume not in ("auto", "none"):
             candidates = [find_checkpoint(resume)]
-        self._refuse_another_run()
+        self._refuse_another_run(data_fingerprint)
         return find_intact(candidates, topology)
 
     def record(self, facts: dict[str, Any]) -> None:
@@ -96,11 +101,12 @@ class RunDirectory:
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(self.config_path)
 
-    def _refuse_another_run(self) -> None:
+    def _refuse_another_run(self, data_fingerprint: str | None) -> None:
         if not self.config_path.is_file():
             return
         try:
-            other = json.loads(self.config_path.read_text())["run"]
+            recorded = json.loads(self.config_path.read_text())
+            other = recorded["run"]
         except (json.JSONDecodeError, KeyError) as error:
             raise ConfigError(
                 f"{self.config_path} is not a run's config ({error}): choose another --output_dir."
@@ -115,6 +121,11 @@ class RunDirectory:
             not differing,
             f"--output_dir {self.path} holds another run ({'; '.join(differing)}): choose another folder, "
             "and --resume PATH to start from its checkpoint.",
+        )
+        require(
+            recorded.get("data_fingerprint") == data_fingerprint,
+            f"--output_dir {self.path} holds a run on other images: files were added, removed or changed since, or "
+            f"--data is not {other['data']['path']}. Restore them, or choose another --output_dir.",
         )
 
 

@@ -1,0 +1,56 @@
+"""What the training loop asks of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.training.engine import TrainingEngine
+
+
+class Loader(Protocol):
+    """Micro-batches of one rank, forever."""
+
+    num_bad_images: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None:
+        """Free whatever decodes."""
+
+
+class Task(Protocol):
+    """What the loop asks of a task.
+
+    Attributes:
+        metric_names: of the scalars that :meth:`forward` returns.
+        num_images: of the training data, or None where it is endless.
+        data_fingerprint: equal for equal training data, or None where there are no files.
+        flops_per_image: model FLOPs of one training step on one image.
+    """
+
+    metric_names: tuple[str, ...]
+    num_images: int | None
+    data_fingerprint: str | None
+    flops_per_image: float
+
+    def build_model(self, kernels: Kernels) -> nn.Module:
+        """The freshly initialised fp32 model."""
+
+    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> Loader:
+        """The data from sample ``consumed_samples`` on."""
+
+    def forward(self, engine: TrainingEngine, batch: Any) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch, and its metrics as a detached fp32 tensor [len(metric_names)]."""
+
+    def health(self) -> Tensor | None:
+        """Flat fp32 device tensor about the last micro-batch, or None."""
+
+    def read_health(self, flat: Tensor) -> dict[str, float]:
+        """The log's numbers from :meth:`health`'s tensor on the host."""
