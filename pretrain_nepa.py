@@ -16,11 +16,12 @@ from collections.abc import Sequence
 
 from megatron_nepa.cli import parse_command_line
 from megatron_nepa.kernels.dispatch import select_kernels
+from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import build_topology, init_distributed
 from megatron_nepa.tasks.pretraining import PretrainingTask
 from megatron_nepa.training.deepspeed_config import merge, read_ds_config, resolve
 from megatron_nepa.training.launch import exit_on_user_error
-from megatron_nepa.training.loop import DTYPES, train
+from megatron_nepa.training.loop import train
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,8 +8,12 @@ that comment. A value that cannot work raises :class:`ConfigError` with the numb
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+# every image is RGB: the decoder converts grey and CMYK ones
+IMAGE_CHANNELS = 3
 
 
 class ConfigError(ValueError):
@@ -22,6 +26,14 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_finite(section: Any, name: str) -> None:
+    """Refuse a float field that is not a number or infinite."""
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{name}{entry.name} is {value}; it must be a finite number.")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The causal Vision Transformer (paper section 3.2; release section 2 where they differ)."""
@@ -30,8 +42,6 @@ class ModelConfig:
     image_size: int = 224
     # side of a square patch, pixels
     patch_size: int = 14
-    # channels of the input image
-    in_channels: int = 3
     # width D of the residual stream
     hidden_size: int = 768
     # number of transformer blocks
@@ -92,7 +102,8 @@ class ModelConfig:
         return self.num_patches + int(self.bos_token)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "in_channels", "hidden_size", "num_layers", "num_heads"):
+        _require_finite(self, "model.")
+        for name in ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads"):
             require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         require(self.mlp_hidden_size >= 1, f"model.mlp_hidden_size is {self.mlp_hidden_size}; it must be at least 1.")
         require(
@@ -110,6 +121,9 @@ class ModelConfig:
             f"2-D RoPE needs a head width divisible by 4, but hidden_size {self.hidden_size} / num_heads "
             f"{self.num_heads} = {self.head_size}.",
         )
+        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive.")
+        require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive.")
+        require(self.layer_norm_eps >= 0, f"model.layer_norm_eps is {self.layer_norm_eps}; it must not be negative.")
         require(0.0 <= self.drop_path < 1.0, f"model.drop_path is {self.drop_path}; it must lie in [0, 1).")
         require(
             self.rope_rescale is None or self.rope_rescale >= 1.0,
@@ -175,7 +189,7 @@ class ParallelConfig:
 class DataConfig:
     """Where images come from and how they are augmented (release section 4.1)."""
 
-    # an ImageFolder tree or a flat folder of images; none uses the built-in photographs
+    # an ImageFolder tree, a flat folder of images or an index; synthetic needs no files; none uses built-in photographs
     path: str | None = None
     # least share of the image's area that a random crop keeps
     crop_scale_min: float = 0.08
@@ -191,6 +205,7 @@ class DataConfig:
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
+        require(self.path != "", "data is empty; give a folder (an unset shell variable?).")
         require(
             0.0 < self.crop_scale_min <= 1.0,
             f"data.crop_scale_min is {self.crop_scale_min}; it must lie in (0, 1].",
@@ -234,6 +249,7 @@ class OptimizerConfig:
     ema_warmup: bool = False
 
     def __post_init__(self) -> None:
+        _require_finite(self, "optimizer.")
         require(self.base_lr > 0, f"base_lr is {self.base_lr}; it must be positive.")
         require(self.min_lr >= 0, f"optimizer.min_lr is {self.min_lr}; it must not be negative.")
         require(0 <= self.warmup_ratio < 1, f"optimizer.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1).")
@@ -298,6 +314,8 @@ class RunConfig:
     kernels: Literal["auto", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "resume"):
+            require(getattr(self, name) != "", f"{name} is empty; give a folder (an unset shell variable?).")
         for name in ("global_batch_size", "micro_batch_size", "save_every", "log_every", "max_skipped_steps"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("keep_last", "keep_every", "stall_timeout"):
@@ -346,19 +364,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as nested plain values, as config.json holds it."""
         return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> RunConfig:
-        """Inverse of :meth:`to_dict`; an unknown field raises :class:`ConfigError`."""
-        sections = {
-            "model": ModelConfig,
-            "objective": ObjectiveConfig,
-            "parallel": ParallelConfig,
-            "data": DataConfig,
-            "optimizer": OptimizerConfig,
-        }
-        arguments = {key: sections[key](**value) if key in sections else value for key, value in values.items()}
-        return RunConfig(**arguments)
 
 
 def override(run: RunConfig, values: dict[str, Any]) -> RunConfig:

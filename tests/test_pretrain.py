@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -165,6 +166,23 @@ def test_a_run_continues_where_its_images_have_moved(images: Path, tmp_path: Pat
     assert run_ranks(1, pretrain, flags(images, tmp_path / "run", *arguments)) == [None]
     moved = make_images(tmp_path / "moved")
     assert run_ranks(1, pretrain, flags(moved, tmp_path / "run", *arguments)) == [None]
+
+
+def test_resume_path_given_again_goes_on_from_the_runs_own_checkpoint(images: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, pretrain, flags(images, tmp_path / "a", "--steps=2")) == [None]
+    arguments = flags(images, tmp_path / "b", "--steps=5", "--save_every=1", f"--resume={tmp_path}/a")
+    assert run_ranks(1, pretrain, arguments, partial(signal_in_step, 2))[0].startswith("RunStopped")
+    assert run_ranks(1, pretrain, arguments) == [None]
+    assert [step for step, _, _ in losses(tmp_path / "b")] == [3, 4, 5]
+
+
+def test_two_runs_cannot_write_one_folder(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        error = run_ranks(1, pretrain, flags(images, tmp_path / "run", "--steps=2"))[0]
+    assert "another run may be writing there" in error
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_old_checkpoints_are_removed(images: Path, tmp_path: Path) -> None:

@@ -88,10 +88,8 @@ def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
 
 
 def _sample_images(model: ModelConfig) -> Tensor:
-    """Photographs in [-1, 1], fp32 [4, C, H, W]."""
+    """Photographs in [-1, 1], fp32 [4, 3, H, W]."""
     files = list(photograph_files())[:_NUM_IMAGES]
     size = (model.image_size, model.image_size)
-    mode = "RGB" if model.in_channels == 3 else "L"
-    pixels = [np.asarray(Image.open(path).convert(mode).resize(size), np.float32) for path in files]
-    images = torch.from_numpy(np.stack(pixels)).view(len(files), *size, -1).permute(0, 3, 1, 2)
-    return (images / 127.5 - 1).expand(-1, model.in_channels, -1, -1).contiguous()
+    pixels = [np.asarray(Image.open(path).convert("RGB").resize(size), np.float32) for path in files]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1

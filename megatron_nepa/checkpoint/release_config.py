@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.config import IMAGE_CHANNELS, ConfigError, ModelConfig, require
 
 # the release's class defaults: Hugging Face writes only fields that differ from them
 _DEFAULTS: dict[str, Any] = {
@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 100.0,
     "image_size": 224,
     "patch_size": 16,
-    "num_channels": 3,
+    "num_channels": IMAGE_CHANNELS,
     "qkv_bias": True,
     "qk_norm": False,
     "qk_norm_affine": False,
@@ -34,7 +34,13 @@ _DEFAULTS: dict[str, Any] = {
     "pos_embed_rescale": 2.0,
 }
 # values of theirs that our model has no counterpart for
-_FIXED: dict[str, Any] = {"qkv_bias": True, "qk_norm_bias": False, "pos_embed_shift": None, "pos_embed_jitter": None}
+_FIXED: dict[str, Any] = {
+    "num_channels": IMAGE_CHANNELS,
+    "qkv_bias": True,
+    "qk_norm_bias": False,
+    "pos_embed_shift": None,
+    "pos_embed_jitter": None,
+}
 _ACTIVATIONS = {(False, "gelu"): "gelu", (True, "silu"): "swiglu"}
 # fields of ours that the release has in one value only, and why
 _REQUIRED: dict[str, tuple[Any, str]] = {
@@ -62,7 +68,6 @@ def model_from_release(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         image_size=theirs["image_size"],
         patch_size=theirs["patch_size"],
-        in_channels=theirs["num_channels"],
         hidden_size=theirs["hidden_size"],
         num_layers=theirs["num_hidden_layers"],
         num_heads=theirs["num_attention_heads"],
@@ -104,7 +109,7 @@ def model_to_release(model: ModelConfig, num_labels: int | None = None, pooled: 
         "architectures": ["ViTNepaForPreTraining" if num_labels is None else "ViTNepaForImageClassification"],
         "image_size": model.image_size,
         "patch_size": model.patch_size,
-        "num_channels": model.in_channels,
+        "num_channels": IMAGE_CHANNELS,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,

@@ -60,7 +60,8 @@ def list_folder(root: Path) -> DatasetIndex:
 def list_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
     """Image files below ``root`` by extension, sorted: (paths relative to root, class numbers or -1, class names)."""
     if not root.is_dir():
-        raise ConfigError(f"the data folder {root} {'is not a folder' if root.exists() else 'does not exist'}.")
+        wrong = "is a file: give its folder, or an index" if root.exists() else "does not exist"
+        raise ConfigError(f"the data folder {root} {wrong}.")
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import ModelConfig, require
+from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, require
 from megatron_nepa.parallel.collectives import gather_rows, sum_gradients
 from megatron_nepa.parallel.layers import parameter
 from megatron_nepa.parallel.rows import RowShard
@@ -30,7 +30,7 @@ class PatchEmbedding(nn.Module):
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         width = config.hidden_size
-        self.weight = parameter((width, config.in_channels, config.patch_size, config.patch_size))
+        self.weight = parameter((width, IMAGE_CHANNELS, config.patch_size, config.patch_size))
         self.bias = parameter((width,), constant=0.0)
         self.bos_token = parameter((width,)) if config.bos_token else None
         learned = config.position_embedding == "learned"

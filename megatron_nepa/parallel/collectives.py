@@ -4,7 +4,6 @@ Every function is the identity where the group has one rank. "Rows" is dimension
 
 | function | forward | backward |
 |---|---|---|
-| :func:`copy_to_group` | identity | all-reduce |
 | :func:`reduce_from_group` | all-reduce | identity |
 | :func:`gather_rows` | all-gather | own rows |
 | :func:`reduce_scatter_rows` | reduce-scatter | all-gather |
@@ -22,11 +21,6 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_nepa.parallel.topology import TensorGroup
-
-
-def copy_to_group(x: Tensor, tensor: TensorGroup) -> Tensor:
-    """Hand a replicated tensor to a computation that each rank does a share of."""
-    return x if tensor.size == 1 else _Copy.apply(x, tensor)
 
 
 def reduce_from_group(x: Tensor, tensor: TensorGroup) -> Tensor:
@@ -74,19 +68,6 @@ def reduce_scatter_rows_async(x: Tensor, tensor: TensorGroup) -> tuple[Tensor, d
     work = dist.reduce_scatter_tensor(out, x.contiguous(), group=tensor.group, async_op=True)
     assert work is not None
     return out, work
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorGroup) -> Tensor:
-        ctx.tensor = tensor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.tensor.group)
-        return grad, None
 
 
 class _Reduce(torch.autograd.Function):

@@ -12,11 +12,11 @@ from megatron_nepa.config import RunConfig
 from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader, build_index
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
+from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.flops import train_flops
 from megatron_nepa.training.health import embedding_health, read_health
-from megatron_nepa.training.loop import DTYPES
 
 
 class PretrainingTask:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import Found, describe_grid_change
 from megatron_nepa.checkpoint.store import Progress
 from megatron_nepa.config import RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.run_directory import RunDirectory
+from megatron_nepa.training.run_directory import RunDirectory, numbers_of_the_run
 
 
 def describe_start(
@@ -43,6 +44,11 @@ def describe_start(
         change = describe_grid_change(found.checkpoint, topology, engine.zero_stage, run)
         if change:
             lines.append(f"resumed on another grid: {change}")
+        theirs = numbers_of_the_run(read_manifest(found.checkpoint)["run"])
+        ours = numbers_of_the_run(run.to_dict())
+        changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
+        if changed:
+            lines.append(f"warning: settings differ from the checkpoint's: {', '.join(changed)}")
     return "\n".join(lines)
 
 

@@ -27,6 +27,15 @@ _OWNED = {
 }
 
 
+# the sections that must be objects where they are given, with an example
+_SECTIONS: dict[tuple[str, ...], str] = {
+    ("bf16",): '{"enabled": "auto"}',
+    ("data_types",): '{"grad_accum_dtype": "fp32"}',
+    ("zero_optimization",): '{"stage": 2}',
+    ("zero_optimization", "offload_optimizer"): '{"device": "cpu"}',
+}
+
+
 @dataclass(frozen=True)
 class LinkedField:
     """A setting that both the command line and the DeepSpeed config can name."""
@@ -34,12 +43,13 @@ class LinkedField:
     field: str
     flag: str
     keys: tuple[str, ...]
+    is_real: bool = False
 
 
 _LINKED = (
     LinkedField("global_batch_size", "--global_batch_size", ("train_batch_size",)),
     LinkedField("micro_batch_size", "--micro_batch_size", ("train_micro_batch_size_per_gpu",)),
-    LinkedField("optimizer.clip_grad", "--optimizer.clip_grad", ("gradient_clipping",)),
+    LinkedField("optimizer.clip_grad", "--optimizer.clip_grad", ("gradient_clipping",), is_real=True),
 )
 
 
@@ -54,6 +64,12 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ds_config {path} is not valid JSON: {error}.") from None
     require(isinstance(config, dict), f"--ds_config {path} holds {type(config).__name__}, not a JSON object.")
+    for keys in _SECTIONS:
+        section = _lookup(config, keys)
+        require(
+            (section is None and keys[-1] not in (_lookup(config, keys[:-1]) or {})) or isinstance(section, dict),
+            f'"{".".join(keys)}" in {path} is {json.dumps(section)}; it must be an object such as {_SECTIONS[keys]}.',
+        )
     return config
 
 
@@ -82,9 +98,10 @@ def merge(run: RunConfig, given: Collection[str], path: str | None, config: dict
         value = _lookup(config, link.keys)
         if value in (None, "auto"):
             continue
+        kind = "number" if link.is_real else "whole number"
         require(
-            isinstance(value, int | float) and not isinstance(value, bool),
-            f'"{".".join(link.keys)}" in {place} is {value!r}, which is no number.',
+            not isinstance(value, bool) and isinstance(value, (int, float) if link.is_real else int),
+            f'"{".".join(link.keys)}" in {place} is {value!r}, which is no {kind}.',
         )
         asked = _field(run, link.field)
         require(
@@ -96,6 +113,7 @@ def merge(run: RunConfig, given: Collection[str], path: str | None, config: dict
 
     bf16 = _lookup(config, ("bf16", "enabled"))
     if bf16 not in (None, "auto"):
+        require(isinstance(bf16, bool), f'"bf16.enabled" in {place} is {bf16!r}; it must be true, false or "auto".')
         dtype = "bf16" if bf16 else "fp32"
         require(
             "dtype" not in given or run.dtype == dtype,
@@ -122,6 +140,10 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
     )
     zero = dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
+    require(
+        isinstance(stage, int) and not isinstance(stage, bool),
+        f'"zero_optimization.stage" in the DeepSpeed config is {stage!r}; it must be the number 0, 1 or 2.',
+    )
     require(
         stage in (0, 1, 2),
         f"ZeRO stage {stage} is not supported: use 1 or 2 (or 0 in fp32); split larger models with "

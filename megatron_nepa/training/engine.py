@@ -140,14 +140,17 @@ def _initialize(
 ) -> Any:
     with quiet_deepspeed():
         import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         try:
             engine, _, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, mpu=topology.mpu(), dist_init_required=False
             )
-        except (NotImplementedError, ValueError, AssertionError) as error:
-            raise ConfigError(f"DeepSpeed refuses this configuration: {error}") from error
+        except (NotImplementedError, ValueError, AssertionError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"DeepSpeed refuses this configuration: {reason}") from error
     return engine
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_nepa.config import ModelConfig
+from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 
 # Dense bf16 peaks in FLOP/s, fp32 accumulation, by a pattern of torch.cuda.get_device_name; the first match counts.
 # From NVIDIA's data sheets, which for most of these print twice the number, "with sparsity".
@@ -51,7 +51,7 @@ class DevicePeak:
 def forward_flops(config: ModelConfig) -> int:
     """FLOPs of the forward pass of one image; causal attention counts the query-key pairs that it keeps."""
     tokens, width = config.sequence_length, config.hidden_size
-    pixels = config.in_channels * config.patch_size**2
+    pixels = IMAGE_CHANNELS * config.patch_size**2
     mlp_matrices = 3 if config.mlp == "swiglu" else 2
     pairs = tokens * (tokens + 1) // 2 if config.causal else tokens**2
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_nepa.config import ConfigError
 from megatron_nepa.parallel.topology import ranks_of_this_node
 from megatron_nepa.training.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
-from megatron_nepa.training.loop import RunStopped, TrainingError
+from megatron_nepa.training.loop import RankTrainingError, RunStopped, TrainingError
 
 
 @contextlib.contextmanager
@@ -36,9 +36,11 @@ def exit_on_user_error() -> Iterator[None]:
     except RunStopped:
         status = EXIT_STOPPED
     except (ConfigError, TrainingError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if isinstance(error, RankTrainingError) or int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
+    except KeyboardInterrupt:  # Ctrl-C before training, which has its own handler
+        os._exit(EXIT_STOPPED)
     except Exception:
         # the cause first, and no orderly farewell, which would wait for ranks that wait for this one
         print(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

@@ -178,7 +178,7 @@ def _parts(row: Row) -> list[str]:
         "mfu": lambda value: f"MFU {value:.1%}",
         "data_wait_ms": lambda value: f"data {value:.0f} ms",
         "memory_gb": lambda value: f"{value:.1f} GB",
-        "target_effective_rank": lambda value: f"rank {value:.1f}",
+        "target_effective_rank": lambda value: f"eff. rank {value:.1f}",
         "skipped_steps": lambda value: f"skipped {value:.0f}",
     }
     shown = [key for key in parts if key in row and (key != "skipped_steps" or row[key])]

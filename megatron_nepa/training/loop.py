@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.resume import load
 from megatron_nepa.checkpoint.store import Progress, SaveError
-from megatron_nepa.config import RunConfig
+from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.announce import describe_end, describe_failure, describe_start
 from megatron_nepa.training.engine import TrainingEngine
@@ -32,11 +33,13 @@ from megatron_nepa.training.schedule import warmup_cosine
 from megatron_nepa.training.stall import StallWatch
 from megatron_nepa.training.task import Task
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what to look at."""
+
+
+class RankTrainingError(TrainingError):
+    """One rank cannot go on, and only it knows why."""
 
 
 class RunStopped(RuntimeError):
@@ -69,7 +72,12 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     if run.compile:
         for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
             block.compile()
-    dist.barrier(topology.host_group)  # every rank has checked the folder before the main one writes there
+    require(
+        progress.samples % run.global_batch_size == 0,
+        f"{found.checkpoint} stands at sample {progress.samples}, which is no multiple of global_batch_size "
+        f"{run.global_batch_size}: keep the batch size, or start from its weights with --init_from.",
+    )
+    directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
     peak = device_peak_flops(topology.device, DTYPES[run.dtype])
     log = None
@@ -111,7 +119,10 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 for micro_batch in range(engine.accumulation_steps):
                     stall.at("waiting for data", progress.step + 1)
                     wait_start = time.perf_counter()
-                    batch = next(loader)
+                    try:
+                        batch = next(loader)
+                    except ConfigError as error:  # of this rank's images: the other ranks do not know
+                        raise RankTrainingError(f"rank {topology.rank}: {error}") from error
                     data_wait += time.perf_counter() - wait_start
                     stall.at("in the forward or backward pass", progress.step + 1)
                     loss, values = task.forward(engine, batch)
@@ -161,7 +172,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                         rows[-1] |= task.read_health(flat)
                         log.write(rows)
                         for step, replicas in window.not_finite.items():
-                            log.message(describe_non_finite(step, replicas, run, topology))
+                            first_sample = progress.samples - (progress.step - step + 1) * run.global_batch_size
+                            log.message(describe_non_finite(step, first_sample, replicas, run, topology))
                 if failed:
                     raise TrainingError(describe_failure(run, progress, directory.checkpoints.latest()))
                 if saves:
@@ -192,6 +204,10 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         dist.barrier(topology.host_group)
         raise RunStopped(stopped)
     if topology.is_main:
-        draw_figures(directory.metrics_path, directory.figures_path)
+        try:
+            if directory.metrics_path.is_file():
+                draw_figures(directory.metrics_path, directory.figures_path)
+        except OSError as error:
+            print(f"warning: the figures could not be drawn: {error}", flush=True)
         print(describe_end(directory, progress, total_steps), flush=True)
     return progress

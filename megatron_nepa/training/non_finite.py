@@ -28,26 +28,28 @@ def ranks_not_finite(values: Tensor, topology: Topology) -> list[list[int]]:
     return [table[:, step].nonzero().flatten().tolist() for step in range(table.shape[1])]
 
 
-def describe_non_finite(step: int, replicas: Sequence[int], run: RunConfig, topology: Topology) -> str:
+def describe_non_finite(
+    step: int, first_sample: int, replicas: Sequence[int], run: RunConfig, topology: Topology
+) -> str:
     """A line that names a step's ranks and samples.
 
     Args:
         step: counted from 1.
+        first_sample: of that step.
         replicas: data-parallel ranks with a non-finite loss; none where only the gradient was not finite.
         run: batch sizes.
         topology: of the run.
     """
-    first = (step - 1) * run.global_batch_size
     if not replicas:
         return (
             f"warning: step {step}: the gradient was not finite though every loss was "
-            f"(samples {first} to {first + run.global_batch_size - 1})."
+            f"(samples {first_sample} to {first_sample + run.global_batch_size - 1})."
         )
     size = topology.tensor.size
     accumulation = run.accumulation_steps(topology.data_size)
     texts = []
     for replica in replicas[:_MOST_RANGES]:
-        starts = [first + (m * topology.data_size + replica) * run.micro_batch_size for m in range(accumulation)]
+        starts = [first_sample + (m * topology.data_size + replica) * run.micro_batch_size for m in range(accumulation)]
         ranges = [f"{start} to {start + run.micro_batch_size - 1}" for start in starts[:_MOST_RANGES]]
         name = f"rank {replica}" if size == 1 else f"ranks {replica * size} to {(replica + 1) * size - 1}"
         texts.append(f"{name} (samples {', '.join(ranges)}{' and on' if accumulation > _MOST_RANGES else ''})")

@@ -28,8 +28,9 @@ def job_end_time() -> float | None:
 class StopSignal:
     """Context in which SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and the nearing end of the job's time ask the run to stop.
 
-    The first signal only sets a flag; one that comes more than 3 seconds later ends the process at once, with exit
-    status 128 plus the signal's number. The former handlers return when the context ends. Enter it in the main thread.
+    The first signal only sets a flag; the same one again more than 3 seconds later ends the process at once, with exit
+    status 128 plus the signal's number. Another one (Slurm sends SIGTERM after SIGUSR1) lets the save finish. The
+    former handlers return when the context ends. Enter it in the main thread.
 
     Args:
         announce: print a line at the first signal; give it to one rank.
@@ -80,11 +81,11 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._number:
-            if now - self._time > REPEAT_SECONDS:
+            if number == self._number and now - self._time > REPEAT_SECONDS:
                 os._exit(128 + number)
             return
         self._number, self._time = number, now
         if self.announce:
             name, seconds = signal.Signals(number).name, f"{REPEAT_SECONDS:.0f} s"
-            line = f"\n{name}: stopping after this step; a signal more than {seconds} later exits at once.\n"
+            line = f"\n{name}: stopping after this step; the same signal more than {seconds} later exits at once.\n"
             os.write(2, line.encode())  # print may be what the signal interrupted, and is not re-entrant

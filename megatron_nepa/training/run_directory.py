@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
+from megatron_nepa.checkpoint.agreement import RankError, on_main_rank
 from megatron_nepa.checkpoint.resume import Found, find_checkpoint, find_intact
 from megatron_nepa.checkpoint.store import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
@@ -33,6 +36,8 @@ _FREE_FIELDS = {
     "compile",
     "kernels",
     "data.path",  # the data's fingerprint counts, not where they lie
+    "data.on_bad_image",
+    "data.max_bad_share",
     "data.num_threads",
     "data.hw_decoder_load",
 }
@@ -61,6 +66,7 @@ class RunDirectory:
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.figures_path = self.path / "figures"
+        self._lock: TextIO | None = None
         self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last, run.keep_every)
 
     def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
@@ -75,43 +81,74 @@ class RunDirectory:
         Raises:
             ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, or all are damaged.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"--output_dir {self.path} is a file; give a folder.")
+        self._require_writable()
         resume = self.run.resume
         newest = self.checkpoints.latest()
         require(
             not (resume == "none" and newest is not None),
-            f"--resume none starts afresh, but {self.path} already holds {newest}: choose another --output_dir.",
+            f"--resume none starts afresh, but {self.path} already holds {newest}: choose another --output_dir, "
+            "or remove that folder.",
         )
         candidates = self.checkpoints.newest_first()
         if resume not in ("auto", "none"):
-            candidates = [find_checkpoint(resume)]
-        self._refuse_another_run(data_fingerprint)
+            given = find_checkpoint(resume)
+            # a path from elsewhere is where this run starts; given again, the run goes on from its own checkpoints
+            if newest is None or given.resolve().is_relative_to(self.path.resolve()):
+                candidates = [given]
+        if newest is not None:
+            self._refuse_another_run(data_fingerprint)
         return find_intact(candidates, topology)
 
+    def lock(self, topology: Topology) -> None:
+        """Create the folder and claim it until this process ends; every rank calls it.
+
+        Raises:
+            ConfigError: where another run is writing there, or the folder cannot be written.
+        """
+
+        def claim() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        try:
+            on_main_rank(topology, claim)
+        except RankError as error:
+            raise ConfigError(
+                f"--output_dir {self.path} cannot be claimed ({error}): another run may be writing there; stop it, or "
+                "choose another folder."
+            ) from None
+
     def record(self, facts: dict[str, Any]) -> None:
-        """Create the folder, clear what a killed save left there, and write config.json.
+        """Clear what a killed save left in the folder, and write config.json.
 
         It holds the run's config, ``facts``, versions and the git commit.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints.remove_partial()
         content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
         partial = self.config_path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(self.config_path)
 
+    def _require_writable(self) -> None:
+        existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
+        require(existing.is_dir(), f"--output_dir {self.path}: {existing} is a file; give a folder.")
+        require(
+            os.access(existing, os.W_OK | os.X_OK),
+            f"--output_dir {self.path}: {existing} cannot be written; give another folder.",
+        )
+
     def _refuse_another_run(self, data_fingerprint: str | None) -> None:
         if not self.config_path.is_file():
             return
         try:
             recorded = json.loads(self.config_path.read_text())
-            other = recorded["run"]
-        except (json.JSONDecodeError, KeyError) as error:
+            theirs, other_path = numbers_of_the_run(recorded["run"]), recorded["run"]["data"]["path"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{self.config_path} is not a run's config ({error}): choose another --output_dir."
             ) from None
-        theirs, ours = _numbers_of_the_run(other), _numbers_of_the_run(self.run.to_dict())
+        ours = numbers_of_the_run(self.run.to_dict())
         differing = [
             f"{key} {theirs.get(key)} there, {ours.get(key)} here"
             for key in sorted(theirs.keys() | ours.keys())
@@ -119,17 +156,18 @@ class RunDirectory:
         ]
         require(
             not differing,
-            f"--output_dir {self.path} holds another run ({'; '.join(differing)}): choose another folder, "
-            "and --resume PATH to start from its checkpoint.",
+            f"--output_dir {self.path} holds another run ({'; '.join(differing)}): choose another folder "
+            "(--resume PATH starts it from a checkpoint of this one), or remove this one.",
         )
         require(
             recorded.get("data_fingerprint") == data_fingerprint,
             f"--output_dir {self.path} holds a run on other images: files were added, removed or changed since, or "
-            f"--data is not {other['data']['path']}. Restore them, or choose another --output_dir.",
+            f"--data is not {other_path}. Restore them, or choose another --output_dir.",
         )
 
 
-def _numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
+def numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings, flat, that make two runs compute the same."""
     flat: dict[str, Any] = {}
     for key, value in run.items():
         if isinstance(value, dict):

@@ -132,7 +132,7 @@ def spread_vectors(model: nn.Module) -> None:
 
 def sample_images(sample: range, model: ModelConfig, dtype: torch.dtype) -> Tensor:
     """Image k of the run is a function of k alone."""
-    shape = (model.in_channels, model.image_size, model.image_size)
+    shape = (3, model.image_size, model.image_size)
     generators = [torch.Generator().manual_seed(1000 + k) for k in sample]
     return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators]).to(dtype)
 

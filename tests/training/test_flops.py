@@ -49,7 +49,7 @@ def test_forward_equals_torch_counter(config: ModelConfig) -> None:
 def test_backward_is_twice_the_forward() -> None:
     """Exactly so for every linear but the patch embedding, whose input needs no gradient."""
     forward, both = counted(SMALL, train=False)["linear"], counted(SMALL, train=True)["linear"]
-    patch_embedding = 2 * BATCH * SMALL.num_patches * SMALL.in_channels * SMALL.patch_size**2 * SMALL.hidden_size
+    patch_embedding = 2 * BATCH * SMALL.num_patches * 3 * SMALL.patch_size**2 * SMALL.hidden_size
     assert both == 3 * forward - patch_embedding
     assert train_flops(SMALL) == 3 * forward_flops(SMALL)
 

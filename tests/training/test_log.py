@@ -37,7 +37,7 @@ def config(wandb: Any = "disabled") -> RunConfig:
 def test_dense_line() -> None:
     assert dense_line(ROW, 200) == (
         "step 120/200 | loss -0.8123 | grad 0.412 | lr 4.8e-04 | 412 img/s | 0.351 TFLOP/s | MFU 41.2% | data 3 ms | "
-        "1.2 GB | rank 35.1"
+        "1.2 GB | eff. rank 35.1"
     )
     assert dense_line({"step": 7, "loss": math.nan, "grad_norm": math.inf, "skipped_steps": 2}, 12000) == (
         "step     7/12000 | loss nan | grad inf | skipped 2"
