@@ -2,8 +2,8 @@
 
 import os
 
-# OpenMP's waiting threads spin for milliseconds by default: on a CPU that is shared (by ranks, decoders, other users) that
-# made a training step several times slower. A short spin is as fast on an idle one. Read when torch loads OpenMP.
+# OpenMP's waiting threads spin for milliseconds by default: on a CPU that is shared (by ranks, decoders, other users)
+# that made a step several times slower. A short spin is about as fast on an idle one. Read when torch loads OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
