@@ -93,7 +93,7 @@ def test_folders_without_images_are_refused(photographs: Path, tmp_path: Path) -
     file.write_text("x")
     with pytest.raises(ConfigError) as error:
         build_index(DataConfig(path=str(file)))
-    one_sentence(error, str(file), "not a folder")
+    one_sentence(error, str(file), "is a file")
     with pytest.raises(ConfigError) as error:
         build_index(DataConfig(path=str(tmp_path)))
     one_sentence(error, str(tmp_path), "holds no images")
