@@ -63,8 +63,7 @@ class PatchEmbedding(nn.Module):
         period = tokens.shape[1]
         local = tokens.flatten(0, 1)
         if not is_share:
-            halo = int(self.sequence_parallel)
-            target = rows.take(local, halo) if self.sequence_parallel else local
+            target = rows.take(local, halo=1) if self.sequence_parallel else local
         else:
             target = local if self.sequence_parallel else gather_rows(local, self.tensor)
 
