@@ -114,27 +114,19 @@ def _images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: 
 
 def _loader(index: DatasetIndex, batch: int, threads: int) -> PretrainingLoader:
     config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
-    return PretrainingLoader(
-        index,
-        config,
-        IMAGE_SIZE,
-        SEED,
-        micro_batch_size=batch,
-        global_batch_size=batch,
-        accumulation_steps=1,
-        data_rank=0,
-        data_size=1,
-        tensor_rank=0,
-        tensor_size=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    share = _whole(batch)
+    return PretrainingLoader(index, config, IMAGE_SIZE, SEED, share, torch.device("cpu"), torch.float32)
 
 
 def _crops(index: DatasetIndex, batch: int, threads: int) -> CropStream:
     config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
     options = DecoderOptions.of(config, index, torch.device("cpu"))
-    return CropStream(index, config, IMAGE_SIZE, SEED, Share(batch, batch, 1, 0, 1, 0, 1), options)
+    return CropStream(index, config, IMAGE_SIZE, SEED, _whole(batch), options)
+
+
+def _whole(batch: int) -> Share:
+    """One rank that loads everything."""
+    return Share(batch, batch, 1, 0, 1, 0, 1)
 
 
 def _dali_reader(folder: Path, batch: int, threads: int) -> NextBatch:

@@ -48,15 +48,14 @@ class PretrainingLoader:
         config: crop, flip and decoder settings.
         image_size: side S of the crops.
         seed: the run's seed.
-        micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size: this
-            rank's :class:`Share`.
+        share: which samples this rank loads.
         device: where images are decoded and delivered.
         dtype: of the images.
-        consumed_samples: samples of the steps already taken, a multiple of global_batch_size.
+        consumed_samples: samples of the steps already taken, a multiple of the global batch.
         bad_image_log: JSON-lines file that substituted images are appended to.
 
     Raises:
-        ConfigError: sizes that do not fit together; while iterating, an image that cannot be decoded where
+        ConfigError: a restart inside a step; while iterating, an image that cannot be decoded where
             ``config.on_bad_image`` is "fail", or more of them than ``config.max_bad_share`` allows.
     """
 
@@ -66,21 +65,12 @@ class PretrainingLoader:
         config: DataConfig,
         image_size: int,
         seed: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        accumulation_steps: int,
-        data_rank: int,
-        data_size: int,
-        tensor_rank: int,
-        tensor_size: int,
+        share: Share,
         device: torch.device,
         dtype: torch.dtype,
         consumed_samples: int = 0,
         bad_image_log: Path | None = None,
     ) -> None:
-        share = Share(
-            micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size
-        )
         options = DecoderOptions.of(config, index, device)
         self._crops = CropStream(index, config, image_size, seed, share, options, consumed_samples, bad_image_log)
         self._share, self._device, self._dtype = share, device, dtype
@@ -127,25 +117,17 @@ class SyntheticLoader:
         self,
         image_size: int,
         seed: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        accumulation_steps: int,
-        data_rank: int,
-        data_size: int,
-        tensor_rank: int,
-        tensor_size: int,
+        share: Share,
         device: torch.device,
         dtype: torch.dtype,
         consumed_samples: int = 0,
     ) -> None:
-        self._share = Share(
-            micro_batch_size, global_batch_size, accumulation_steps, data_rank, data_size, tensor_rank, tensor_size
-        )
-        self._micro_batch = self._share.first_micro_batch(consumed_samples)
+        self._share = share
+        self._micro_batch = share.first_micro_batch(consumed_samples)
         generator = torch.Generator(device).manual_seed(seed)
-        shape = (micro_batch_size, 3, image_size, image_size)
+        shape = (share.micro_batch_size, 3, image_size, image_size)
         images = torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1).to(dtype)
-        self._images = images[self._share.local_start :][: self._share.local_size].clone()
+        self._images = images[share.local_start :][: share.local_size].clone()
         self._device = device
 
     def __iter__(self) -> Iterator[Batch]:

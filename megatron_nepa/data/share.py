@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_nepa.config import require
+from megatron_nepa.config import RunConfig, require
 from megatron_nepa.data.order import IntArray
+from megatron_nepa.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,19 @@ class Share:
             product == self.global_batch_size,
             f"global_batch_size {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
             f"accumulation {self.accumulation_steps} x data-parallel size {self.data_size} = {product}.",
+        )
+
+    @classmethod
+    def of(cls, run: RunConfig, topology: Topology) -> Share:
+        """The share of the rank whose place is ``topology``."""
+        return cls(
+            run.micro_batch_size,
+            run.global_batch_size,
+            run.accumulation_steps(topology.data_size),
+            topology.data_rank,
+            topology.data_size,
+            topology.tensor.rank,
+            topology.tensor.size,
         )
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_nepa.config import RunConfig
 from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader, build_index
+from megatron_nepa.data.share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
@@ -48,24 +48,13 @@ class PretrainingTask:
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> PretrainingLoader | SyntheticLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""
-        run, topology = self.run, self.topology
-        place: dict[str, Any] = {
-            "image_size": run.model.image_size,
-            "seed": run.seed,
-            "micro_batch_size": run.micro_batch_size,
-            "global_batch_size": run.global_batch_size,
-            "accumulation_steps": run.accumulation_steps(topology.data_size),
-            "data_rank": topology.data_rank,
-            "data_size": topology.data_size,
-            "tensor_rank": topology.tensor.rank,
-            "tensor_size": topology.tensor.size,
-            "device": topology.device,
-            "dtype": DTYPES[run.dtype],
-            "consumed_samples": consumed_samples,
-        }
+        run, device = self.run, self.topology.device
+        size, share, dtype = run.model.image_size, Share.of(run, self.topology), DTYPES[run.dtype]
         if self.index is None:
-            return SyntheticLoader(**place)
-        return PretrainingLoader(self.index, run.data, bad_image_log=bad_image_log, **place)
+            return SyntheticLoader(size, run.seed, share, device, dtype, consumed_samples)
+        return PretrainingLoader(
+            self.index, run.data, size, run.seed, share, device, dtype, consumed_samples, bad_image_log
+        )
 
     def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and metrics of one micro-batch."""

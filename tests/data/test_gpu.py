@@ -14,6 +14,7 @@ from megatron_nepa.config import DataConfig
 from megatron_nepa.data.evaluation import EvaluationLoader
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.loader import Batch, PretrainingLoader
+from megatron_nepa.data.share import Share
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +26,8 @@ def take(folder: Path, device: str, count: int, **arguments: Any) -> list[Batch]
     """Some micro-batches decoded on ``device``."""
     index = arguments.pop("index", None) or scan_folder(folder)
     config = DataConfig(horizontal_flip=True)
-    loader = PretrainingLoader(index, config, 48, 1, 8, 8, 1, 0, 1, 0, 1, torch.device(device), torch.float32)
+    share = Share(8, 8, 1, 0, 1, 0, 1)
+    loader = PretrainingLoader(index, config, 48, 1, share, torch.device(device), torch.float32)
     batches = list(islice(loader, count))
     loader.close()
     return batches
@@ -49,7 +51,7 @@ def test_a_batch_costs_no_wait_of_the_host(photographs: Path) -> None:
         DataConfig(horizontal_flip=True),
         48,
         1,
-        *(8, 8, 1, 0, 1, 0, 1),
+        Share(8, 8, 1, 0, 1, 0, 1),
         torch.device("cuda"),
         torch.bfloat16,
     )

@@ -28,6 +28,7 @@ from megatron_nepa.data.indexing import build_and_save_index
 from megatron_nepa.data.labels import with_labels
 from megatron_nepa.data.loader import PretrainingLoader, build_index
 from megatron_nepa.data.shards import write_shards
+from megatron_nepa.data.share import Share
 from megatron_nepa.data.sources import list_source
 
 TOOL = Path(__file__).parents[2] / "tools" / "index_dataset.py"
@@ -35,8 +36,9 @@ TOOL = Path(__file__).parents[2] / "tools" / "index_dataset.py"
 
 def first_images(index: DatasetIndex) -> torch.Tensor:
     """Two batches of the run over an index."""
+    share = Share(16, 16, 1, 0, 1, 0, 1)
     loader = PretrainingLoader(
-        index, DataConfig(), 32, 3, 16, 16, 1, 0, 1, 0, 1, torch.device("cpu"), torch.float32, consumed_samples=32
+        index, DataConfig(), 32, 3, share, torch.device("cpu"), torch.float32, consumed_samples=32
     )
     images = torch.cat([batch.images for batch in islice(loader, 2)])
     loader.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,22 @@ from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader
 from megatron_nepa.data.order import crop_boxes, flips, image_of_sample
 from megatron_nepa.data.pipelines import normalise
+from megatron_nepa.data.share import Share
 
 SEED, SIZE, GLOBAL = 11, 48, 8
 CPU = torch.device("cpu")
 
 
 def make_loader(folder: Path, **changes: Any) -> PretrainingLoader:
-    """A loader of global batch 8 on one rank, with any argument or data field changed."""
+    """A loader of global batch 8 on one rank, with any argument, data field or size of the share changed."""
     fields = {name: changes.pop(name) for name in list(changes) if name in DataConfig.__dataclass_fields__}
+    sizes = {name: changes.pop(name) for name in list(changes) if name in Share.__dataclass_fields__}
     arguments: dict[str, Any] = {
         "index": changes.get("index") or scan_folder(folder),
         "config": DataConfig(**({"horizontal_flip": True} | fields)),
         "image_size": SIZE,
         "seed": SEED,
-        "micro_batch_size": GLOBAL,
-        "global_batch_size": GLOBAL,
-        "accumulation_steps": 1,
-        "data_rank": 0,
-        "data_size": 1,
-        "tensor_rank": 0,
-        "tensor_size": 1,
+        "share": replace(Share(GLOBAL, GLOBAL, 1, 0, 1, 0, 1), **sizes),
         "device": CPU,
         "dtype": torch.float32,
         "consumed_samples": 0,
@@ -246,7 +243,7 @@ def test_sizes_that_do_not_fit_are_refused(photographs: Path) -> None:
 
 def test_synthetic_loader() -> None:
     """Same interface: sample numbers of the run, one set of images, sharded over tensor-parallel ranks."""
-    whole = SyntheticLoader(SIZE, 0, 4, 16, 2, 1, 2, 0, 1, CPU, torch.bfloat16, consumed_samples=16)
+    whole = SyntheticLoader(SIZE, 0, Share(4, 16, 2, 1, 2, 0, 1), CPU, torch.bfloat16, consumed_samples=16)
     first, second = islice(whole, 2)
     assert first.sample_index.tolist() == [20, 21, 22, 23]
     assert second.sample_index.tolist() == [28, 29, 30, 31]
@@ -256,5 +253,5 @@ def test_synthetic_loader() -> None:
     assert first.images.max() <= 1
     assert first.images.float().std() > 0.5
     assert whole.consumed_samples == 32
-    part = next(SyntheticLoader(SIZE, 0, 4, 16, 2, 1, 2, 1, 2, CPU, torch.bfloat16))
+    part = next(SyntheticLoader(SIZE, 0, Share(4, 16, 2, 1, 2, 1, 2), CPU, torch.bfloat16))
     assert torch.equal(part.images, first.images[2:])

@@ -17,6 +17,7 @@ from PIL import Image
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.loader import PretrainingLoader
+from megatron_nepa.data.share import Share
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,8 +34,8 @@ for step, batch in enumerate(make_loader(sys.argv[1], 4, 4 * int(sys.argv[2])), 
 def make_loader(folder: str | Path, batch: int, consumed: int = 0) -> PretrainingLoader:
     """A loader of one rank."""
     config = DataConfig(horizontal_flip=True)
-    place = (batch, batch, 1, 0, 1, 0, 1)
-    return PretrainingLoader(scan_folder(folder), config, 32, 1, *place, torch.device("cpu"), torch.float32, consumed)
+    share = Share(batch, batch, 1, 0, 1, 0, 1)
+    return PretrainingLoader(scan_folder(folder), config, 32, 1, share, torch.device("cpu"), torch.float32, consumed)
 
 
 def digest(images: torch.Tensor) -> str:
