@@ -50,3 +50,20 @@ def patch_mask(ratio: float, num_patches: int, seed: int, sample_index: Tensor) 
     # stable, so that equal draws are told apart by position and the count stays exact
     order = draw.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return order < round(ratio * num_patches)
+
+
+def channel_dropout_factors(rate: float, num_channels: int, purpose: str, seed: int, sample_index: Tensor) -> Tensor:
+    """Factor on every channel of every sample: 0 with probability ``rate``, else 1 / (1 - rate) (torch's Dropout2d).
+
+    Args:
+        rate: share of channels that are dropped.
+        num_channels: channels C.
+        purpose: names the layer, so that two of them draw separately.
+        seed: of the run.
+        sample_index: sample numbers, int64 [B].
+
+    Returns:
+        fp32 [B, C].
+    """
+    draw = uniform_tensor(derive_key(seed, f"dropout/{purpose}"), sample_index, num_channels)
+    return torch.where(draw < rate, 0.0, 1 / (1 - rate))

@@ -52,7 +52,10 @@ REPLICATED = ParameterLayout()
 
 
 def parameter(
-    shape: tuple[int, ...], layout: ParameterLayout = REPLICATED, constant: float | None = None
+    shape: tuple[int, ...],
+    layout: ParameterLayout = REPLICATED,
+    constant: float | None = None,
+    std: float | None = None,
 ) -> nn.Parameter:
     """An fp32 parameter of this rank's ``shape`` that :func:`initialize_parameters` will fill; NaN until then.
 
@@ -60,10 +63,12 @@ def parameter(
         shape: of this rank's part.
         layout: how the whole tensor is split.
         constant: initial value of every element; None draws a truncated normal.
+        std: standard deviation of that normal; None takes the model's.
     """
     result = nn.Parameter(torch.full(shape, float("nan")))
     result.parallel_layout = layout  # type: ignore[attr-defined]
     result.constant = constant  # type: ignore[attr-defined]
+    result.init_std = std  # type: ignore[attr-defined]
     # DeepSpeed counts marked parameters of every tensor-parallel rank, and unmarked ones of rank 0 only, in the
     # gradient norm
     result.tensor_model_parallel = layout.split_dim is not None  # type: ignore[attr-defined]
@@ -81,8 +86,8 @@ def layout_of(param: nn.Parameter) -> ParameterLayout:
 def initialize_parameters(module: nn.Module, seed: int, std: float, tensor: TensorGroup) -> None:
     """Fill every parameter of ``module``; each is a function of (seed, its name) alone.
 
-    Matrices are drawn whole from a normal of standard deviation ``std`` cut at +-2 (release section 2.2), then
-    sliced, one parameter at a time, so that any tensor-parallel size starts from the same model.
+    Matrices are drawn whole from a normal of standard deviation ``std``, or their own, cut at +-2 (release section
+    2.2), then sliced, one parameter at a time, so that any tensor-parallel size starts from the same model.
     """
     for name, param in module.named_parameters():
         constant = getattr(param, "constant", None)
@@ -92,7 +97,8 @@ def initialize_parameters(module: nn.Module, seed: int, std: float, tensor: Tens
         layout = layout_of(param)
         generator = torch.Generator().manual_seed(derive_key(seed, f"initialize/{name}"))
         whole = torch.empty(layout.logical_shape(param.shape, tensor.size))
-        nn.init.trunc_normal_(whole, std=std, generator=generator)
+        own_std = getattr(param, "init_std", None)
+        nn.init.trunc_normal_(whole, std=std if own_std is None else own_std, generator=generator)
         param.copy_(layout.take_shard(whole, tensor))
 
 
