@@ -12,7 +12,7 @@ from megatron_nepa.checkpoint.release_folder import is_release
 from megatron_nepa.checkpoint.resume import find_checkpoint, find_intact
 from megatron_nepa.checkpoint.state import TrainState, empty_weights, restore_weights
 from megatron_nepa.checkpoint.store import quiet_torch_checkpoint
-from megatron_nepa.checkpoint.weights import Choice, choose_kind, stored_sizes
+from megatron_nepa.checkpoint.weights import Choice, choose_kind, names_of, stored_tensors
 from megatron_nepa.config import ModelConfig, require
 
 # parameters that a run may have without their being in the checkpoint: they keep their initial values
@@ -42,8 +42,9 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig)
     find_intact([checkpoint], train.topology)
     manifest = read_manifest(checkpoint)
     kind = choose_kind(checkpoint, manifest, choice)
-    stored = {key: tuple(size) for key, size in stored_sizes(checkpoint).items()}
-    names = {name.removeprefix("master."): size for name, size in stored.items() if name.startswith("master.")}
+    stored = {key: tuple(value.shape) for key, value in stored_tensors(checkpoint).items()}
+    prefix = {name: kind for kind in ("master", "buffer") for name in names_of(kind, stored)}
+    names = {name: stored[f"{prefix[name]}.{name}"] for name in prefix}
 
     wanted = empty_weights(train)
     kept = [name for name in wanted if name not in names and name.endswith(_OPTIONAL)]
@@ -57,7 +58,7 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig)
     require(not problems, f"--init_from {checkpoint} does not fit this model: {'; '.join(problems)}.")
 
     state = {
-        (key if (key := f"{kind}.{name}") in stored else f"master.{name}"): value
+        (key if (key := f"{kind}.{name}") in stored else f"{prefix[name]}.{name}"): value
         for name, value in wanted.items()
         if name not in kept
     }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from pathlib import Path
 
 from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import find_checkpoint
-from megatron_nepa.checkpoint.weights import stored_sizes
+from megatron_nepa.checkpoint.weights import stored_tensors
 from megatron_nepa.config import ModelConfig
 
 
@@ -23,11 +22,11 @@ def describe(path: str | Path) -> str:
     """
     checkpoint = find_checkpoint(str(path))
     manifest = read_manifest(checkpoint)
-    sizes = stored_sizes(checkpoint)
+    stored = stored_tensors(checkpoint)
     counts: dict[str, int] = {}
-    for name, size in sizes.items():
+    for name, value in stored.items():
         kind = name.partition(".")[0]
-        counts[kind] = counts.get(kind, 0) + math.prod(size)
+        counts[kind] = counts.get(kind, 0) + value.numel()
     files = manifest["files"]
     lines = [str(checkpoint)]
     if manifest["has_optimizer"]:
@@ -44,7 +43,7 @@ def describe(path: str | Path) -> str:
         lines.append(f"  weights only, for --init_from: {manifest['origin']}")
     elements = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
     total = sum(facts["size"] for facts in files.values())
-    lines.append(f"  {len(files)} files, {total / 1e9:.3g} GB, {len(sizes)} fp32 tensors; elements: {elements}")
+    lines.append(f"  {len(files)} files, {total / 1e9:.3g} GB, {len(stored)} tensors; elements: {elements}")
     model = manifest["run"]["model"]
     lines += [f"  model.{field.name} {model[field.name]}" for field in fields(ModelConfig)]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 Every trainable parameter appears under its name as ``master.NAME`` (fp32), ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and,
 where the run keeps an average, ``ema.NAME``; a frozen parameter as ``master.NAME`` alone. Fused projections are viewed
-as [sections, rows, ...], so that a split of every section is one plain shard of the logical tensor.
+as [sections, rows, ...], so that a split of every section is one plain shard of the logical tensor. A buffer that the
+module itself counts as its state (BatchNorm's running statistics and their count) is ``buffer.NAME``, the main rank's.
 """
 
 from __future__ import annotations
@@ -59,22 +60,37 @@ def collect_state(train: TrainState) -> dict[str, Tensor]:
             writes = topology.data_rank == owner and (_is_split(param) or topology.tensor.rank == 0)
             if writes:
                 state[f"{kind}.{name}"] = _logical(local.cpu(), param, topology)
+    if topology.is_main:
+        for name, buffer in persistent_buffers(train.module).items():
+            state[f"buffer.{name}"] = buffer.to("cpu", stored_dtype(buffer))
     return state
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that ``module.state_dict()`` holds, where they live."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def stored_dtype(value: Tensor) -> torch.dtype:
+    """A checkpoint holds fp32, and counts as they are."""
+    return torch.float32 if value.is_floating_point() else value.dtype
+
+
 def empty_state(train: TrainState) -> dict[str, Tensor]:
-    """Tensors on the CPU to read a checkpoint into: whole replicated parameters, this rank's part of split ones."""
+    """Tensors on the CPU to read a checkpoint into: whole replicated ones, this rank's part of split parameters."""
     _seed_optimizer_state(train)
-    return {
+    state = {
         f"{kind}.{name}": _logical(torch.empty(param.shape), param, train.topology)
         for name, param in train.module.named_parameters()
         for kind, _ in _kinds(train, param)
     }
+    return state | {f"buffer.{name}": value for name, value in _empty_buffers(train).items()}
 
 
 @torch.no_grad()
 def restore_state(train: TrainState, state: dict[str, Tensor]) -> None:
-    """Copy :func:`empty_state`'s tensors, now filled, into the run: masters, moments, average and model weights."""
+    """Copy :func:`empty_state`'s tensors, now filled, into the run: masters, moments, average, weights and buffers."""
     for name, param in train.module.named_parameters():
         for kind, flats in _kinds(train, param):
             value = state[f"{kind}.{name}"]
@@ -85,20 +101,27 @@ def restore_state(train: TrainState, state: dict[str, Tensor]) -> None:
             if flats is not None and fragment is not None:
                 part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
                 _view(flats, fragment).copy_(part)
+    for name, buffer in persistent_buffers(train.module).items():
+        buffer.copy_(state[f"buffer.{name}"])
 
 
 def empty_weights(train: TrainState) -> dict[str, Tensor]:
-    """Tensors on the CPU to read weights into, under the parameters' names."""
-    return {
+    """Tensors on the CPU to read weights into, under the names of the parameters and persistent buffers."""
+    weights = {
         name: _logical(torch.empty(param.shape), param, train.topology)
         for name, param in train.module.named_parameters()
     }
+    return weights | _empty_buffers(train)
 
 
 @torch.no_grad()
 def restore_weights(train: TrainState, weights: dict[str, Tensor]) -> None:
-    """Copy :func:`empty_weights`'s tensors, now filled, into a fresh run: masters, average and model weights."""
+    """Copy tensors of :func:`empty_weights`, now filled, into a fresh run: masters, average, weights and buffers."""
+    buffers = persistent_buffers(train.module)
     for name, value in weights.items():
+        if name in buffers:
+            buffers[name].copy_(value)
+            continue
         param = train.module.get_parameter(name)
         local = (value.to_local() if isinstance(value, DTensor) else value).reshape(param.shape)
         param.copy_(local)
@@ -133,6 +156,13 @@ def _kinds(train: TrainState, param: nn.Parameter) -> Iterator[tuple[str, list[T
         yield kind, train.masters.companion(kind)
     if train.ema is not None:
         yield "ema", train.ema
+
+
+def _empty_buffers(train: TrainState) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(buffer.shape, dtype=stored_dtype(buffer))
+        for name, buffer in persistent_buffers(train.module).items()
+    }
 
 
 def _seed_optimizer_state(train: TrainState) -> None:

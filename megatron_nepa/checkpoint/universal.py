@@ -6,8 +6,8 @@
     FOLDER/global_step7/zero/optimizer_state.pt  parameter groups
     FOLDER/global_step7/mp_rank_00_model_states.pt
 
-The layout has no place for the weight average and the run: they lie beside it, in ema.safetensors and run.json, where
-DeepSpeed does not look.
+The layout has no place for the weight average, and DeepSpeed loads no buffers (BatchNorm's running statistics) from it:
+they lie beside it in ema.safetensors and buffers.safetensors, and the run in run.json, where DeepSpeed does not look.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ from megatron_nepa.checkpoint.release_format import MASK_TOKEN
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import MOMENTS
 from megatron_nepa.checkpoint.store import beside
-from megatron_nepa.checkpoint.weights import load_whole, stored_sizes, trunk_layouts, write_state
+from megatron_nepa.checkpoint.weights import (
+    ParameterForm,
+    load_whole,
+    names_of,
+    stored_tensors,
+    trunk_layouts,
+    write_state,
+)
 from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.parallel.layers import REPLICATED
 
-_LATEST, _RUN, _EMA = "latest_universal", "run.json", "ema.safetensors"
+_LATEST, _RUN, _EMA, _BUFFERS = "latest_universal", "run.json", "ema.safetensors", "buffers.safetensors"
 _FILES = {"master": "fp32", **{kind: kind for kind in MOMENTS}}
 
 
@@ -59,8 +67,8 @@ def export_universal(source: Path, folder: Path) -> Path:
     verify_files(checkpoint)
     manifest = read_manifest(checkpoint)
     require(manifest["has_optimizer"], f"{checkpoint} holds weights only: there is no optimizer's state to export.")
-    progress, run, sizes = manifest["progress"], manifest["run"], stored_sizes(checkpoint)
-    names = [key.removeprefix("master.") for key in sizes if key.startswith("master.")]
+    progress, run, stored = manifest["progress"], manifest["run"], stored_tensors(checkpoint)
+    names = names_of("master", stored)
     forms = trunk_layouts(ModelConfig(**run["model"]), MASK_TOKEN in names)
 
     partial = beside(folder)
@@ -68,10 +76,11 @@ def export_universal(source: Path, folder: Path) -> Path:
     target = partial / f"global_step{progress['step']}"
     average: dict[str, Tensor] = {}
     for name in names:
-        shape, layout = forms[name]
-        keys = [key for kind in (*_FILES, "ema") if (key := f"{kind}.{name}") in sizes]
+        # no head is split over the tensor-parallel ranks
+        shape, layout = forms.get(name, ParameterForm(stored[f"master.{name}"].shape, REPLICATED))
+        keys = [key for kind in (*_FILES, "ema") if (key := f"{kind}.{name}") in stored]
         parts = {
-            key.partition(".")[0]: value.reshape(shape) for key, value in load_whole(checkpoint, keys, sizes).items()
+            key.partition(".")[0]: value.reshape(shape) for key, value in load_whole(checkpoint, keys, stored).items()
         }
         if "ema" in parts:
             average[name] = parts.pop("ema")
@@ -85,6 +94,9 @@ def export_universal(source: Path, folder: Path) -> Path:
     torch.save(_model_states(progress), target / "mp_rank_00_model_states.pt")
     if average:
         save_file(average, target / _EMA)
+    buffers = load_whole(checkpoint, [f"buffer.{name}" for name in names_of("buffer", stored)], stored)
+    if buffers:
+        save_file(buffers, target / _BUFFERS)
     description = {key: value for key, value in manifest.items() if key not in ("files", "format_version")}
     (target / _RUN).write_text(json.dumps(description, indent=1))
     (partial / _LATEST).write_text(target.name)
@@ -116,17 +128,22 @@ def import_universal(folder: Path, target: Path) -> str:
     model = ModelConfig(**description["run"]["model"])
     found = sorted(path.parent.name for path in source.glob("zero/*/fp32.pt"))
     forms = trunk_layouts(model, MASK_TOKEN in found)
+    missing = forms.keys() - set(found)
+    left_over = {name for name in set(found) - forms.keys() if name.startswith("trunk.")}  # else of a task's head
     require(
-        set(found) == forms.keys(),
-        f"{source} does not fit its model: missing {sorted(forms.keys() - set(found)) or 'nothing'}, "
-        f"left over {sorted(set(found) - forms.keys()) or 'nothing'}.",
+        not missing and not left_over,
+        f"{source} does not fit its model: missing {sorted(missing) or 'nothing'}, "
+        f"left over {sorted(left_over) or 'nothing'}.",
     )
     state: dict[str, Tensor] = {}
-    for name, form in forms.items():
+    for name in found:
         for kind, file in _FILES.items():
             path = source / "zero" / name / f"{file}.pt"
             if kind == "master" or path.is_file():  # a frozen parameter has no moments
-                state[f"{kind}.{name}"] = _load(path)["param"].reshape(form.shape)
+                value = _load(path)["param"]
+                state[f"{kind}.{name}"] = value.reshape(forms[name].shape) if name in forms else value
+    if (source / _BUFFERS).is_file():
+        state |= load_file(source / _BUFFERS)
     average = load_file(source / _EMA) if (source / _EMA).is_file() else {}
     state |= {f"ema.{name}": value for name, value in average.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from megatron_nepa.checkpoint.manifest import file_facts, read_manifest, verify_files, write_manifest
 from megatron_nepa.checkpoint.release_format import MASK_TOKEN
 from megatron_nepa.checkpoint.resume import find_checkpoint
+from megatron_nepa.checkpoint.state import stored_dtype
 from megatron_nepa.checkpoint.store import Progress, beside, quiet_torch_checkpoint, sync_folder
 from megatron_nepa.config import ModelConfig, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
@@ -36,11 +37,13 @@ class Weights:
         model: the model that they belong to.
         tensors: fp32, under the names of the model's parameters.
         origin: what they are, in words.
+        buffers: the module's persistent ones, under their names.
     """
 
     model: ModelConfig
     tensors: dict[str, Tensor]
     origin: str
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
@@ -57,18 +60,19 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
     verify_files(checkpoint)
     manifest = read_manifest(checkpoint)
     kind = choose_kind(checkpoint, manifest, choice)
-    sizes = stored_sizes(checkpoint)
-    names = [key.removeprefix("master.") for key in sizes if key.startswith("master.")]
+    stored = stored_tensors(checkpoint)
+    names = names_of("master", stored)
     # a frozen parameter has no average: it is its own
-    keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in sizes else f"master.{name}" for name in names}
-    state = load_whole(checkpoint, keys.values(), sizes)
+    keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in stored else f"master.{name}" for name in names}
+    buffer_keys = {name: f"buffer.{name}" for name in names_of("buffer", stored)}
+    state = load_whole(checkpoint, [*keys.values(), *buffer_keys.values()], stored)
     model = ModelConfig(**manifest["run"]["model"])
     forms = trunk_layouts(model, MASK_TOKEN in names)
     tensors = {
-        name: state[key].reshape(forms[name].shape if name in forms else sizes[key]) for name, key in keys.items()
+        name: state[key].reshape(forms[name].shape) if name in forms else state[key] for name, key in keys.items()
     }
     origin = manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
-    return Weights(model, tensors, origin)
+    return Weights(model, tensors, origin, {name: state[key] for name, key in buffer_keys.items()})
 
 
 def choose_kind(checkpoint: Path, manifest: dict[str, Any], choice: Choice | None) -> Literal["ema", "master"]:
@@ -96,9 +100,9 @@ def write_weights(weights: Weights, folder: Path) -> None:
         "origin": weights.origin,
         "run": {"model": asdict(weights.model)},
     }
-    write_state(
-        folder, {f"master.{name}": value for name, value in weights.tensors.items()}, weights.model, description
-    )
+    state = {f"master.{name}": value for name, value in weights.tensors.items()}
+    state |= {f"buffer.{name}": value for name, value in weights.buffers.items()}
+    write_state(folder, state, weights.model, description)
 
 
 def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, description: dict[str, Any]) -> None:
@@ -106,7 +110,7 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
 
     Args:
         folder: that must not exist.
-        state: by kind and parameter ("master.NAME", "exp_avg.NAME", ...), in the parameters' shapes.
+        state: by kind and name ("master.NAME", "exp_avg.NAME", "buffer.NAME", ...), in the parameters' shapes.
         model: whose fused projections are stored section by section.
         description: what the manifest says besides the files.
 
@@ -122,7 +126,8 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
     for key, value in state.items():
         layout = layouts.get(key.partition(".")[2])
         sections = layout.layout.sections if layout else 1
-        stored[key] = value.float().view(sections, -1, *value.shape[1:]) if sections > 1 else value.float()
+        value = value.to(stored_dtype(value))
+        stored[key] = value.view(sections, -1, *value.shape[1:]) if sections > 1 else value
     quiet_torch_checkpoint()
     dcp.save(stored, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
     files = {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))}
@@ -132,7 +137,7 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
 
 
 def consolidate(weights: Weights, path: Path) -> None:
-    """Write the weights as one fp32 safetensors file, with the model's config in its metadata.
+    """Write weights and buffers as one fp32 safetensors file, with the model's config in its metadata.
 
     Raises:
         ConfigError: where ``path`` exists.
@@ -141,7 +146,8 @@ def consolidate(weights: Weights, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = beside(path)
     metadata = {"format": "pt", "model": json.dumps(asdict(weights.model)), "origin": weights.origin}
-    save_file({name: value.float().contiguous() for name, value in weights.tensors.items()}, partial, metadata)
+    tensors = {**weights.tensors, **weights.buffers}
+    save_file({name: value.to(stored_dtype(value)).contiguous() for name, value in tensors.items()}, partial, metadata)
     partial.rename(path)
 
 
@@ -164,21 +170,29 @@ def trunk_layouts(model: ModelConfig, masked: bool) -> dict[str, ParameterForm]:
     return {f"trunk.{name}": ParameterForm(param.shape, layout_of(param)) for name, param in trunk.named_parameters()}
 
 
-def load_whole(checkpoint: Path, keys: Iterable[str], sizes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def load_whole(checkpoint: Path, keys: Iterable[str], stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors of a checkpoint, read by this process alone, as they are stored.
 
     Args:
         checkpoint: its folder.
-        keys: which, by kind and parameter.
-        sizes: :func:`stored_sizes` of the checkpoint.
+        keys: which, by kind and name.
+        stored: :func:`stored_tensors` of the checkpoint.
     """
-    state = {key: torch.empty(sizes[key]) for key in keys}
+    state = {key: torch.empty_like(stored[key], device="cpu") for key in keys}
     quiet_torch_checkpoint()
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     return state
 
 
-def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
-    """Every tensor of a checkpoint, by kind and parameter, with the size in which it is stored."""
+def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by kind and name, whole, with shape and dtype but without memory (meta device)."""
     metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    return {key: entry.size for key, entry in metadata.items()}  # type: ignore[union-attr]
+    return {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
+        for key, entry in metadata.items()
+    }
+
+
+def names_of(kind: str, stored: Iterable[str]) -> list[str]:
+    """The names under which a kind ("master", "buffer", ...) of tensor is among a checkpoint's keys."""
+    return [key.removeprefix(f"{kind}.") for key in stored if key.startswith(f"{kind}.")]
