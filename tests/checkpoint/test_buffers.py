@@ -83,8 +83,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     "case",
     [CASE.on(), CASE.on(tensor_size=2, zero_stage=1), replace(CASE.on(), dtype="bf16")],
     ids=["1", "TP 2", "bf16"],
-    [CASE.on(), CASE.on(tensor_size=2, zero_stage=1), replace(CASE.on(), dtype="bf16")],
-    ids=["1", "TP 2", "bf16"],
 )
 def test_every_grid_restores_the_main_ranks_buffers(case: Case, saved: tuple[Path, dict[str, Tensor]]) -> None:
     for buffers in run_ranks(case.grid.world_size, load_on, case, saved[0]):
