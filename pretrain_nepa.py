@@ -18,6 +18,7 @@ from megatron_nepa.cli import parse_command_line
 from megatron_nepa.kernels.dispatch import select_kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import build_topology, init_distributed
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.tasks.pretraining import PretrainingTask
 from megatron_nepa.training.deepspeed_config import merge, read_ds_config, resolve
 from megatron_nepa.training.launch import exit_on_user_error
@@ -26,7 +27,7 @@ from megatron_nepa.training.loop import train
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, train."""
-    command = parse_command_line(arguments, __doc__ or "")
+    command = parse_command_line(arguments, __doc__ or "", PRETRAINING_RECIPES)
     ds_config = read_ds_config(command.ds_config)
     run = merge(command.run, command.given, command.ds_config, ds_config)
 

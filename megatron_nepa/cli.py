@@ -8,32 +8,17 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn, Union
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, Literal, NoReturn, TypeVar, Union
 
-from megatron_nepa.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    override,
-)
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.config import ConfigError, RunConfig, override
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "objective": ObjectiveConfig,
-    "parallel": ParallelConfig,
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-}
 # the fields that people set most are flags of one word, spelled as in DeepSpeed and Megatron
 SHORT_NAMES = {
     "data.path": "data",
+    "evaluation.data": "validation_data",
+    "evaluation.only": "evaluate_only",
     "data.on_bad_image": "on_bad_image",
     "optimizer.base_lr": "base_lr",
     "parallel.tensor_parallel_size": "tensor_parallel_size",
@@ -42,8 +27,12 @@ SHORT_NAMES = {
 }
 
 
+Run = TypeVar("Run", bound=RunConfig)
+Recipes = Mapping[str, Callable[[], Run]]
+
+
 @dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Generic[Run]):
     """What the user asked for.
 
     Attributes:
@@ -52,29 +41,36 @@ class CommandLine:
         given: fields that a flag set, as "field" or "section.field".
     """
 
-    run: RunConfig
+    run: Run
     ds_config: str | None
     given: frozenset[str]
 
 
-def parse_command_line(arguments: Sequence[str], description: str) -> CommandLine:
+def parse_command_line(arguments: Sequence[str], description: str, recipes: Recipes[Run]) -> CommandLine[Run]:
     """Read the flags of a training script.
 
     Args:
         arguments: as in ``sys.argv[1:]``; dashes and underscores in flag names are the same.
         description: what the script does, for ``--help``.
+        recipes: those of the script's task; the first is the default.
 
     Raises:
         ConfigError: for an unknown recipe, an unknown flag or a value that cannot work.
     """
-    parser = _build_parser(description)
+    parser = _build_parser(description, recipes)
     values = vars(parser.parse_args([_underscored(argument) for argument in arguments]))
     recipe, ds_config = values.pop("recipe"), values.pop("ds_config")
     values.pop("local_rank")
-    if recipe not in RECIPES:
-        raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}.")
+    if recipe not in recipes:
+        raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, recipes)}; recipes: {', '.join(recipes)}.")
     given = {name: value for name, value in values.items() if value is not _NOT_GIVEN}
-    return CommandLine(override(RECIPES[recipe](), given), ds_config, frozenset(given))
+    return CommandLine(override(recipes[recipe](), given), ds_config, frozenset(given))
+
+
+def sections_of(run: type[RunConfig]) -> dict[str, type]:
+    """The sections of a run's config by name: its fields that are dataclasses."""
+    types = typing.get_type_hints(run)
+    return {entry.name: types[entry.name] for entry in fields(run) if is_dataclass(types[entry.name])}
 
 
 class _NotGiven:
@@ -94,33 +90,38 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.")
 
 
-def _build_parser(description: str) -> argparse.ArgumentParser:
+def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentParser:
     parser = _Parser(
         description=description,
         usage="%(prog)s [--recipe NAME] [--ds_config FILE] [--flag VALUE ...]",
-        epilog=_recipe_list(),
+        epilog=_recipe_list(recipes),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    default = next(iter(recipes))
     start = parser.add_argument_group("where to start")
-    start.add_argument("--recipe", default="quickstart", help="the defaults of every other flag; listed at the end")
+    start.add_argument(
+        "--recipe", default=default, help=f"the defaults of every other flag ({default}); listed at the end"
+    )
     start.add_argument(
         "--ds_config", metavar="FILE", help='DeepSpeed config; its "auto" values take the flags\' values'
     )
     start.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    short = SHORT_NAMES
+    run = type(recipes[default]())
+    sections = sections_of(run)
     group = parser.add_argument_group("run")
-    for section, cls in SECTIONS.items():
-        for name in (name for name in fields(cls) if f"{section}.{name.name}" in short):
-            _add_field(group, cls, f"{section}.{name.name}", short[f"{section}.{name.name}"])
-    for entry in fields(RunConfig):
-        if entry.name not in SECTIONS and entry.name != "recipe":
-            _add_field(group, RunConfig, entry.name, None)
-    for section, cls in SECTIONS.items():
+    for name, short in SHORT_NAMES.items():
+        section = name.partition(".")[0]
+        if section in sections:
+            _add_field(group, sections[section], name, short)
+    for entry in fields(run):
+        if entry.name not in sections and entry.name != "recipe":
+            _add_field(group, run, entry.name, None)
+    for section, cls in sections.items():
         summary = (inspect.getdoc(cls) or "").splitlines()[0]
         group = parser.add_argument_group(f"{section}: {summary}".rstrip("."))
         for entry in fields(cls):
-            if f"{section}.{entry.name}" not in short:
+            if f"{section}.{entry.name}" not in SHORT_NAMES:
                 _add_field(group, cls, f"{section}.{entry.name}", None)
     return parser
 
@@ -139,10 +140,11 @@ def _add_field(group: argparse._ArgumentGroup, cls: type, name: str, short: str 
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The comment lines right above each field of a dataclass."""
+    """The comment lines right above each field of a dataclass and of those that it extends."""
     found: dict[str, str] = {}
     lines: list[str] = []
-    for line in inspect.getsource(cls).splitlines():
+    extended = [base for base in cls.__mro__[::-1] if is_dataclass(base)]
+    for line in (line for base in extended for line in inspect.getsource(base).splitlines()):
         text = line.strip()
         entry = re.match(r"(\w+): ", text)
         if text.startswith("#"):
@@ -186,8 +188,9 @@ def _metavar(annotation: Any, key: str) -> str:
     return key.upper()
 
 
-def _recipe_list() -> str:
-    lines = [f"  {name:16}{(inspect.getdoc(recipe) or '').splitlines()[0]}" for name, recipe in RECIPES.items()]
+def _recipe_list(recipes: Recipes[Run]) -> str:
+    width = max(map(len, recipes)) + 2
+    lines = [f"  {name:{width}}{(inspect.getdoc(recipe) or '').splitlines()[0]}" for name, recipe in recipes.items()]
     return "recipes:\n" + "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ def pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> s
         None, or "ConfigError: ..." and the like for an error that a user would see.
     """
     from megatron_nepa.config import ConfigError
-    from megatron_nepa.training.loop import RunStopped, TrainingError
+    from megatron_nepa.training.errors import RunStopped, TrainingError
     from pretrain_nepa import main
 
     if fault is not None:

@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
-from megatron_nepa.cli import SECTIONS, parse_command_line
+from megatron_nepa.cli import Recipes, parse_command_line, sections_of
 from megatron_nepa.config import ConfigError, ParallelConfig, RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
 from megatron_nepa.training.deepspeed_config import merge, read_ds_config, resolve
 
 
 def parse(*arguments: str) -> RunConfig:
-    return parse_command_line(arguments, "").run
+    return parse_command_line(arguments, "", PRETRAINING_RECIPES).run
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*PRETRAINING_RECIPES, *CLASSIFICATION_RECIPES])
 def test_every_recipe_is_valid_and_named_after_itself(name: str) -> None:
-    run = RECIPES[name]()
+    run: RunConfig = {**PRETRAINING_RECIPES, **CLASSIFICATION_RECIPES}[name]()
     assert run.recipe == name
     assert run.accumulation_steps(1) * run.micro_batch_size == run.global_batch_size
     assert json.loads(json.dumps(run.to_dict())) == run.to_dict()
@@ -32,7 +32,7 @@ def test_every_recipe_is_valid_and_named_after_itself(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("nepa_b_release", 85_527_552), ("nepa_l_release", 302_967_808)])
 def test_release_recipes_have_the_published_parameter_counts(name: str, count: int) -> None:
-    run = RECIPES[name]()
+    run = PRETRAINING_RECIPES[name]()
     model = NepaForPretraining(run.model, run.objective, ParallelConfig(), 0, TensorGroup(), Kernels())
     assert sum(param.numel() for param in model.parameters()) == count
 
@@ -60,15 +60,18 @@ def test_none_is_a_value() -> None:
     assert parse("--model.layer_scale_init", "none").model.layer_scale_init is None
 
 
-def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("recipes", [PRETRAINING_RECIPES, CLASSIFICATION_RECIPES], ids=["pretrain", "classify"])
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], recipes: Recipes[RunConfig]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse("--help")
+        parse_command_line(["--help"], "", recipes)
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    names = [f"--{section}.{entry.name}" for section, cls in SECTIONS.items() for entry in fields(cls)]
-    names += [f"--{entry.name}" for entry in fields(RunConfig) if entry.name not in (*SECTIONS, "recipe")]
+    run = type(next(iter(recipes.values()))())
+    sections = sections_of(run)
+    names = [f"--{section}.{entry.name}" for section, cls in sections.items() for entry in fields(cls)]
+    names += [f"--{entry.name}" for entry in fields(run) if entry.name not in (*sections, "recipe")]
     lines = text.splitlines()
-    for name in [*names, *RECIPES]:
+    for name in [*names, *recipes]:
         assert name in text
     for name in names:
         at = next(i for i, line in enumerate(lines) if line.strip().startswith(name) or f", {name} " in line)
@@ -111,7 +114,7 @@ def merged(
 ) -> tuple[RunConfig, dict[str, Any]]:
     path = tmp_path / "ds.json"
     path.write_text(config if isinstance(config, str) else json.dumps(config))
-    command = parse_command_line(["--ds_config", str(path), *arguments], "")
+    command = parse_command_line(["--ds_config", str(path), *arguments], "", PRETRAINING_RECIPES)
     content = read_ds_config(command.ds_config)
     run = merge(command.run, command.given, command.ds_config, content)
     return run, resolve(run, content, data_parallel_size)

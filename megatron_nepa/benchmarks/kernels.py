@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_nepa.benchmarks.contenders import Implementation, Operation, operations
 from megatron_nepa.config import require
 from megatron_nepa.kernels.timing import milliseconds
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 
 NAMES = ("qk_norm_rope", "swiglu", "residual_norm", "cosine_loss", "attention")
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -120,12 +120,15 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: for an unknown recipe or operation.
     """
-    require(options.recipe in RECIPES, f"--recipe {options.recipe} is unknown; there are {', '.join(RECIPES)}.")
+    require(
+        options.recipe in PRETRAINING_RECIPES,
+        f"--recipe {options.recipe} is unknown; there are {', '.join(PRETRAINING_RECIPES)}.",
+    )
     wanted = options.operations.split(",")
     for name in wanted:
         require(name in NAMES, f"--operations {name} is unknown; there are {', '.join(NAMES)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = RECIPES[options.recipe]()
+    recipe = PRETRAINING_RECIPES[options.recipe]()
     batch = options.micro_batch_size or (recipe.micro_batch_size if device.type == "cuda" else CPU_MICRO_BATCH)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     bandwidth = copy_bandwidth(device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -48,6 +49,43 @@ class Masters:
     def companion(self, kind: str) -> list[Tensor]:
         """The optimizer's state tensors called ``kind`` ("exp_avg", "exp_avg_sq"), one for each flat."""
         return [self.optimizer.state[flat][kind] for flat in self.flats]
+
+
+def view_fragment(flats: list[Tensor], fragment: Fragment) -> Tensor:
+    """The part of ``flats`` that a fragment describes, as a flat view."""
+    flat = flats[fragment.flat_index].detach().flatten()
+    return flat[fragment.flat_start : fragment.flat_start + fragment.numel]
+
+
+def join_fragments(
+    param: nn.Parameter,
+    fragment: Fragment | None,
+    flats: list[Tensor],
+    data_group: dist.ProcessGroup,
+    owner: int | None = None,
+) -> Tensor:
+    """One parameter's fragments of all data-parallel ranks joined (a fragment plus zeros is exact); a collective.
+
+    Args:
+        param: the parameter.
+        fragment: this rank's part of it, or None.
+        flats: the masters, or tensors beside them.
+        data_group: the data-parallel ranks.
+        owner: the data-parallel rank that receives the result (the others' is of no use); None for all.
+
+    Returns:
+        fp32, in the parameter's shape.
+    """
+    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+    if fragment is not None:
+        whole[fragment.param_start : fragment.param_start + fragment.numel] = view_fragment(flats, fragment)
+    # ZeRO spreads masters over the data-parallel ranks; without it each has them whole
+    if hasattr(param, "_hp_mapping"):
+        if owner is None:
+            dist.all_reduce(whole, group=data_group)
+        else:
+            dist.reduce(whole, dist.get_global_rank(data_group, owner), group=data_group)
+    return whole.view(param.shape)
 
 
 def find_masters(engine: Any, model: nn.Module) -> Masters:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_nepa.checkpoint.masters import Fragment, Masters
+from megatron_nepa.checkpoint.masters import Masters, join_fragments, view_fragment
 from megatron_nepa.parallel.layers import layout_of
 from megatron_nepa.parallel.topology import Topology
 
@@ -56,7 +55,8 @@ def collect_state(train: TrainState) -> dict[str, Tensor]:
             if flats is None:
                 local = param.detach().float()
             else:
-                local = _join(param, train.masters.fragments[name], flats, owner, topology)
+                fragment = train.masters.fragments[name]
+                local = join_fragments(param, fragment, flats, topology.data_group, owner)
             writes = topology.data_rank == owner and (_is_split(param) or topology.tensor.rank == 0)
             if writes:
                 state[f"{kind}.{name}"] = _logical(local.cpu(), param, topology)
@@ -100,7 +100,7 @@ def restore_state(train: TrainState, state: dict[str, Tensor]) -> None:
             fragment = train.masters.fragments.get(name)
             if flats is not None and fragment is not None:
                 part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
-                _view(flats, fragment).copy_(part)
+                view_fragment(flats, fragment).copy_(part)
     for name, buffer in persistent_buffers(train.module).items():
         buffer.copy_(state[f"buffer.{name}"])
 
@@ -129,7 +129,7 @@ def restore_weights(train: TrainState, weights: dict[str, Tensor]) -> None:
         for flats in (train.masters.flats, train.ema):
             if flats is not None and fragment is not None:
                 part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
-                _view(flats, fragment).copy_(part)
+                view_fragment(flats, fragment).copy_(part)
 
 
 def set_optimizer_step(train: TrainState, step: int) -> None:
@@ -174,23 +174,6 @@ def _seed_optimizer_state(train: TrainState) -> None:
         if not state:
             state["step"] = torch.zeros((), device=flat.device) if is_torch_adamw else 0
             state.update({kind: torch.zeros_like(flat) for kind in MOMENTS})
-
-
-def _join(
-    param: nn.Parameter, fragment: Fragment | None, flats: list[Tensor], owner: int, topology: Topology
-) -> Tensor:
-    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
-    if fragment is not None:
-        whole[fragment.param_start : fragment.param_start + fragment.numel] = _view(flats, fragment)
-    # ZeRO spreads masters over the data-parallel ranks; without it each has them whole
-    if hasattr(param, "_hp_mapping"):
-        dist.reduce(whole, dist.get_global_rank(topology.data_group, owner), group=topology.data_group)
-    return whole.view(param.shape)
-
-
-def _view(flats: list[Tensor], fragment: Fragment) -> Tensor:
-    flat = flats[fragment.flat_index].detach().flatten()
-    return flat[fragment.flat_start : fragment.flat_start + fragment.numel]
 
 
 def _is_split(param: nn.Parameter) -> bool:

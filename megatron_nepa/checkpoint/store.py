@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -126,6 +127,33 @@ class CheckpointStore:
         """The newest checkpoint, or None."""
         return next(iter(self.newest_first()), None)
 
+    def best(self) -> Path | None:
+        """The checkpoint that was marked as the best, or None."""
+        path = self.folder / str(self._best_entry().get("checkpoint"))
+        return path if path.is_dir() else None
+
+    def best_value(self) -> float | None:
+        """What the best checkpoint was measured to reach, or None."""
+        return None if self.best() is None else float(self._best_entry()["value"])
+
+    def mark_best(self, path: Path, metric: str, value: float) -> None:
+        """Keep a checkpoint beyond ``keep_last``, until a better one is marked; the main rank calls it.
+
+        Args:
+            path: of a checkpoint in this folder.
+            metric: name of what was measured.
+            value: what it reached.
+        """
+        entry = {"checkpoint": path.name, "metric": metric, "value": value}
+        _replace_text(self.folder / "best.json", json.dumps(entry, indent=1) + "\n")
+
+    def _best_entry(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            entry = json.loads((self.folder / "best.json").read_text())
+            if isinstance(entry, dict):
+                return entry
+        return {}
+
     def remove_partial(self) -> None:
         """Remove what a save or removal that was cut short left behind."""
         for path in self.folder.glob(".step_*.partial"):
@@ -138,8 +166,10 @@ class CheckpointStore:
         _replace_text(self.folder / "latest", final.name)
         sync_folder(self.folder)
         if self.keep_last > 0:
+            best = self.best()
             for path in self.newest_first()[self.keep_last :]:
-                if not (self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0):
+                is_milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
+                if not is_milestone and path != best:
                     _discard(path)
 
 

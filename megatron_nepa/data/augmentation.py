@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -22,47 +21,12 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from megatron_nepa.config import require
+from megatron_nepa.config import AugmentationConfig, require
 from megatron_nepa.data.order import IntArray
 from megatron_nepa.data.workers import worker_pool
 from megatron_nepa.parallel.random import derive_key
 
 Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """What fine-tuning does to a crop (release section 4.2)."""
-
-    # timm's RandAugment policy; none switches it off
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    # share of images that lose a rectangle to noise (release; the paper's table has none)
-    random_erasing: float = 0.25
-    # Beta parameter of Mixup; 0 switches it off
-    mixup: float = 0.8
-    # Beta parameter of CutMix; 0 switches it off
-    cutmix: float = 1.0
-    # share of mixed groups that take CutMix where both are on
-    cutmix_share: float = 0.5
-    # probability mass that the target spreads over all classes
-    label_smoothing: float = 0.1
-    # consecutive samples of the run that share one mixing ratio and are mixed among themselves
-    mix_group: int = 16
-    # RandAugment processes of each rank; 0 augments in the training process
-    workers: int = 4
-
-    def __post_init__(self) -> None:
-        require(0 <= self.random_erasing <= 1, f"random_erasing is {self.random_erasing}; it must lie in [0, 1].")
-        require(
-            self.mixup >= 0 and self.cutmix >= 0, f"mixup {self.mixup} and cutmix {self.cutmix} must not be negative."
-        )
-        require(0 <= self.cutmix_share <= 1, f"cutmix_share is {self.cutmix_share}; it must lie in [0, 1].")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
-        require(
-            self.mix_group >= 2 and self.mix_group % 2 == 0,
-            f"mix_group is {self.mix_group}; samples are mixed in pairs, so it must be even.",
-        )
-        require(self.workers >= 0, f"augmentation workers are {self.workers}; they must not be negative.")
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import DataConfig, require
-from megatron_nepa.data.augmentation import AugmentationConfig, Pixels, RandAugmenter, erase, mix
+from megatron_nepa.config import AugmentationConfig, DataConfig, require
+from megatron_nepa.data.augmentation import Pixels, RandAugmenter, erase, mix
 from megatron_nepa.data.crops import CropStream
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.loader import Batch

@@ -113,9 +113,10 @@ def _recorded_accesses() -> Iterator[list[np.ndarray]]:
 
 def main() -> None:
     """Print the counts of the recipes named on the command line."""
-    from megatron_nepa.recipes import RECIPES
+    from megatron_nepa.recipes import PRETRAINING_RECIPES
 
-    print(json.dumps({name: [asdict(count) for count in count_model(RECIPES[name]().model)] for name in sys.argv[1:]}))
+    models = {name: PRETRAINING_RECIPES[name]().model for name in sys.argv[1:]}
+    print(json.dumps({name: [asdict(count) for count in count_model(model)] for name, model in models.items()}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from megatron_nepa.kernels.cases import model_cases
 from megatron_nepa.kernels.interpreter import is_interpreting
 from megatron_nepa.kernels.launch import Launch, intercept_launches
 from megatron_nepa.kernels.machine_code import MachineCode, compile_launch
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 
 H100_BYTES_PER_SECOND = 3.35e12  # HBM3 of the SXM part, from its data sheet
 ALLOWANCE = 1.05  # on the minimum, for statistics, tables, parameters and partial sums
@@ -65,7 +65,7 @@ def build_report(recipes: list[str], archs: list[str]) -> list[Row]:
     counts = count_bytes(recipes)
     rows = []
     for name in recipes:
-        run = RECIPES[name]()
+        run = PRETRAINING_RECIPES[name]()
         for (operation, direction, minimum, launch), count in zip(
             _launches(run.model, run.micro_batch_size), counts[name], strict=True
         ):
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     recipes, archs = options.recipe.split(","), options.arch.split(",")
     for name in recipes:
-        require(name in RECIPES, f"--recipe {name} is unknown; there are {', '.join(RECIPES)}.")
+        require(name in PRETRAINING_RECIPES, f"--recipe {name} is unknown; there are {', '.join(PRETRAINING_RECIPES)}.")
     for arch in archs:
         require(arch.removeprefix("sm_").isdigit(), f"--arch {arch} is not of the form sm_90.")
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import RunConfig
+from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader, build_index
 from megatron_nepa.data.share import Share
 from megatron_nepa.kernels.dispatch import Kernels
@@ -17,6 +17,7 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.flops import train_flops
 from megatron_nepa.training.health import embedding_health, read_health
+from megatron_nepa.training.learning_rates import LearningRates
 
 
 class PretrainingTask:
@@ -31,8 +32,10 @@ class PretrainingTask:
     """
 
     metric_names = ("loss", "prediction_norm", "target_norm")
+    evaluator = None
+    reset_head = False
 
-    def __init__(self, run: RunConfig, topology: Topology) -> None:
+    def __init__(self, run: PretrainingConfig, topology: Topology) -> None:
         self.run = run
         self.topology = topology
         self.index = build_index(run.data, verbose=topology.is_main)
@@ -55,6 +58,10 @@ class PretrainingTask:
         return PretrainingLoader(
             self.index, run.data, size, run.seed, share, device, dtype, consumed_samples, bad_image_log
         )
+
+    def learning_rates(self, total_steps: int) -> LearningRates:
+        """One rate for all layers."""
+        return LearningRates(self.run, total_steps)
 
     def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and metrics of one micro-batch."""

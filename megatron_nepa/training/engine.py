@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.masters import Masters, find_masters
+from megatron_nepa.checkpoint.masters import Masters, find_masters, join_fragments
 from megatron_nepa.checkpoint.state import TrainState
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.ema import ExponentialMovingAverage
 from megatron_nepa.training.extensions import build_extensions
-from megatron_nepa.training.optimizer import build_optimizer, optimizer_extensions, parameter_groups
+from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.optimizer import build_optimizer, optimizer_extensions
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,20 @@ class TrainingEngine:
         run: optimizer settings and dtype.
         ds_config: as :func:`megatron_nepa.training.deepspeed_config.resolve` returns it.
         topology: this rank's place.
+        groups: parameter groups of the optimizer, each with a "name"; None takes those of pre-training.
 
     Raises:
         ConfigError: for a set-up that DeepSpeed cannot start.
     """
 
-    def __init__(self, model: nn.Module, run: RunConfig, ds_config: dict[str, Any], topology: Topology) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: RunConfig,
+        ds_config: dict[str, Any],
+        topology: Topology,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
         self.run = run
         self.topology = topology
         self.zero_stage: int = ds_config["zero_optimization"]["stage"]
@@ -62,7 +71,9 @@ class TrainingEngine:
         model.to(topology.device)
         with quiet_deepspeed():
             build_extensions(["ShareMemCommBuilder", *optimizer_extensions(topology.device, offload)], topology)
-        optimizer = build_optimizer(parameter_groups(model, run.optimizer), run.optimizer, topology.device, offload)
+        if groups is None:
+            groups = LearningRates(run, total_steps=1).groups(model)
+        optimizer = build_optimizer(groups, run.optimizer, topology.device, offload)
         self.deepspeed = _initialize(model, optimizer, ds_config, topology)
         self.module: nn.Module = self.deepspeed.module
         self.masters: Masters = find_masters(self.deepspeed, self.module)
@@ -89,10 +100,14 @@ class TrainingEngine:
         """Tell DeepSpeed that a micro-batch which is not the step's last one is over."""
         self.deepspeed.step()
 
-    def step(self, learning_rate: float) -> StepResult:
-        """End the last micro-batch of a step: clip, update the weights and their average."""
+    def step(self, learning_rate: float | Mapping[str, float]) -> StepResult:
+        """End the last micro-batch of a step: clip, update the weights and their average.
+
+        Args:
+            learning_rate: of all parameter groups, or of each by its name.
+        """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate[group["name"]] if isinstance(learning_rate, Mapping) else learning_rate
         if self.zero_stage == 0:
             result = self._step_without_zero()
         else:
@@ -108,6 +123,25 @@ class TrainingEngine:
         else:
             self.skipped_in_a_row += 1
         return result
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside the block the model holds its weight average instead of its raw weights; a collective.
+
+        Masters and moments stay as they are. It takes one copy of the model's weights in memory.
+        """
+        assert self.ema is not None
+        trained = {name: param for name, param in self.module.named_parameters() if param.requires_grad}
+        raw = {name: param.detach().clone() for name, param in trained.items()}
+        for name, param in trained.items():
+            fragment, group = self.masters.fragments[name], self.topology.data_group
+            param.copy_(join_fragments(param, fragment, self.ema.tensors, group))
+        try:
+            yield
+        finally:
+            for name, param in trained.items():
+                param.copy_(raw[name])
 
     def _step_without_zero(self) -> StepResult:
         norm = self._gradient_norm()

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from megatron_nepa.config import ConfigError
 from megatron_nepa.parallel.topology import ranks_of_this_node
+from megatron_nepa.training.errors import RankTrainingError, RunStopped, TrainingError
 from megatron_nepa.training.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
-from megatron_nepa.training.loop import RankTrainingError, RunStopped, TrainingError
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups."""
+"""AdamW in the fastest form that is there."""
 
 from __future__ import annotations
 
@@ -6,30 +6,8 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import nn
 
 from megatron_nepa.config import OptimizerConfig
-
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters as two groups, "decay" and "no_decay".
-
-    Biases, norms, LayerScale, the mask token and (unless ``decay_bos_token``) the BOS token are vectors and are not
-    decayed.
-    """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        is_bos_token = name.endswith("bos_token")
-        decays = config.decay_bos_token if is_bos_token else param.ndim > 1
-        (decay if decays else no_decay).append(param)
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
@@ -38,7 +16,7 @@ def build_optimizer(
     """AdamW in the fastest form that is there.
 
     Args:
-        groups: of :func:`parameter_groups`.
+        groups: of :meth:`~megatron_nepa.training.learning_rates.LearningRates.groups`.
         config: betas and epsilon; the learning rate is set at every step.
         device: of the training.
         offload: ZeRO offload keeps masters and moments on the CPU, which takes DeepSpeed's own CPU Adam.

@@ -35,6 +35,7 @@ _FREE_FIELDS = {
     "wandb_project",
     "compile",
     "kernels",
+    "evaluation",
     "data.path",  # the data's fingerprint counts, not where they lie
     "data.on_bad_image",
     "data.max_bad_share",

@@ -10,7 +10,7 @@ import torch
 
 from megatron_nepa.benchmarks import kernels
 from megatron_nepa.benchmarks.contenders import Operation, operations
-from megatron_nepa.recipes import quickstart
+from megatron_nepa.recipes.pretraining import quickstart
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.augmentation import AugmentationConfig, RandAugmenter, erase, mix, seeded
+from megatron_nepa.config import AugmentationConfig, ConfigError, DataConfig
+from megatron_nepa.data.augmentation import RandAugmenter, erase, mix, seeded
 from megatron_nepa.data.finetuning import FinetuningLoader
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.loader import Batch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_nepa.checkpoint.state import collect_state
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, PretrainingConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.layers import layout_of
@@ -85,9 +85,9 @@ class Outcome:
 Mutation = Callable[[nn.Module, Topology], None]
 
 
-def build_run(case: Case) -> RunConfig:
+def build_run(case: Case) -> PretrainingConfig:
     grid = case.grid
-    return RunConfig(
+    return PretrainingConfig(
         model=case.model,
         objective=case.objective,
         parallel=ParallelConfig(grid.tensor_size, grid.sequence_parallel, grid.activation_checkpointing),

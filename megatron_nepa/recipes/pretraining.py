@@ -1,4 +1,4 @@
-"""Named starting points: a recipe is a function that returns a :class:`RunConfig`.
+"""Recipes of pre-training.
 
 ``nepa_b`` and ``nepa_l`` follow the paper, ``nepa_b_release`` and ``nepa_l_release`` the authors' code where the two
 differ (the README lists every difference); the larger trunks have no published counterpart.
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from megatron_nepa.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from megatron_nepa.config import DataConfig, ModelConfig, OptimizerConfig, PretrainingConfig
 
 
-def quickstart() -> RunConfig:
+def quickstart() -> PretrainingConfig:
     """A tiny trunk on the built-in photographs: minutes on two CPU cores."""
-    return RunConfig(
+    return PretrainingConfig(
         recipe="quickstart",
         model=ModelConfig(
             image_size=112,
@@ -41,9 +41,9 @@ def quickstart() -> RunConfig:
     )
 
 
-def nepa_b() -> RunConfig:
+def nepa_b() -> PretrainingConfig:
     """NEPA-B of the paper: SwiGLU of the width that matches the parameters of a 4x GELU (table 4: 1,600 epochs)."""
-    return RunConfig(
+    return PretrainingConfig(
         recipe="nepa_b",
         model=ModelConfig(),
         output_dir="runs/nepa_b",
@@ -53,7 +53,7 @@ def nepa_b() -> RunConfig:
     )
 
 
-def nepa_l() -> RunConfig:
+def nepa_l() -> PretrainingConfig:
     """NEPA-L of the paper (table 4: 800 epochs)."""
     return replace(
         nepa_b(),
@@ -67,12 +67,12 @@ def nepa_l() -> RunConfig:
     )
 
 
-def nepa_b_release() -> RunConfig:
+def nepa_b_release() -> PretrainingConfig:
     """NEPA-B as the authors' code trains it: GELU, BOS token, no learned positions, RoPE rescale, flip."""
     return _release(replace(nepa_b(), recipe="nepa_b_release", output_dir="runs/nepa_b_release"), 3072, "plain")
 
 
-def nepa_l_release() -> RunConfig:
+def nepa_l_release() -> PretrainingConfig:
     """NEPA-L as the authors' code trains it: as B, with affine QK-norm and 1,600 epochs."""
     base = replace(
         nepa_l(),
@@ -84,19 +84,19 @@ def nepa_l_release() -> RunConfig:
     return _release(base, 4096, "affine")
 
 
-def nepa_h() -> RunConfig:
+def nepa_h() -> PretrainingConfig:
     """A 0.6-billion-parameter trunk of 32 blocks."""
     model = _trunk(num_layers=32, hidden_size=1280, num_heads=16, mlp_hidden_size=3456)
     return replace(nepa_l(), recipe="nepa_h", model=model, output_dir="runs/nepa_h", micro_batch_size=64)
 
 
-def nepa_g() -> RunConfig:
+def nepa_g() -> PretrainingConfig:
     """A 1.1-billion-parameter trunk of 40 blocks."""
     model = _trunk(num_layers=40, hidden_size=1536, num_heads=24, mlp_hidden_size=4096)
     return replace(nepa_l(), recipe="nepa_g", model=model, output_dir="runs/nepa_g", micro_batch_size=64)
 
 
-def nepa_7b() -> RunConfig:
+def nepa_7b() -> PretrainingConfig:
     """A 6.7-billion-parameter trunk of 40 blocks, the one that needs tensor parallelism."""
     model = _trunk(num_layers=40, hidden_size=4096, num_heads=32, mlp_hidden_size=8192)
     return replace(nepa_l(), recipe="nepa_7b", model=model, output_dir="runs/nepa_7b", micro_batch_size=32)
@@ -108,7 +108,7 @@ def _trunk(num_layers: int, hidden_size: int, num_heads: int, mlp_hidden_size: i
     )
 
 
-def _release(base: RunConfig, mlp_hidden_size: int, qk_norm: Literal["plain", "affine"]) -> RunConfig:
+def _release(base: PretrainingConfig, mlp_hidden_size: int, qk_norm: Literal["plain", "affine"]) -> PretrainingConfig:
     model = replace(
         base.model,
         mlp="gelu",
@@ -128,7 +128,7 @@ def _release(base: RunConfig, mlp_hidden_size: int, qk_norm: Literal["plain", "a
     )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
+PRETRAINING_RECIPES: dict[str, Callable[[], PretrainingConfig]] = {
     recipe.__name__: recipe
     for recipe in (quickstart, nepa_b, nepa_l, nepa_b_release, nepa_l_release, nepa_h, nepa_g, nepa_7b)
 }

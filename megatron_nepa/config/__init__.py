@@ -1,0 +1,39 @@
+"""Typed configuration of a run: one frozen dataclass per concern, checked when it is built.
+
+A recipe (``megatron_nepa.recipes``) returns the config of a task, a :class:`RunConfig` with the task's own sections;
+the command line replaces single fields of it. Whatever a field means is said once, in the comment above it:
+``--help`` prints that comment. A value that cannot work raises :class:`ConfigError` with the numbers in the message.
+"""
+
+from megatron_nepa.config.checks import ConfigError, require
+from megatron_nepa.config.finetuning import (
+    AugmentationConfig,
+    ClassificationConfig,
+    EvaluationConfig,
+    FinetuningConfig,
+    HeadConfig,
+    LayerDecayConfig,
+)
+from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
+from megatron_nepa.config.run import PretrainingConfig, RunConfig, override
+from megatron_nepa.config.sections import DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+
+__all__ = [
+    "IMAGE_CHANNELS",
+    "AugmentationConfig",
+    "ClassificationConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "FinetuningConfig",
+    "HeadConfig",
+    "LayerDecayConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PretrainingConfig",
+    "RunConfig",
+    "override",
+    "require",
+]

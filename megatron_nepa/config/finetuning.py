@@ -1,0 +1,141 @@
+"""What training on top of a pre-trained trunk configures besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_nepa.config.checks import require, require_finite
+from megatron_nepa.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class LayerDecayConfig:
+    """Learning rates that fall from the head to the patch embedding (paper table 5; release section 4.2)."""
+
+    # factor between the learning rates of neighbouring layers; 1 gives all layers the same
+    rate: float = 1.0
+    # the factor at the end of training, which it moves to from rate; none keeps it fixed
+    rate_end: float | None = None
+    # shape of that movement: linear (the paper's text) or cosine, a half-cosine (release)
+    ramp: Literal["linear", "cosine"] = "linear"
+    # which power a layer has: beit (BEiT and MAE: head 0, last block 1) or release (last block 0)
+    convention: Literal["beit", "release"] = "beit"
+    # deep layers warm up longer than high ones: W - W * factor steps instead of W (release)
+    layerwise_warmup: bool = False
+    # learning rate of the head and the final norm, unscaled by the batch; none takes the run's
+    head_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        require_finite(self, "layer_decay.")
+        for name in ("rate", "rate_end"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, f"layer_decay.{name} is {value}; it must lie in (0, 1].")
+        require(
+            self.head_lr is None or self.head_lr > 0, f"layer_decay.head_lr is {self.head_lr}; it must be positive."
+        )
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What fine-tuning does to a crop (release section 4.2)."""
+
+    # timm's RandAugment policy; none switches it off
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    # share of images that lose a rectangle to noise (release; the paper's table has none)
+    random_erasing: float = 0.25
+    # Beta parameter of Mixup; 0 switches it off
+    mixup: float = 0.8
+    # Beta parameter of CutMix; 0 switches it off
+    cutmix: float = 1.0
+    # share of mixed groups that take CutMix where both are on
+    cutmix_share: float = 0.5
+    # probability mass that the target spreads over all classes
+    label_smoothing: float = 0.1
+    # consecutive samples of the run that share one mixing ratio and are mixed among themselves
+    mix_group: int = 16
+    # RandAugment processes of each rank; 0 augments in the training process
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        require(0 <= self.random_erasing <= 1, f"random_erasing is {self.random_erasing}; it must lie in [0, 1].")
+        require(
+            self.mixup >= 0 and self.cutmix >= 0, f"mixup {self.mixup} and cutmix {self.cutmix} must not be negative."
+        )
+        require(0 <= self.cutmix_share <= 1, f"cutmix_share is {self.cutmix_share}; it must lie in [0, 1].")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
+        require(
+            self.mix_group >= 2 and self.mix_group % 2 == 0,
+            f"mix_group is {self.mix_group}; samples are mixed in pairs, so it must be even.",
+        )
+        require(self.workers >= 0, f"augmentation workers are {self.workers}; they must not be negative.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """On what, how often and how a run is evaluated."""
+
+    # labelled validation images, in the layouts of --data; none trains without evaluating
+    data: str | None = None
+    # steps between evaluations (one is always made at the end); none evaluates once an epoch
+    every: int | None = None
+    # images of a batch on each replica
+    batch_size: int = 64
+    # length of the shorter side before the centre crop, pixels
+    resize_size: int = 256
+    # resize to a square of that length, whatever the image's shape (release, for L)
+    squash: bool = False
+    # evaluate, write evaluation.json and end; nothing is trained
+    only: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.data != "", "validation_data is empty; give a folder (an unset shell variable?).")
+        require(self.every is None or self.every >= 1, f"evaluation.every is {self.every}; it must be at least 1.")
+        for name in ("batch_size", "resize_size"):
+            require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
+        require(
+            not self.only or self.data is not None,
+            "--evaluate_only needs images to evaluate on: give --validation_data.",
+        )
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The classifier on top of the trunk."""
+
+    # what is classified: last, the last token's output (paper), or mean, the patches' mean after a LayerNorm (release)
+    pooling: Literal["last", "mean"] = "last"
+    # number of classes; none takes those of the training data
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_classes is None or self.num_classes >= 2,
+            f"head.num_classes is {self.num_classes}; it must be at least 2.",
+        )
+
+
+@dataclass(frozen=True)
+class FinetuningConfig(RunConfig):
+    """A run that starts from a pre-trained trunk (``init_from``), or from nothing to compare with."""
+
+    layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # draw the head anew where the head in init_from does not fit (another number of classes)
+    reset_head: bool = False
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(FinetuningConfig):
+    """Fine-tuning to image classification (paper section 4.3, table 5)."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.evaluation.resize_size >= self.model.image_size,
+            f"evaluation.resize_size {self.evaluation.resize_size} is smaller than the crop of model.image_size "
+            f"{self.model.image_size}.",
+        )

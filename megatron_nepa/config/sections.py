@@ -1,0 +1,136 @@
+"""What every task configures besides its model: the objective, the grid, the data, the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_nepa.config.checks import require, require_finite
+from megatron_nepa.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The next-embedding objective and its ablations (paper section 3.1, table 1)."""
+
+    # predict the next patch's embedding; off, each patch predicts itself (diverges, table 1a)
+    shift: bool = True
+    # no gradient through the target; off, the embeddings collapse (table 1a)
+    stop_gradient: bool = True
+    # share of input patches replaced by a learned mask token; targets stay unmasked (table 1c)
+    mask_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.mask_ratio < 1.0, f"objective.mask_ratio is {self.mask_ratio}; it must lie in [0, 1).")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one replica is spread over ranks; data parallelism takes the ranks that are left."""
+
+    # ranks that share one replica's weights
+    tensor_parallel_size: int = 1
+    # shard the token rows between the tensor-parallel layers (Megatron's sequence parallelism)
+    sequence_parallel: bool = False
+    # recompute each block's activations in the backward pass
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.tensor_parallel_size >= 1,
+            f"tensor_parallel_size is {self.tensor_parallel_size}; it must be at least 1.",
+        )
+        require(
+            not self.sequence_parallel or self.tensor_parallel_size > 1,
+            "sequence_parallel shards rows over the tensor-parallel ranks: set tensor_parallel_size to 2 or more, "
+            "or drop --sequence_parallel.",
+        )
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a model whose heads or widths the tensor-parallel size does not divide."""
+        size = self.tensor_parallel_size
+        for name in ("num_heads", "mlp_hidden_size"):
+            value = getattr(model, name)
+            require(
+                value % size == 0,
+                f"tensor_parallel_size {size} does not divide model.{name} {value}; choose a divisor of both "
+                f"num_heads {model.num_heads} and mlp_hidden_size {model.mlp_hidden_size}.",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are augmented (release section 4.1)."""
+
+    # an ImageFolder tree, a flat folder of images or an index; synthetic needs no files; none uses built-in photographs
+    path: str | None = None
+    # least share of the image's area that a random crop keeps
+    crop_scale_min: float = 0.08
+    # mirror half of the crops (release; the paper's table lists only the crop)
+    horizontal_flip: bool = False
+    # decoding threads of each rank
+    num_threads: int = 2
+    # share of JPEGs that a GPU's hardware decoder takes; the rest go to its CUDA decoder
+    hw_decoder_load: float = 0.65
+    # an image that cannot be decoded while running: skip shows another in its place, fail ends the run
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    # share of samples that skip may replace before the run ends
+    max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.path != "", "data is empty; give a folder (an unset shell variable?).")
+        require(
+            0.0 < self.crop_scale_min <= 1.0,
+            f"data.crop_scale_min is {self.crop_scale_min}; it must lie in (0, 1].",
+        )
+        require(self.num_threads >= 1, f"data.num_threads is {self.num_threads}; it must be at least 1.")
+        require(
+            0.0 <= self.hw_decoder_load <= 1.0,
+            f"data.hw_decoder_load is {self.hw_decoder_load}; it must lie in [0, 1].",
+        )
+        require(
+            0.0 <= self.max_bad_share <= 1.0,
+            f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1].",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and the weight average (paper table 4)."""
+
+    # peak learning rate for a global batch of 256: lr = base_lr * global_batch_size / 256
+    base_lr: float = 3e-4
+    # learning rate at the end of the cosine
+    min_lr: float = 0.0
+    # shape of the fall from the peak to min_lr
+    decay: Literal["cosine", "linear"] = "cosine"
+    # warm-up as a share of all steps
+    warmup_ratio: float = 0.025
+    # decoupled weight decay of matrices; never of biases, norms and LayerScale
+    weight_decay: float = 0.05
+    # also decay the BOS token (release)
+    decay_bos_token: bool = False
+    # AdamW's first moment decay
+    beta1: float = 0.9
+    # AdamW's second moment decay
+    beta2: float = 0.95
+    # AdamW's epsilon
+    eps: float = 1e-8
+    # largest global gradient norm; 0 switches clipping off
+    clip_grad: float = 1.0
+    # decay of the average of the fp32 master weights, updated every step; 0 switches it off
+    ema_decay: float = 0.9999
+    # ramp the decay as min(ema_decay, (1 + step) / (10 + step)), for short runs
+    ema_warmup: bool = False
+
+    def __post_init__(self) -> None:
+        require_finite(self, "optimizer.")
+        require(self.base_lr > 0, f"base_lr is {self.base_lr}; it must be positive.")
+        require(self.min_lr >= 0, f"optimizer.min_lr is {self.min_lr}; it must not be negative.")
+        require(0 <= self.warmup_ratio < 1, f"optimizer.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1).")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1).")
+        require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
+        require(self.clip_grad >= 0, f"optimizer.clip_grad is {self.clip_grad}; it must not be negative.")

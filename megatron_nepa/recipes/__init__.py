@@ -1,0 +1,6 @@
+"""Named starting points: a recipe is a function that returns the config of a run."""
+
+from megatron_nepa.recipes.finetuning import CLASSIFICATION_RECIPES
+from megatron_nepa.recipes.pretraining import PRETRAINING_RECIPES
+
+__all__ = ["CLASSIFICATION_RECIPES", "PRETRAINING_RECIPES"]

@@ -1,0 +1,221 @@
+"""The steps of a run, between its set-up and its end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_nepa.checkpoint.agreement import on_all_ranks
+from megatron_nepa.checkpoint.store import Progress, SaveError
+from megatron_nepa.config import ConfigError, RunConfig
+from megatron_nepa.training.announce import describe_failure
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.errors import RankTrainingError, TrainingError
+from megatron_nepa.training.evaluation import best_metric, evaluate_engine
+from megatron_nepa.training.exit_codes import EXIT_TRAINING_FAILED
+from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.log import RunLog
+from megatron_nepa.training.lost_rank import LostRankWatch
+from megatron_nepa.training.memory import memory_gb
+from megatron_nepa.training.metrics import MetricWindow
+from megatron_nepa.training.non_finite import describe_non_finite
+from megatron_nepa.training.preemption import StopSignal, job_end_time
+from megatron_nepa.training.run_directory import RunDirectory
+from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
+from megatron_nepa.training.stall import StallWatch
+from megatron_nepa.training.task import Evaluator, Loader, Task
+
+
+class TrainingLoop:
+    """One optimizer step after another, with what is decided and written between them.
+
+    Args:
+        run: the config.
+        task: what is trained.
+        engine: with the weights to start from.
+        loader: this rank's micro-batches.
+        rates: learning rates of the engine's parameter groups.
+        directory: the run's folder.
+        total_steps: optimizer steps of the whole run.
+        peak_flops: of this rank's device, for the MFU.
+        log: the main rank's, None on the others.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        task: Task,
+        engine: TrainingEngine,
+        loader: Loader,
+        rates: LearningRates,
+        directory: RunDirectory,
+        total_steps: int,
+        peak_flops: float,
+        log: RunLog | None,
+    ) -> None:
+        self.run, self.task, self.engine, self.loader, self.rates = run, task, engine, loader, rates
+        self.checkpoints, self.total_steps, self.log = directory.checkpoints, total_steps, log
+        self.topology = engine.topology
+        self.flops_per_step = task.flops_per_image * run.global_batch_size / self.topology.world_size
+        self.peak_flops = peak_flops
+        self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
+        self.save_time = SaveTime(
+            checkpoint_bytes(engine.module, self.topology.tensor.size, has_ema=engine.ema is not None)
+        )
+        self.stop = StopSignal(self.topology.is_main, job_end_time(), self.save_time.seconds)
+        self.stall = StallWatch(self.topology, run.stall_timeout)
+
+    def run_from(self, progress: Progress) -> tuple[Progress, str | None]:
+        """Train to the end of the run or until it is asked to stop; where it stands then, and who asked."""
+        run, topology = self.run, self.topology
+        if self.log is not None:
+            self.log.warn(self.save_time.warning())
+        lost = LostRankWatch(topology, EXIT_TRAINING_FAILED, orderly=(TrainingError,))
+        with self.stop, lost, self.stall:
+            self.last_end = time.perf_counter()
+            while progress.step < self.total_steps:
+                progress, applied = self.step(progress)
+                self.stall.at("agreeing after the update", progress.step)
+                stopped_by = self.stop.agreed(topology.host_group, topology.world_size)
+
+                is_last = progress.step == self.total_steps
+                failed = progress.skipped_in_a_row >= run.max_skipped_steps
+                results = None
+                evaluator = self.task.evaluator
+                due = evaluator is not None and (is_last or progress.step % evaluator.every == 0)
+                if evaluator is not None and due and stopped_by is None and not failed:
+                    results = self.evaluate(progress, evaluator)
+                    stopped_by = self.stop.agreed(topology.host_group, topology.world_size)
+                is_best = results is not None and self.is_best(results)
+                saves = is_last or is_best or stopped_by is not None or progress.step % run.save_every == 0
+                if failed or saves or results or not applied or progress.step % run.log_every == 0:
+                    self.write_log(progress, results or {})
+                if failed:
+                    raise TrainingError(describe_failure(run, progress, self.checkpoints.latest()))
+                if saves:
+                    path = self.save(progress)
+                    if results is not None and is_best:
+                        self.mark_best(path, results)
+                if stopped_by is not None and not is_last:
+                    self.message(
+                        f"stopped by {stopped_by} after step {progress.step}; the same command continues from there"
+                    )
+                    return progress, stopped_by
+        return progress, None
+
+    def step(self, progress: Progress) -> tuple[Progress, bool]:
+        """One optimizer step, and its row for the log; False where a gradient was not finite."""
+        run, task, engine, topology = self.run, self.task, self.engine, self.topology
+        number = progress.step + 1
+        learning_rates = self.rates.at(progress.step)
+        metrics = torch.zeros(len(task.metric_names), device=topology.device)
+        data_wait = 0.0
+        for micro_batch in range(engine.accumulation_steps):
+            self.stall.at("waiting for data", number)
+            wait_start = time.perf_counter()
+            try:
+                batch = next(self.loader)
+            except ConfigError as error:  # of this rank's images: the other ranks do not know
+                raise RankTrainingError(f"rank {topology.rank}: {error}") from error
+            data_wait += time.perf_counter() - wait_start
+            self.stall.at("in the forward or backward pass", number)
+            loss, values = task.forward(engine, batch)
+            engine.backward(loss)
+            metrics += values / engine.accumulation_steps
+            if micro_batch < engine.accumulation_steps - 1:
+                engine.end_micro_batch()
+        self.stall.at("in the weight update", number)
+        result = engine.step(learning_rates)
+        progress = Progress(
+            step=number,
+            samples=progress.samples + run.global_batch_size,
+            applied_steps=engine.applied_steps,
+            skipped_in_a_row=engine.skipped_in_a_row,
+        )
+
+        now = time.perf_counter()
+        seconds, self.last_end = now - self.last_end, now
+        self.step_seconds = seconds
+        row: dict[str, float | int] = {"step": number}
+        if task.num_images is not None:
+            row["epoch"] = progress.samples / task.num_images
+        row |= {
+            "samples": progress.samples,
+            "lr": max(learning_rates.values()),
+            "step_ms": seconds * 1e3,
+            "data_wait_ms": data_wait * 1e3,
+            "samples_per_second": run.global_batch_size / seconds,
+            "tflops_per_device": self.flops_per_step / seconds / 1e12,
+            "mfu": self.flops_per_step / seconds / self.peak_flops,
+            "memory_gb": memory_gb(topology.device),
+            "skipped_steps": number - progress.applied_steps,
+            "bad_images": self.loader.num_bad_images,
+        }
+        self.window.add(row, torch.cat((metrics, result.grad_norm.view(1))))
+        return progress, result.applied
+
+    def evaluate(self, progress: Progress, evaluator: Evaluator) -> dict[str, float] | None:
+        """Results by their names in the log; None where a signal cut the evaluation short."""
+        topology = self.topology
+
+        def interrupted() -> bool:
+            self.stall.at("evaluating", progress.step)
+            return self.stop.agreed(topology.host_group, topology.world_size) is not None
+
+        results = evaluate_engine(self.engine, evaluator, interrupted)
+        if results is None:
+            self.message(f"the evaluation after step {progress.step} was cut short")
+        self.last_end = time.perf_counter()  # the time to evaluate is not the next step's
+        return results
+
+    def is_best(self, results: dict[str, float]) -> bool:
+        """Whether the results are better than those of the best checkpoint; the same on every rank."""
+        assert self.task.evaluator is not None
+        name = best_metric(self.task.evaluator, self.engine.ema is not None)
+        if name is None:
+            return False
+        former = on_all_ranks(self.topology, self.checkpoints.best_value)[0]
+        return former is None or results[name] > former
+
+    def mark_best(self, path: Path, results: dict[str, float]) -> None:
+        """Keep a checkpoint as the best one."""
+        assert self.task.evaluator is not None
+        name = best_metric(self.task.evaluator, self.engine.ema is not None)
+        assert name is not None
+        if self.topology.is_main:
+            self.checkpoints.mark_best(path, name, results[name])
+        self.message(f"best so far: {name} {results[name]:.4f}")
+
+    def write_log(self, progress: Progress, results: dict[str, float]) -> None:
+        """Write the rows since the last call, with what was measured at the last step; every rank calls it."""
+        rows, flat = self.window.read(self.task.health() if self.topology.is_main else None)
+        if self.log is None:
+            return
+        rows[-1] |= self.task.read_health(flat) | results
+        self.log.write(rows)
+        for step, replicas in self.window.not_finite.items():
+            first_sample = progress.samples - (progress.step - step + 1) * self.run.global_batch_size
+            self.log.message(describe_non_finite(step, first_sample, replicas, self.run, self.topology))
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint and learn how long that takes; every rank calls it."""
+        self.stall.at("saving the checkpoint", progress.step)
+        start = time.perf_counter()
+        try:
+            path = self.checkpoints.save(self.engine.train_state, progress, self.engine.zero_stage, self.run.to_dict())
+        except SaveError as error:
+            raise TrainingError(str(error)) from error
+        self.last_end = time.perf_counter()  # the time to save is not the next step's
+        self.save_time.measured(self.last_end - start)
+        self.stop.save_seconds = self.save_time.seconds
+        self.message(f"saved {path}")
+        if self.log is not None:
+            self.log.warn(self.save_time.warning(self.step_seconds))
+        return path
+
+    def message(self, text: str) -> None:
+        """Say something on the main rank."""
+        if self.log is not None:
+            self.log.message(text)
