@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_nepa.checkpoint.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.release_format import MASK_TOKEN
-from megatron_nepa.checkpoint.weights import Choice, Weights, read_weights
+from megatron_nepa.checkpoint.weights import Choice, Weights, read_consolidated, read_weights
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig, require
 from megatron_nepa.data.builtin import photograph_files
 from megatron_nepa.kernels.dispatch import Kernels
@@ -69,11 +69,13 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
 
 
 def read_any(path: Path, choice: Choice | None = None) -> Weights:
-    """The weights of a checkpoint of this project's or the release's format.
+    """The weights of a checkpoint of this project's or the release's format, or of a consolidated file.
 
     Raises:
-        ConfigError: where ``path`` is neither, or is damaged.
+        ConfigError: where ``path`` is none of them, or is damaged.
     """
+    if path.is_file():  # holds one kind of weights, whatever the choice
+        return read_consolidated(path)
     return read_release(path, choice)[0] if is_release(path) else read_weights(path, choice)
 
 

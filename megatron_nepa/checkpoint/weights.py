@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -20,7 +21,7 @@ from megatron_nepa.checkpoint.release_format import MASK_TOKEN
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import stored_dtype
 from megatron_nepa.checkpoint.store import Progress, beside, quiet_torch_checkpoint, sync_folder
-from megatron_nepa.config import ModelConfig, ParallelConfig, require
+from megatron_nepa.config import ConfigError, ModelConfig, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.layers import ParameterLayout, layout_of
@@ -149,6 +150,22 @@ def consolidate(weights: Weights, path: Path) -> None:
     tensors = {**weights.tensors, **weights.buffers}
     save_file({name: value.to(stored_dtype(value)).contiguous() for name, value in tensors.items()}, partial, metadata)
     partial.rename(path)
+
+
+def read_consolidated(path: Path) -> Weights:
+    """The weights of a file that :func:`consolidate` wrote.
+
+    Raises:
+        ConfigError: where it is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
+    require("model" in metadata, f"{path} does not say what model it holds: it was not written by consolidate.")
+    return Weights(ModelConfig(**json.loads(metadata["model"])), tensors, metadata["origin"])
 
 
 class ParameterForm(NamedTuple):

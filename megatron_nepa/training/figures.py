@@ -91,10 +91,10 @@ def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
     drawn = []
     with rc_context(STYLE):  # type: ignore[arg-type]
         if "loss" in metrics:
-            drawn.append(_save(_loss_figure(metrics), figures_dir / "loss.png"))
+            drawn.append(save_figure(_loss_figure(metrics), figures_dir / "loss.png"))
         panels = [panel for panel in PANELS if any(key in metrics for key, _, _ in panel.curves)]
         if panels:
-            drawn.append(_save(_health_figure(metrics, panels), figures_dir / "health.png"))
+            drawn.append(save_figure(_health_figure(metrics, panels), figures_dir / "health.png"))
     return drawn
 
 
@@ -197,7 +197,8 @@ def _scientific() -> ScalarFormatter:
     return formatter
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as a PNG file in one piece; returns ``path``."""
     beside = path.with_name(path.name + ".partial")
     figure.savefig(beside, format="png", dpi=130)
     beside.replace(path)

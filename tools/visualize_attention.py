@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Show what a trained trunk attends to and predicts on your images (figures 5 and 7 of the paper).
+
+    tools/visualize_attention.py cat.jpg --checkpoint runs/quickstart --out figures
+    tools/visualize_attention.py *.jpg   --checkpoint nepa-base-patch14-224 --layers 8-11 --out figures
+    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --query 3,5 9,2 --heads each --out figures
+    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --query grid:4 --size 448 --out figures
+    tools/visualize_attention.py cat.jpg --evolution runs/quickstart --out figures
+
+For every image, OUT gets
+
+    NAME.png             a triplet for each query patch: the query in the image, the attention that it pays to the
+                         patches that it sees, and the cosine of the embedding that it predicts and every patch's
+                         embedding. Patch t predicts patch t + 1: the next in the row, or the first of the next row.
+    NAME_prediction.png  the cosine of every patch's embedding and its prediction, and how much better that is than
+                         repeating the patch before it, as a model that learned nothing would.
+    NAME.npz             the arrays, for every layer and head.
+    NAME_evolution.png   with --evolution instead of these: one row a checkpoint, and NAME_evolution.npz.
+
+Attention is drawn in multiples of uniform attention, so queries that see few and many patches compare: 1 is what an
+even spread over the tokens in sight gives. Patches that a causal query cannot see are blank.
+
+Any image size works: images are resized with their ratio kept, to whole patches. A checkpoint is a folder such as
+OUTPUT_DIR/checkpoints/step_00001000, an OUTPUT_DIR for its newest, a folder of the authors' release, or a file that
+convert_checkpoint.py consolidate wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_nepa.analysis.visualize import View, visualize, visualize_evolution
+from megatron_nepa.config import ConfigError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMG", help="image files")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="the model; of an OUTPUT_DIR its newest checkpoint")
+    model.add_argument(
+        "--evolution", type=Path, metavar="OUTPUT_DIR", help="a run: one row for each of its checkpoints"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the results; overwrites nothing"
+    )
+    parser.add_argument(
+        "--query",
+        nargs="+",
+        default=["auto"],
+        help="query patches as y,x from 0,0 at the top left; grid:N for N x N evenly spread ones (grid: 3 x 3); auto "
+        "(the default) for the patches of most contrast in three bands of the image",
+    )
+    parser.add_argument(
+        "--layers",
+        default="all",
+        help="blocks whose attention is averaged, from 0: all (default) or a list like 0,3,8-11",
+    )
+    parser.add_argument(
+        "--heads",
+        choices=["mean", "max", "each"],
+        default="mean",
+        help="their mean, the maximum of each patch, or one panel each (default: mean)",
+    )
+    parser.add_argument(
+        "--size", type=int, help="shorter side of the resized image in pixels (default: the model's image size)"
+    )
+    parser.add_argument(
+        "--square",
+        action="store_true",
+        help="keep the middle square of the image: learned positions (the paper's recipes) fit no other shape",
+    )
+    parser.add_argument(
+        "--bidirectional",
+        action="store_true",
+        help="let every patch see the whole image (default: what the checkpoint's config says, causal after pre-training)",
+    )
+    parser.add_argument("--weights", choices=["ema", "raw"], help="default: ema where there is one")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="checkpoints of --evolution (default: all, or eight evenly spread)"
+    )
+    args = parser.parse_args(arguments)
+    if args.steps and args.evolution is None:
+        parser.error("--steps chooses checkpoints of --evolution")
+    return args
+
+
+def main() -> None:
+    """Draw, and say what was written."""
+    args = parse_arguments()
+    view = View(tuple(args.query), args.layers, args.heads, args.size, args.square, args.bidirectional, args.weights)
+    try:
+        if args.evolution is None:
+            written = visualize(args.images, args.checkpoint, args.out, view)
+        else:
+            written = visualize_evolution(args.images, args.evolution, args.out, view, args.steps or ())
+    except ConfigError as error:
+        sys.exit(f"visualize_attention: {error}")
+    for path in written:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
