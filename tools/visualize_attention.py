@@ -3,8 +3,8 @@
 
     tools/visualize_attention.py cat.jpg --checkpoint runs/quickstart --out figures
     tools/visualize_attention.py *.jpg   --checkpoint nepa-base-patch14-224 --layers 8-11 --out figures
-    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --query 3,5 9,2 --heads each --out figures
-    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --query grid:4 --size 448 --out figures
+    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --square --query 3,5 9,2 --heads each --out figures
+    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b_release --size 448 --query grid:4 --out figures
     tools/visualize_attention.py cat.jpg --evolution runs/quickstart --out figures
 
 For every image, OUT gets
@@ -20,7 +20,8 @@ For every image, OUT gets
 Attention is drawn in multiples of uniform attention, so queries that see few and many patches compare: 1 is what an
 even spread over the tokens in sight gives. Patches that a causal query cannot see are blank.
 
-Any image size works: images are resized with their ratio kept, to whole patches. A checkpoint is a folder such as
+Any image size works: images are resized with their ratio kept, to whole patches (learned positions, which the paper's
+recipes have, fit one size only: --square). A checkpoint is a folder such as
 OUTPUT_DIR/checkpoints/step_00001000, an OUTPUT_DIR for its newest, a folder of the authors' release, or a file that
 convert_checkpoint.py consolidate wrote.
 """
@@ -71,12 +72,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--square",
         action="store_true",
-        help="keep the middle square of the image: learned positions (the paper's recipes) fit no other shape",
+        help="keep the middle square of the image alone",
     )
     parser.add_argument(
         "--bidirectional",
         action="store_true",
-        help="let every patch see the whole image (default: what the checkpoint's config says, causal after pre-training)",
+        help="let every patch see the whole image (default: as in the checkpoint's config, causal after pre-training)",
     )
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: ema where there is one")
     parser.add_argument(

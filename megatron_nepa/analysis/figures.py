@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from megatron_nepa.analysis.images import Pixels
@@ -29,7 +30,7 @@ from megatron_nepa.analysis.panels import (
 from megatron_nepa.training.figures import GREY, STYLE, save_figure
 
 _PANEL = 2.3  # longer side of a panel, inches
-_WIDEST = 18.0  # of a figure, inches
+_NARROWEST, _WIDEST = 3 * _PANEL, 18.0  # of a figure, inches
 _HEADLINE, _LEGEND, _BARS = 0.55, 0.3, 0.6  # heights, inches
 _HEADLINE_STYLES: tuple[dict[str, Any], ...] = ({"fontsize": 11, "fontweight": "bold"}, {"fontsize": 9, "color": GREY})
 _STYLE: dict[Any, Any] = {**STYLE, "axes.grid": False, "axes.titleweight": "normal"}
@@ -151,15 +152,15 @@ def _draw(
 ) -> None:
     """Draw rows of panels with a colour bar for each scale, under a row of ``header`` images; ``labels`` name rows."""
     columns, num_rows = len(rows[0]), len(rows) + bool(header)
-    width = min(_PANEL, _WIDEST / columns)
+    width = min(max(_PANEL, _NARROWEST / columns), _WIDEST / columns)
     height = width * min(pixels.shape[0] / pixels.shape[1], 2.0)
     has_marks = rows[0][-1].query is not None
     heights = (_HEADLINE + _LEGEND * has_marks, num_rows * (height + 0.25), _BARS)
-    with rc_context({**_STYLE, "axes.titlesize": 9 * width / _PANEL}):
+    with rc_context({**_STYLE, "axes.titlesize": 9 * min(width / _PANEL, 1)}):
         figure = Figure((columns * width + 0.3 * bool(labels), sum(heights)), layout="constrained")
         top, middle, bottom = cast("list[SubFigure]", figure.subfigures(3, 1, height_ratios=heights))
         for line, (text, style) in enumerate(zip(headline.split("\n"), _HEADLINE_STYLES, strict=True)):
-            top.text(0.01, 1 - (0.08 + 0.24 * line) / heights[0], text, va="top", **style)
+            _fit(top.text(0.01, 1 - (0.08 + 0.24 * line) / heights[0], text, va="top", **style), figure)
         if has_marks:
             mark_legend(top, maps.causal, loc="lower left", bbox_to_anchor=(0.0, -0.05), ncols=3, borderpad=0.2)
         grid = middle.add_gridspec(num_rows, columns)
@@ -190,3 +191,10 @@ def _fill(axes: Axes, panel: _Panel, maps: Maps, pixels: Pixels, patch_size: int
         mark(axes, maps, panel.query, patch_size)
     axes.set_title(panel.title)
     return drawn
+
+
+def _fit(text: Text, figure: Figure) -> None:
+    """Shrink a line that is longer than its figure."""
+    length, room = text.get_window_extent().width, 0.94 * figure.bbox.width  # hinting changes with the resolution
+    if length > room:
+        text.set_fontsize(float(text.get_fontsize()) * room / length)

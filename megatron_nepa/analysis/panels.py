@@ -21,7 +21,6 @@ from megatron_nepa.training.figures import ORANGE
 
 BLANK = "#f3f4f6"
 NEXT = "#22d3ee"
-_HALO = [withStroke(linewidth=3.0, foreground="black")]
 _TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -83,12 +82,13 @@ def draw_map(axes: Axes, values: NDArray[Any], pixels: Pixels, scale: Scale) -> 
 
 def mark(axes: Axes, maps: Maps, query: int, patch_size: int) -> None:
     """Frame a query patch and the patch that it predicts."""
+    thickness = min(1.6, 24 / max(maps.grid))
+    inset = 0.06 * patch_size  # neighbours' frames stay apart
     for (y, x), colour in ((maps.next_patch(query), NEXT), (maps.queries[query], ORANGE)):
-        inset = 0.06 * patch_size  # neighbours' frames stay apart
         corner = (x * patch_size - 0.5 + inset, y * patch_size - 0.5 + inset)
         side = patch_size - 2 * inset
-        frame = Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.6, zorder=3)
-        frame.set(path_effects=_HALO, clip_on=False)
+        frame = Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=thickness, zorder=3)
+        frame.set(path_effects=[withStroke(linewidth=thickness + 1.4, foreground="black")], clip_on=False)
         axes.add_patch(frame)
 
 

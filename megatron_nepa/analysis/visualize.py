@@ -85,7 +85,7 @@ def visualize(images: Sequence[Path], checkpoint: Path, out: Path, view: View) -
         _save_arrays(npz, {**maps.arrays(), "image": scene.pixels, "patch_size": np.array(model.patch_size)})
         title = _describe(scene, maps, view)
         draw_triplets(triplets, maps, scene.pixels, model.patch_size, layers, view.heads, f"{title}\n{weights.origin}")
-        title = f"{scene.path.name}: how well each patch's embedding is predicted from the patches before it"
+        title = f"{scene.path.name}: how well each patch is predicted from those before it"
         draw_predictions(predictions, maps, scene.pixels, model.patch_size, f"{title}\n{weights.origin}")
     return [path for paths in written for path in paths]
 
