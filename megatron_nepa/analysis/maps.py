@@ -112,7 +112,7 @@ def compute_maps(weights: Weights, pixels: Pixels, queries: Sequence[Patch], bid
         bidirectional: let every patch see the whole image, though the checkpoint's config says causal.
 
     Raises:
-        ConfigError: where the weights are no trunk of their config.
+        ConfigError: where the weights are no trunk of their config, or what they compute is not finite.
     """
     model = replace(weights.model, causal=False) if bidirectional else weights.model
     rows, columns = pixels.shape[0] // model.patch_size, pixels.shape[1] // model.patch_size
@@ -121,6 +121,8 @@ def compute_maps(weights: Weights, pixels: Pixels, queries: Sequence[Patch], bid
     recorder = AttentionRecorder([num_prefix + place for place in places])
     trunk = _build_trunk(replace(weights, model=model), replace(Kernels(), attention=recorder))
     embedding, prediction, _, _ = trunk(to_tensor(pixels), torch.zeros(1, dtype=torch.int64))
+    finite = bool(torch.isfinite(prediction).all() and torch.isfinite(embedding).all())
+    require(finite, f"the {weights.origin} compute embeddings that are not finite: there is nothing to show.")
 
     attention = torch.cat(recorder.probabilities)  # [layers, heads, Q, T]
     target = embedding[num_prefix:]  # z of every patch, [patches, D]
