@@ -77,7 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bidirectional",
         action="store_true",
-        help="let every patch see the whole image (default: as in the checkpoint's config, causal after pre-training)",
+        help="let every patch see the whole image, also what it predicts (default: as in the checkpoint's config)",
     )
     parser.add_argument("--weights", choices=["ema", "raw"], help="default: ema where there is one")
     parser.add_argument(

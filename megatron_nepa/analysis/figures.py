@@ -83,7 +83,7 @@ def draw_predictions(path: Path, maps: Maps, pixels: Pixels, patch_size: int, he
     row = [
         _Panel("image"),
         _Panel(f"prediction (mean {np.nanmean(maps.next_cosine):.3f})", maps.next_cosine, cosine),
-        _Panel(f"gain over repeating (mean {np.nanmean(gain):+.3f})", gain, signed),
+        _Panel(f"gain (mean {np.nanmean(gain):+.3f})", gain, signed),
     ]
     _draw(path, [row], maps, pixels, patch_size, headline)
 

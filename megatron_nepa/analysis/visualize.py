@@ -85,7 +85,8 @@ def visualize(images: Sequence[Path], checkpoint: Path, out: Path, view: View) -
         _save_arrays(npz, {**maps.arrays(), "image": scene.pixels, "patch_size": np.array(model.patch_size)})
         title = _describe(scene, maps, view)
         draw_triplets(triplets, maps, scene.pixels, model.patch_size, layers, view.heads, f"{title}\n{weights.origin}")
-        title = f"{scene.path.name}: how well each patch is predicted from those before it"
+        source = "those before it" if maps.causal else "the whole image, itself included"
+        title = f"{scene.path.name}: how well each patch is predicted from {source}"
         draw_predictions(predictions, maps, scene.pixels, model.patch_size, f"{title}\n{weights.origin}")
     return [path for paths in written for path in paths]
 

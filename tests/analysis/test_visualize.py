@@ -9,7 +9,9 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from megatron_nepa.analysis.images import load_image
 from megatron_nepa.analysis.maps import compute_maps
@@ -136,6 +138,7 @@ def test_bad_input_is_one_sentence(place: Place, call: Any, tmp_path: Path) -> N
     good = [place.image, "--checkpoint", place.run, "--out", out]
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "file").write_text("")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "wide.png").write_bytes((place.folder / "square.png").read_bytes())
     cases = {
         "there is no image": ["none.jpg", *good[1:]],
@@ -144,6 +147,7 @@ def test_bad_input_is_one_sentence(place: Place, call: Any, tmp_path: Path) -> N
         "neither all nor a list": [*good, "--layers", "2-1"],
         "holds no checkpoint:": [place.image, "--checkpoint", place.folder, "--out", out],
         "cannot be read as safetensors": [place.image, "--checkpoint", tmp_path / "text.safetensors", "--out", out],
+        "was not written by consolidate": [place.image, "--checkpoint", tmp_path / "other.safetensors", "--out", out],
         "holds no checkpoints: give the OUTPUT_DIR": [place.image, "--evolution", tmp_path, "--out", out],
         "no checkpoint of step [40]; there are 10, 20, 30": [
             *[place.image, "--evolution", place.run, "--out", out, "--steps", 10, 40]
