@@ -38,7 +38,8 @@ SETTLE_SECONDS = 0.4  # a contender that was just timed fills its queue again: n
 NextBatch = Callable[[], Tensor]  # [batch, 3, 224, 224]
 LOADER, TORCHVISION = "megatron_nepa, fp32", "torchvision, fp32"
 CROPS, TORCHVISION_UINT8, DALI_READER = "megatron_nepa, uint8", "torchvision, uint8", "DALI's reader, uint8"
-# each other contender and the one of ours with the same output: uint8 is what a GPU would be sent, fp32 is normalised
+# each other contender and the one of ours with the same output: uint8 is what a GPU would be sent, fp32 is flipped and
+# normalised
 PAIRS = {TORCHVISION: LOADER, TORCHVISION_UINT8: CROPS, DALI_READER: CROPS}
 
 
@@ -113,7 +114,7 @@ def _images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: 
 
 
 def _loader(index: DatasetIndex, batch: int, threads: int) -> PretrainingLoader:
-    config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
+    config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN, horizontal_flip=True)
     share = _whole(batch)
     return PretrainingLoader(index, config, IMAGE_SIZE, SEED, share, torch.device("cpu"), torch.float32)
 
@@ -157,8 +158,9 @@ class _Folder(torch.utils.data.Dataset[Tensor]):
             raise ConfigError("the data benchmark compares with torchvision: pip install torchvision.") from error
         self._paths = [index.where(i) for i in range(len(index))]
         crop = transforms.RandomResizedCrop(IMAGE_SIZE, (SCALE_MIN, 1.0))
-        scaled = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        self._transform = transforms.Compose([crop, *(scaled if normalised else [transforms.PILToTensor()])])
+        flip, normalise = transforms.RandomHorizontalFlip(), transforms.Normalize([0.5] * 3, [0.5] * 3)
+        after = [flip, transforms.ToTensor(), normalise] if normalised else [transforms.PILToTensor()]
+        self._transform = transforms.Compose([crop, *after])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -230,7 +232,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``tools/benchmark.py data``."""
     parser.add_argument("--data", help="ImageFolder tree to read; none takes 500x375 cuts of the built-in photographs")
     parser.add_argument("--batch", type=int, default=32, help="images of a batch")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="decoding threads, and DataLoader workers")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores, decoding threads, DataLoader workers"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; ratios are medians over them")
     parser.add_argument("--batches", type=int, default=16, help="batches that are timed of each contender a round")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -240,6 +244,9 @@ def run(options: argparse.Namespace) -> None:
     """Measure and print."""
     for name in ("batch", "threads", "rounds", "batches"):
         require(getattr(options, name) >= 1, f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    cores = sorted(os.sched_getaffinity(0))
+    require(options.threads <= len(cores), f"--threads {options.threads} is more than the {len(cores)} cores at hand.")
+    os.sched_setaffinity(0, cores[: options.threads])  # a contender that starts more threads gets no more cores
     folder = Path(options.data) if options.data else sample_images()
     report = benchmark(folder, options.batch, options.threads, options.rounds, options.batches)
     if options.json:

@@ -68,7 +68,7 @@ class DataConfig:
     crop_scale_min: float = 0.08
     # mirror half of the crops (release; the paper's table lists only the crop)
     horizontal_flip: bool = False
-    # decoding threads of each rank
+    # decoding threads of each rank; on a CPU as many more resize
     num_threads: int = 2
     # share of JPEGs that a GPU's hardware decoder takes; the rest go to its CUDA decoder
     hw_decoder_load: float = 0.65

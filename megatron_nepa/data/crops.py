@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvidia.dali import Pipeline
 from torch import Tensor
 
 from megatron_nepa.config import DataConfig
+from megatron_nepa.data.crop_pipeline import EncodedBatch, crop_pipeline, decodes_alone
 from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.order import IntArray
-from megatron_nepa.data.pipelines import DecoderOptions, Interpolation, crop_pipeline, decodes_alone, next_images
-from megatron_nepa.data.reading import SampleReader, failed_slots
+from megatron_nepa.data.order import IntArray, crop_boxes
+from megatron_nepa.data.pipelines import DecoderOptions, ImagePipeline, Interpolation
+from megatron_nepa.data.reading import SampleReader
 from megatron_nepa.data.share import Share
+from megatron_nepa.data.storage import ImageStore
+from megatron_nepa.data.substitution import SubstitutingPipeline
 
 
 class CropStream:
@@ -45,30 +47,28 @@ class CropStream:
         bad_image_log: Path | None = None,
         interpolation: Interpolation = "bilinear",
     ) -> None:
-        # the micro-batch that comes next, counted from the start of the run
-        self.micro_batch = share.first_micro_batch(consumed_samples)
-        self._share, self._image_size, self._options = share, image_size, options
-        self._interpolation: Interpolation = interpolation
-        self._reader = SampleReader(index, config, seed, share.local_samples, bad_image_log)
-        self._pipeline = self._build()
+        self._index, self._config, self._seed, self._share = index, config, seed, share
+        self._image_size, self._options, self._interpolation = image_size, options, interpolation
+        self._store = ImageStore(index)
+        self._reader = SampleReader(
+            index, config, seed, share.local_samples, lambda sample, image: self._store.read(image), bad_image_log
+        )
+        self._images: dict[int, IntArray] = {}  # that the micro-batches under way show
+        self._pipeline = SubstitutingPipeline(
+            self._build, self._reader, self._undecodable_slots, share.first_micro_batch(consumed_samples)
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, IntArray]]:
         return self
 
     def __next__(self) -> tuple[Tensor, IntArray]:
-        while True:
-            try:
-                images = next_images(self._pipeline, self._options.device)
-                break
-            except RuntimeError as error:
-                slots = failed_slots(str(error)) or self._undecodable_slots()
-                if not slots:  # every image decodes by itself: whatever it was, it was no bad image
-                    raise
-                self._reader.reject(self.micro_batch, slots, "the decoder refuses it")
-                self._pipeline = self._build()  # the old one is dead since the error
-        numbers = self._reader.images_of(self.micro_batch)
-        self.micro_batch += 1
-        return images, numbers
+        pixels = self._pipeline.next_images()
+        return pixels, self._images.pop(self.micro_batch - 1)
+
+    @property
+    def micro_batch(self) -> int:
+        """The micro-batch that comes next, counted from the start of the run."""
+        return self._pipeline.micro_batch
 
     @property
     def num_bad_images(self) -> int:
@@ -76,17 +76,23 @@ class CropStream:
         return self._reader.num_bad_images
 
     def close(self) -> None:
-        """Free the pipeline and its threads."""
-        del self._pipeline
-        self._reader.close()
+        """Free the pipeline, its threads and the open files."""
+        self._pipeline.close()
+        self._store.close()
 
-    def _build(self) -> Pipeline:
-        start, size = self.micro_batch, self._share.local_size
+    def _build(self, first: int) -> ImagePipeline:
+        size = self._share.local_size
         return crop_pipeline(
-            lambda number: self._reader(start + number), size, self._image_size, self._options, self._interpolation
+            lambda number: self._encoded(first + number), size, self._image_size, self._options, self._interpolation
         )
 
-    def _undecodable_slots(self) -> list[int]:
-        batch = self._reader(self.micro_batch)
-        size, options = self._image_size, self._options
-        return [slot for slot in range(len(batch.encoded)) if not decodes_alone(batch, slot, size, options)]
+    def _encoded(self, micro_batch: int) -> EncodedBatch:
+        contents, images = self._reader(micro_batch)
+        self._images[micro_batch] = images
+        samples, index = self._share.local_samples(micro_batch), self._index
+        boxes = crop_boxes(self._seed, samples, index.width[images], index.height[images], self._config.crop_scale_min)
+        return EncodedBatch(contents, boxes[:, :2].copy(), boxes[:, 2:].copy())
+
+    def _undecodable_slots(self, micro_batch: int) -> list[int]:
+        batch = self._encoded(micro_batch)
+        return [slot for slot in range(len(batch.encoded)) if not decodes_alone(batch, slot, self._options)]

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import fn, types
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, DataConfig, require
-from megatron_nepa.data.full_decode import full_decode
+from megatron_nepa.data.full_decode import decodes_whole
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.order import IntArray
 from megatron_nepa.data.pipelines import (
     INTERPOLATIONS,
+    DaliImages,
     DecoderOptions,
     Interpolation,
     new_pipeline,
-    next_images,
     normalise,
 )
 from megatron_nepa.data.reading import ReadAhead
@@ -108,7 +108,7 @@ class OnePassLoader:
                     torch.from_numpy(place < len(self._index)).to(self._device),
                 )
         finally:
-            del pipeline
+            pipeline.close()
             reader.close()
             store.close()
 
@@ -125,7 +125,7 @@ class OnePassLoader:
         except UnreadableImageError as error:
             raise ConfigError(f"{self._index.where(image)} cannot be read: {error}.") from error
 
-    def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> Pipeline:
+    def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> DaliImages:
         def source(batch: int) -> tuple[Any, ...]:
             images = self._images_of(batch)
             if not len(images):
@@ -147,26 +147,20 @@ class OnePassLoader:
             image = fn.slice(image, start=start, shape=shape, axes=[0, 1])
             pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
         pipeline.build()
-        return pipeline
+        return DaliImages(pipeline, self._device)
 
-    def _decode(self, pipeline: Pipeline, batch: int) -> Tensor:
+    def _decode(self, pipeline: DaliImages, batch: int) -> Tensor:
         try:
-            return next_images(pipeline, self._device)
+            return pipeline.next_images()
         except RuntimeError as error:
-            bad = [self._index.where(i) for i in self._images_of(batch).tolist() if not self._decodes(i)]
+            store, device = ImageStore(self._index), self._device.type
+            images = self._images_of(batch).tolist()
+            bad = [self._index.where(i) for i in images if not decodes_whole(store, self._index, i, device)]
             if not bad:  # every image decodes by itself: whatever it was, it was no bad image
                 raise
             raise ConfigError(
                 f"{', '.join(bad)} cannot be decoded: tools/index_dataset.py --verify full leaves such images out."
             ) from error
-
-    def _decodes(self, image: int) -> bool:
-        size = int(self._index.width[image]), int(self._index.height[image])
-        try:
-            full_decode(ImageStore(self._index).read(image), size, self._device.type)
-        except UnreadableImageError:
-            return False
-        return True
 
 
 class EvaluationLoader(OnePassLoader):

@@ -9,6 +9,8 @@ import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, types
 
 from megatron_nepa.data.headers import UnreadableImageError
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.storage import ImageStore
 
 
 def full_decode(data: npt.NDArray[np.uint8], size: tuple[int, int], device: str) -> None:
@@ -31,6 +33,15 @@ def full_decode(data: npt.NDArray[np.uint8], size: tuple[int, int], device: str)
         raise UnreadableImageError("the decoder refuses it") from error
     if (shape[1], shape[0]) != size:
         raise UnreadableImageError(f"its header says {size[0]} x {size[1]}, the decoder {shape[1]} x {shape[0]}")
+
+
+def decodes_whole(store: ImageStore, index: DatasetIndex, image: int, device: str) -> bool:
+    """Whether image ``image`` can be read and passes :func:`full_decode`."""
+    try:
+        full_decode(store.read(image), (int(index.width[image]), int(index.height[image])), device)
+    except UnreadableImageError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

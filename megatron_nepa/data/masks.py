@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megatron_nepa.config import ConfigError, require
+from megatron_nepa.config import require
 from megatron_nepa.data.evaluation import Side
+from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.order import IntArray
 
@@ -57,17 +58,21 @@ def load_mask(index: DatasetIndex, image: int, reduce_zero_label: bool) -> npt.N
     """The label of every pixel of image ``image``, uint8 [H, W].
 
     Raises:
-        ConfigError: the mask cannot be read, is no single-channel image, or has another size than the index says.
+        UnreadableImageError: the mask cannot be read, is no single-channel image, or has another size than the index
+            says.
     """
-    path = index.root / index.masks[image]
+    name = index.masks[image]
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as mask:
-            require(mask.mode in ("L", "P"), f"the mask {path} has pixels of mode {mask.mode}, not one label each.")
-            labels = np.array(mask, np.uint8)
-    except OSError as error:
-        raise ConfigError(f"the mask {path} cannot be read: {error}.") from error
-    expected = int(index.height[image]), int(index.width[image])
-    require(labels.shape == expected, f"the mask {path} is {labels.shape}, its image {expected} (height, width).")
+        with Image.open(io.BytesIO((index.root / name).read_bytes())) as mask:
+            mode, labels = mask.mode, np.array(mask, np.uint8)
+    except Exception as error:  # PIL raises a dozen types on damaged files
+        raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
+    if mode not in ("L", "P"):
+        raise UnreadableImageError(f"its mask {name} has pixels of mode {mode}, not one label each")
+    height, width = labels.shape
+    expected = int(index.width[image]), int(index.height[image])
+    if (width, height) != expected:
+        raise UnreadableImageError(f"is {expected[0]} x {expected[1]}, its mask {name} {width} x {height}")
     return labels - np.uint8(1) if reduce_zero_label else labels  # 0 - 1 wraps round to 255, which is IGNORED
 
 

@@ -1,4 +1,4 @@
-"""Which bytes and which box each sample gets, read ahead of the decoder, and what happens when an image is bad.
+"""What each sample shows, read ahead of the decoder, and what happens when an image is bad.
 
 A sample whose image cannot be read or decoded shows the first image further on in its epoch's permutation that can,
 with the crop that (seed, k) draws for that image's size. This too is a pure function of (seed, k) and the files: which
@@ -8,7 +8,6 @@ rank meets the sample, when, and what it met before play no part. The list of ba
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,20 +15,16 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.order import IntArray, crop_boxes, image_of_sample
-from megatron_nepa.data.pipelines import EncodedBatch
-from megatron_nepa.data.storage import ImageStore
+from megatron_nepa.data.order import IntArray, image_of_sample
 
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few samples says anything
 
 _SAID = 10  # bad images that are also named on the terminal; the log has all
 
-_Read = tuple[list[npt.NDArray[np.uint8]], list[int]]  # contents, and images they are of
 T = TypeVar("T")
 
 
@@ -67,14 +62,15 @@ class ReadAhead(Generic[T]):
         return [self._pool.submit(self._read, part) for part in parts if len(part)]
 
 
-class SampleReader:
-    """Source of a decoding pipeline: the encoded images and crop boxes of a micro-batch.
+class SampleReader(Generic[T]):
+    """What the samples of a micro-batch show, with other images in place of those that cannot be used.
 
     Args:
         index: the images.
-        config: its crop_scale_min, num_threads, on_bad_image and max_bad_share.
+        config: its num_threads, on_bad_image and max_bad_share.
         seed: the run's seed.
         samples_of: sample numbers of a micro-batch, int64 [n].
+        read: called in threads with a sample and the image that it is to show; raises UnreadableImageError.
         bad_image_log: JSON-lines file that bad images are appended to.
     """
 
@@ -84,64 +80,54 @@ class SampleReader:
         config: DataConfig,
         seed: int,
         samples_of: Callable[[int], IntArray],
+        read: Callable[[int, int], T],
         bad_image_log: Path | None = None,
     ) -> None:
         self._index, self._config, self._seed = index, config, seed
-        self._samples_of, self._log = samples_of, bad_image_log
-        self._store = ImageStore(index)
-        self._read_ahead = ReadAhead(samples_of, self._read, config.num_threads)
-        self._images: dict[int, IntArray] = {}  # of the micro-batches that the decoder works on
+        self._samples_of, self._read, self._log = samples_of, read, bad_image_log
+        self._read_ahead = ReadAhead(samples_of, self._read_samples, config.num_threads)
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
         self._bad: dict[tuple[int, int], str] = {}  # (sample, image) -> reason
         self._num_samples = 0
 
-    def __call__(self, micro_batch: int) -> EncodedBatch:
-        """Contents and boxes of ``micro_batch``; the next one's files are read meanwhile.
+    def __call__(self, micro_batch: int) -> tuple[list[T], IntArray]:
+        """What ``read`` gave for each sample of ``micro_batch``, and the images shown, int64 [n].
+
+        The next micro-batch is read meanwhile.
 
         Raises:
             ConfigError: a bad image under on_bad_image "fail", or too many.
         """
         parts = self._read_ahead(micro_batch)
-        encoded = [content for contents, _ in parts for content in contents]
-        images = np.array([image for _, of in parts for image in of])
-        self._images[micro_batch] = images
-        samples = self._samples_of(micro_batch)
-        self._num_samples += len(samples)
-        boxes = crop_boxes(
-            self._seed, samples, self._index.width[images], self._index.height[images], self._config.crop_scale_min
-        )
-        return EncodedBatch(encoded, boxes[:, :2].copy(), boxes[:, 2:].copy())
+        images = np.array([image for _, shown in parts for image in shown])
+        self._num_samples += len(images)
+        return [item for items, _ in parts for item in items], images
 
     @property
     def num_bad_images(self) -> int:
         """(sample, image) pairs that were found bad."""
         return len(self._bad)
 
-    def images_of(self, micro_batch: int) -> IntArray:
-        """The images that the samples of ``micro_batch`` came to show; asked once, when it is decoded."""
-        return self._images.pop(micro_batch)
-
     def close(self) -> None:
-        """End the reading threads and close the shards."""
+        """End the reading threads."""
         self._read_ahead.close()
-        self._store.close()
 
-    def _read(self, samples: IntArray) -> _Read:
-        contents = []
+    def _read_samples(self, samples: IntArray) -> tuple[list[T], list[int]]:
+        items = []
         images = image_of_sample(self._seed, samples, len(self._index)).tolist()
         for i, sample in enumerate(samples.tolist()):
             skip = 0
             while True:
                 if skip not in self._undecodable.get(sample, ()):
                     try:
-                        contents.append(self._store.read(images[i]))
+                        items.append(self._read(sample, images[i]))
                         break
                     except UnreadableImageError as reason:
                         self._record(sample, images[i], f"{self._index.where(images[i])}: {reason}")
                 skip += 1
                 require(skip < len(self._index), f"none of the {len(self._index)} images can be read or decoded.")
                 images[i] = self._image(sample, skip)
-        return contents, images
+        return items, images
 
     def _image(self, sample: int, skip: int) -> int:
         return int(image_of_sample(self._seed, np.array([sample]), len(self._index), skip)[0])
@@ -153,7 +139,6 @@ class SampleReader:
             ConfigError: under on_bad_image "fail", or when there are too many.
         """
         self._read_ahead.reset()
-        self._images.clear()
         samples = self._samples_of(micro_batch)
         for slot in slots:
             sample = int(samples[slot])
@@ -183,8 +168,3 @@ class SampleReader:
             row = {"sample": sample, "image": image, "reason": reason}
             with open(self._log, "a") as file:  # one short write in append mode: ranks do not cut each other's lines
                 file.write(json.dumps(row) + "\n")
-
-
-def failed_slots(message: str) -> list[int]:
-    """The batch slots that DALI's error message names, if it names any."""
-    return sorted({int(slot) for slot in re.findall(r"sample #(\d+)", message)})

@@ -7,26 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import fn, types
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.evaluation import Geometry, OnePassLoader, Side
+from megatron_nepa.data.full_decode import decodes_whole
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.loader import Batch
 from megatron_nepa.data.masks import CROP_TRIES, IGNORED, SegmentationConfig, choose_crop, load_mask, scaled_size
-from megatron_nepa.data.order import IntArray, flips, image_of_sample
+from megatron_nepa.data.order import flips
 from megatron_nepa.data.photometric import distort
-from megatron_nepa.data.pipelines import DecoderOptions, new_pipeline, next_images, normalise
-from megatron_nepa.data.reading import ReadAhead
+from megatron_nepa.data.pipelines import DaliImages, DecoderOptions, ImagePipeline, new_pipeline, normalise
+from megatron_nepa.data.reading import SampleReader
 from megatron_nepa.data.share import Share
 from megatron_nepa.data.storage import ImageStore
+from megatron_nepa.data.substitution import SubstitutingPipeline
 from megatron_nepa.parallel.random import derive_key, uniform
 
 
@@ -44,20 +47,22 @@ class SegmentationLoader:
 
     A random scale, a crop in which no class has more than ``cat_max_ratio`` (ten tries), a flip, photometric
     distortion. Images smaller than the crop are padded with 0 at the right and bottom, their labels with 255. The same
-    for every grid, as in pre-training.
+    for every grid, and around pairs that cannot be used, as in pre-training.
 
     Args:
         index: image and mask pairs.
-        config: its num_threads and hw_decoder_load.
+        config: its num_threads, hw_decoder_load, on_bad_image and max_bad_share.
         segmentation: the geometry.
         seed: the run's seed.
         share: which samples this rank loads.
         device: where images are decoded and delivered.
         dtype: of the images.
         consumed_samples: samples of the steps already taken.
+        bad_image_log: JSON-lines file that substituted pairs are appended to.
 
     Raises:
-        ConfigError: an index without masks; while iterating, an image or mask that cannot be used, by name.
+        ConfigError: an index without masks; while iterating, an image or mask that cannot be used where
+            ``config.on_bad_image`` is "fail", or more of them than ``config.max_bad_share`` allows.
     """
 
     def __init__(
@@ -70,89 +75,88 @@ class SegmentationLoader:
         device: torch.device,
         dtype: torch.dtype,
         consumed_samples: int = 0,
+        bad_image_log: Path | None = None,
     ) -> None:
         require(len(index.masks) == len(index) > 0, f"{index.root} has no masks: index image and mask pairs.")
         self._index, self._config, self._seed, self._share = index, segmentation, seed, share
         self._device, self._dtype = device, dtype
-        self._micro_batch = share.first_micro_batch(consumed_samples)
+        self._options = DecoderOptions.of(config, index, device)
         self._store = ImageStore(index)
-        self._read_ahead = ReadAhead(share.local_samples, self._read, config.num_threads)
-        self._masks: dict[int, list[npt.NDArray[np.uint8]]] = {}
-        self._pipeline = self._build(DecoderOptions.of(config, index, device))
+        self._reader = SampleReader(index, config, seed, share.local_samples, self._read, bad_image_log)
+        self._masks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # of the micro-batches under way
+        self._pipeline = SubstitutingPipeline(
+            self._build, self._reader, self._undecodable_slots, share.first_micro_batch(consumed_samples)
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        share, side = self._share, self._config.crop_size
-        try:
-            pixels = next_images(self._pipeline, self._device)
-        except RuntimeError as error:
-            numbers = image_of_sample(self._seed, share.local_samples(self._micro_batch), len(self._index))
-            names = ", ".join(self._index.where(int(i)) for i in numbers)
-            raise ConfigError(
-                f"one of these images cannot be decoded: {names}; tools/index_dataset.py --verify full leaves it out."
-            ) from error
-        masks = self._masks.pop(self._micro_batch)
+        share, side, micro_batch = self._share, self._config.crop_size, self._pipeline.micro_batch
+        pixels = self._pipeline.next_images()
+        masks = self._masks.pop(micro_batch)
         labels = np.full((len(masks), side, side), IGNORED, np.uint8)
         inside = np.zeros((len(masks), 1, side, side), np.bool_)
         for i, mask in enumerate(masks):
             height, width = mask.shape
             labels[i, :height, :width] = mask
             inside[i, :, :height, :width] = True
-        first = share.first_sample(self._micro_batch)
+        first = share.first_sample(micro_batch)
         sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
         local = sample_index[share.local_start : share.local_start + share.local_size]
         images = normalise(distort(pixels, local, self._seed), None, torch.float32)
         images *= torch.from_numpy(inside).to(self._device)
-        self._micro_batch += 1
         return Batch(images.to(self._dtype), sample_index, torch.from_numpy(labels).to(self._device).long())
 
     @property
     def consumed_samples(self) -> int:
         """Samples of the completed steps: the loader's whole state."""
-        return self._share.consumed_samples(self._micro_batch)
+        return self._share.consumed_samples(self._pipeline.micro_batch)
+
+    @property
+    def num_bad_images(self) -> int:
+        """Samples of this rank that another pair had to stand in for."""
+        return self._reader.num_bad_images
 
     def close(self) -> None:
-        """Free the pipeline and its threads."""
-        del self._pipeline
-        self._read_ahead.close()
+        """Free the pipeline, its threads and the open files."""
+        self._pipeline.close()
         self._store.close()
 
-    def _read(self, samples: IntArray) -> list[_Pair]:
+    def _read(self, sample: int, image: int) -> _Pair:
+        """Read an image, and its mask, which decides the crop."""
         config, index = self._config, self._index
-        images = image_of_sample(self._seed, samples, len(index))
-        draws = uniform(derive_key(self._seed, "segmentation_crop"), samples, 1 + 2 * (CROP_TRIES + 1)).astype(
-            np.float64
-        )
-        ratio = config.ratio[0] + (config.ratio[1] - config.ratio[0]) * draws[:, 0]
-        sizes = scaled_size(index.width[images], index.height[images], config.scale, ratio)
-        mirrored = flips(self._seed, samples)
-        pairs = []
-        for image, size, draw, mirror in zip(images.tolist(), sizes, draws[:, 1:], mirrored.tolist(), strict=True):
-            try:
-                encoded = self._store.read(image)
-            except UnreadableImageError as error:
-                raise ConfigError(f"{index.where(image)} cannot be read: {error}.") from error
-            mask = load_mask(index, image, config.reduce_zero_label)
-            (y, x), crop = choose_crop(mask, size, draw.reshape(-1, 2), config)
-            scale = np.array(mask.shape) / size  # stored pixels of one scaled pixel
-            roi = np.concatenate([(y, x) * scale, (y + crop.shape[0], x + crop.shape[1]) * scale])
-            pairs.append(_Pair(encoded, crop[:, ::-1] if mirror else crop, roi.astype(np.float32), mirror))
-        return pairs
+        encoded, mask = self._store.read(image), load_mask(index, image, config.reduce_zero_label)
+        k, one = np.array([sample]), slice(image, image + 1)
+        draws = uniform(derive_key(self._seed, "segmentation_crop"), k, 1 + 2 * (CROP_TRIES + 1))[0].astype(np.float64)
+        ratio = config.ratio[0] + (config.ratio[1] - config.ratio[0]) * draws[:1]
+        size = scaled_size(index.width[one], index.height[one], config.scale, ratio)[0]
+        (y, x), crop = choose_crop(mask, size, draws[1:].reshape(-1, 2), config)
+        mirrored = bool(flips(self._seed, k)[0])
+        scale = np.array(mask.shape) / size  # stored pixels of one scaled pixel
+        roi = np.concatenate([(y, x) * scale, (y + crop.shape[0], x + crop.shape[1]) * scale])
+        return _Pair(encoded, crop[:, ::-1] if mirrored else crop, roi.astype(np.float32), mirrored)
 
-    def _build(self, options: DecoderOptions) -> Pipeline:
-        start, side = self._micro_batch, self._config.crop_size
+    def _undecodable_slots(self, micro_batch: int) -> list[int]:
+        _, images = self._reader(micro_batch)
+        return [
+            slot
+            for slot, image in enumerate(images.tolist())
+            if not decodes_whole(self._store, self._index, image, self._device.type)
+        ]
+
+    def _build(self, first: int) -> ImagePipeline:
+        side = self._config.crop_size
 
         def source(number: int) -> tuple[object, ...]:
-            pairs = [pair for part in self._read_ahead(start + number) for pair in part]
-            self._masks[start + number] = [pair.mask for pair in pairs]
+            pairs, _ = self._reader(first + number)
+            self._masks[first + number] = [pair.mask for pair in pairs]
             roi = np.stack([pair.roi for pair in pairs])
             size = np.array([pair.mask.shape for pair in pairs], np.float32)
             mirrored = np.array([pair.mirrored for pair in pairs], np.int32)
             return [pair.encoded for pair in pairs], roi[:, :2].copy(), roi[:, 2:].copy(), size, mirrored
 
-        pipeline = new_pipeline(self._share.local_size, options)
+        pipeline = new_pipeline(self._share.local_size, self._options)
         with pipeline:
             encoded, roi_start, roi_end, size, mirrored = fn.external_source(
                 source,
@@ -161,7 +165,7 @@ class SegmentationLoader:
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
                 ndim=[1, 1, 1, 1, 0],
             )
-            image = fn.decoders.image(encoded, **options.decoder_arguments())
+            image = fn.decoders.image(encoded, **self._options.decoder_arguments())
             # a resize of a region sees the pixels around it: the same as resizing the whole, then cropping
             image = fn.resize(
                 image,
@@ -175,7 +179,7 @@ class SegmentationLoader:
             image = fn.pad(image, axes=[0, 1], shape=[side, side], fill_value=0)
             pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
         pipeline.build()
-        return pipeline
+        return DaliImages(pipeline, self._device)
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,9 @@ def evaluate_segmentation(
     """Every image of the set once over the ranks, scaled into ``segmentation.scale`` with its shape kept.
 
     Ranks yield equally many images; arguments are those of :class:`SegmentationLoader`.
+
+    Raises:
+        ConfigError: an index without masks; while iterating, an image or mask that cannot be used, by name.
     """
     require(len(index.masks) == len(index) > 0, f"{index.root} has no masks: index image and mask pairs.")
 
@@ -209,5 +216,9 @@ def evaluate_segmentation(
 
     for batch in OnePassLoader(index, config, geometry, 1, data_rank, data_size, device, dtype, "bilinear"):
         image = int(batch.image_index)
-        labels = torch.from_numpy(load_mask(index, image, segmentation.reduce_zero_label)).to(device).long()
+        try:
+            mask = load_mask(index, image, segmentation.reduce_zero_label)
+        except UnreadableImageError as error:
+            raise ConfigError(f"{index.where(image)} cannot be evaluated: {error}.") from error
+        labels = torch.from_numpy(mask).to(device).long()
         yield SegmentationImage(batch.images, labels, image, bool(batch.valid))

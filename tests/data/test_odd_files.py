@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from megatron_nepa.config import DataConfig
+from megatron_nepa.data.crop_pipeline import EncodedBatch, crop_pipeline
 from megatron_nepa.data.indexing import build_and_save_index
-from megatron_nepa.data.pipelines import DecoderOptions, EncodedBatch, crop_pipeline, next_images
+from megatron_nepa.data.pipelines import DecoderOptions
 from megatron_nepa.data.sources import list_source
 from megatron_nepa.data.storage import ImageStore
 
@@ -90,7 +91,8 @@ def test_odd_files(odd: dict[str, bytes], tmp_path: Path) -> None:
     batch = EncodedBatch([store.read(i) for i in range(count)], np.zeros((count, 2), np.int32), whole)
     device = torch.device("cpu")
     pipeline = crop_pipeline(lambda number: batch, count, SIDE, DecoderOptions.of(DataConfig(), index, device))
-    images = next_images(pipeline, device).numpy()
+    images = pipeline.next_images().numpy()
+    pipeline.close()
     for i, name in enumerate(kept):
         with Image.open(folder / name) as image:
             expected = np.asarray(image.convert("RGB"), np.int16).transpose(2, 0, 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import json
+import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,10 +18,12 @@ from torch import Tensor
 from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data import segmentation as module
 from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.indexing import build_and_save_index
 from megatron_nepa.data.loader import Batch
 from megatron_nepa.data.masks import IGNORED, SegmentationConfig, choose_crop, load_mask, scaled_size
+from megatron_nepa.data.order import image_of_sample
 from megatron_nepa.data.photometric import _saturate_and_turn, distort
 from megatron_nepa.data.segmentation import SegmentationLoader, evaluate_segmentation
 from megatron_nepa.data.share import Share
@@ -210,10 +215,50 @@ def test_bad_pairs_are_named(pairs: DatasetIndex, photographs: Path, tmp_path: P
     mask = tmp_path / pairs.masks[0]
     mask.parent.mkdir(parents=True)
     Image.new("RGB", (5, 5)).save(mask)
-    with pytest.raises(ConfigError, match="pixels of mode RGB, not one label each"):
+    with pytest.raises(UnreadableImageError, match="pixels of mode RGB, not one label each"):
         load_mask(index, 0, True)
     Image.new("L", (5, 6)).save(mask)
-    with pytest.raises(ConfigError, match=r"is \(6, 5\), its image"):
+    with pytest.raises(UnreadableImageError, match=r"its mask annotations/training/00.png 5 x 6"):
         load_mask(index, 0, True)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(UnreadableImageError, match="cannot be read"):
         load_mask(index, 1, True)
+
+
+def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
+    """A damaged image, a damaged mask and a vanished one give way to the same pairs on every grid; evaluation stops."""
+    shutil.copytree(pairs.root, tmp_path / "data")
+    index, log = replace(pairs, root=tmp_path / "data"), tmp_path / "bad_images.jsonl"
+    image, mask, gone = index.root / index.names[2], index.root / index.masks[5], index.root / index.masks[9]
+    image.write_bytes(image.read_bytes()[:700])  # header kept, no pixel left
+    mask.write_bytes(mask.read_bytes()[:60])
+    gone.unlink()
+    share = Share(8, 8, 1, 0, 1, 0, 1)
+    loader = SegmentationLoader(index, DataConfig(), CONFIG, SEED, share, CPU, torch.float32, 0, log)
+    images, labels = join(list(islice(loader, 2)))  # 16 samples: an epoch of 11 and a half
+    assert loader.num_bad_images >= 3
+    loader.close()
+
+    samples = np.arange(16)
+    shown = image_of_sample(SEED, samples, len(index))
+    replaced = np.isin(shown, [2, 5, 9])
+    whole_images, whole_labels = join(take(pairs, 2))
+    assert torch.equal(images[~replaced], whole_images[~replaced])
+    assert torch.equal(labels[~replaced], whole_labels[~replaced])
+    assert not any(torch.equal(images[k], whole_images[k]) for k in np.flatnonzero(replaced))
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    of_bad = {(row["sample"], row["image"]) for row in rows if row["sample"] < 16}
+    assert of_bad >= set(zip(samples[replaced].tolist(), shown[replaced].tolist(), strict=True))
+    reasons = " ".join(row["reason"] for row in rows)
+    assert all(name in reasons for name in (index.names[2], index.masks[5], index.masks[9]))
+
+    for rank in range(2):  # another grid, restarted within the first epoch
+        for batch in take(index, 2, Share(2, 8, 2, rank, 2, 0, 1), consumed=8):
+            assert torch.equal(batch.images, images[batch.sample_index])
+            assert torch.equal(batch.labels, labels[batch.sample_index])
+
+    loader = SegmentationLoader(index, DataConfig(on_bad_image="fail"), CONFIG, SEED, share, CPU, torch.float32)
+    with pytest.raises(ConfigError, match=r"cannot be decoded.*data.on_bad_image is fail"):
+        list(islice(loader, 2))
+    loader.close()
+    with pytest.raises(ConfigError, match=r"(02|05|09).*cannot be (decoded|evaluated)"):
+        list(evaluate_segmentation(index, DataConfig(), CONFIG, 0, 1, CPU, torch.float32))
