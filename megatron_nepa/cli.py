@@ -10,9 +10,9 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Generic, Literal, NoReturn, TypeVar, Union
+from typing import Any, Generic, Literal, NoReturn, Union
 
-from megatron_nepa.config import ConfigError, RunConfig, override
+from megatron_nepa.config import ConfigError, Run, RunConfig, override
 
 # the fields that people set most are flags of one word, spelled as in DeepSpeed and Megatron
 SHORT_NAMES = {
@@ -27,7 +27,6 @@ SHORT_NAMES = {
 }
 
 
-Run = TypeVar("Run", bound=RunConfig)
 Recipes = Mapping[str, Callable[[], Run]]
 
 

@@ -15,7 +15,7 @@ from megatron_nepa.config.finetuning import (
     LayerDecayConfig,
 )
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
-from megatron_nepa.config.run import PretrainingConfig, RunConfig, override
+from megatron_nepa.config.run import PretrainingConfig, Run, RunConfig, override
 from megatron_nepa.config.sections import DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PretrainingConfig",
+    "Run",
     "RunConfig",
     "override",
     "require",

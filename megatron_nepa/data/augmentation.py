@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -95,7 +95,15 @@ def _transform(policy: str, image_size: int) -> RandAugment:
     mean = (128, 128, 128)
     options = {"translate_const": int(image_size * 0.45), "img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
     transform: RandAugment = rand_augment_transform(policy, options)
+    for op in transform.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
     return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    # the strongest magnitudes keep no bit at all: black in former releases of Pillow, an error in newer ones
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def erase(images: Tensor, samples: IntArray, share: float, seed: int) -> None:

@@ -62,6 +62,34 @@ def with_labels(listing: DatasetIndex, labels: str | Path, devkit_meta: str | Pa
     return replace(listing, label=np.array([number[value] for value in values], np.int32), classes=classes)
 
 
+def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
+    """Refuse a validation set whose classes are not the training set's.
+
+    Where both name their classes, the names must agree; elsewhere no validation label may lie beyond the training
+    labels.
+
+    Raises:
+        ConfigError: naming both sides.
+    """
+    if train.classes and validation.classes:
+        missing = sorted(set(train.classes) - set(validation.classes))
+        unknown = sorted(set(validation.classes) - set(train.classes))
+        differing = [f"{len(missing)} classes are missing in the latter ({missing[0]}, ...)"] if missing else []
+        differing += [f"{len(unknown)} classes are unknown to the former ({unknown[0]}, ...)"] if unknown else []
+        require(
+            not differing,
+            f"the training images in {train.root} have {len(train.classes)} classes and the validation images in "
+            f"{validation.root} {len(validation.classes)}: {' and '.join(differing)}.",
+        )
+    else:
+        most, found = int(train.label.max()), int(validation.label.max())
+        require(
+            found <= most,
+            f"the validation images in {validation.root} have label {found}, but the training images in {train.root} "
+            f"only labels up to {most}.",
+        )
+
+
 def _devkit_classes(meta: Path) -> dict[str, str]:
     """WordNet id of each ILSVRC2012 id, for the classes proper (those without children)."""
     from scipy.io import loadmat

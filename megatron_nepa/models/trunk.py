@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -31,12 +31,14 @@ class TrunkOutput(NamedTuple):
         output: the final norm's output, [n, D].
         rows: which of the replica's rows these are.
         period: tokens T of a sample.
+        taps: the residual stream after each of the blocks that were asked for, [n, D], without a norm.
     """
 
     embedding: Tensor
     output: Tensor
     rows: RowShard
     period: int
+    taps: tuple[Tensor, ...] = ()
 
 
 class Trunk(nn.Module):
@@ -75,12 +77,13 @@ class Trunk(nn.Module):
         )
         self.norm = Norm(config.hidden_size)
 
-    def forward(self, images: Tensor, sample_index: Tensor) -> TrunkOutput:
+    def forward(self, images: Tensor, sample_index: Tensor, taps: Sequence[int] = ()) -> TrunkOutput:
         """Embed and transform a micro-batch.
 
         Args:
             images: [b, C, H, W]: the whole micro-batch, or this tensor-parallel rank's equal share of it.
             sample_index: sample numbers of the whole micro-batch, int64 [B].
+            taps: blocks, counted from 0, whose streams are returned as well.
         """
         config, num_samples = self.config, sample_index.shape[0]
         grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
@@ -112,6 +115,7 @@ class Trunk(nn.Module):
         assert weight is not None
         assert bias is not None
         normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)
+        tapped = []
         for i, block in enumerate(blocks):
             call: Callable[..., tuple[Tensor, Tensor]] = block
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -129,7 +133,9 @@ class Trunk(nn.Module):
                 num_samples,
                 period,
             )
-        return TrunkOutput(embedding, normed, rows, period)
+            if i in taps:
+                tapped.append(stream)
+        return TrunkOutput(embedding, normed, rows, period, tuple(tapped))
 
     def _row_scale(self, sample_index: Tensor, rows: RowShard, period: int) -> Tensor | list[None]:
         num_branches = 2 * self.config.num_layers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nepa.config import ConfigError, RunConfig, override, require
+from megatron_nepa.config import ConfigError, Run, RunConfig, override, require
 
 # what a run without --ds_config uses; ds_configs/README.md gives the reason for each value
 DEFAULT_CONFIG: dict[str, Any] = {
@@ -73,7 +73,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     return config
 
 
-def merge(run: RunConfig, given: Collection[str], path: str | None, config: dict[str, Any]) -> RunConfig:
+def merge(run: Run, given: Collection[str], path: str | None, config: dict[str, Any]) -> Run:
     """The run config with the numbers that the DeepSpeed config fixes.
 
     A value in the file replaces the recipe's; "auto" or no value takes the flag's.

@@ -14,6 +14,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.announce import describe_end, describe_start
+from megatron_nepa.training.deepspeed_config import resolve
 from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.errors import RunStopped
 from megatron_nepa.training.figures import draw_figures
@@ -27,6 +28,7 @@ from megatron_nepa.training.task import Task
 def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
     """Train ``task`` to the end of the run; every rank calls it.
 
+    The config of DeepSpeed is as :func:`~megatron_nepa.training.deepspeed_config.read_ds_config` returns it.
     Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints, figures under ``run.output_dir``.
 
     Returns:
@@ -37,6 +39,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         ConfigError: for a folder or checkpoint that does not fit, before anything is written.
         TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written.
     """
+    ds_config = resolve(run, ds_config, topology.data_size)
     directory = RunDirectory(run)
     found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
     total_steps = run.total_steps(task.num_images)

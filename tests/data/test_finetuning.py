@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from megatron_nepa.config import AugmentationConfig, ConfigError, DataConfig
-from megatron_nepa.data.augmentation import RandAugmenter, erase, mix, seeded
+from megatron_nepa.data.augmentation import RandAugmenter, _transform, erase, mix, seeded
 from megatron_nepa.data.finetuning import FinetuningLoader
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.loader import Batch
@@ -177,3 +177,12 @@ def test_labels_and_groups_that_do_not_fit_are_refused(photographs: Path) -> Non
     arguments = (Share(8, 8, 1, 0, 1, 0, 1), torch.device("cpu"), torch.float32)
     with pytest.raises(ConfigError, match="has label 2, but the classifier has 2 classes"):
         FinetuningLoader(scan_folder(photographs), DataConfig(), CONFIG, SIZE, 2, SEED, *arguments)
+
+
+def test_the_strongest_posterisation_is_black() -> None:
+    """Magnitude 10 keeps 0 bits, which newer releases of Pillow refuse."""
+    image = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
+    strongest = [op for op in _transform("rand-m10-inc1", 8).ops if op.name == "PosterizeIncreasing"]
+    assert len(strongest) == 1
+    strongest[0].prob = 1.0
+    assert np.asarray(strongest[0](image)).max() == 0

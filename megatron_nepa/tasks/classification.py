@@ -1,0 +1,171 @@
+"""Fine-tuning to image classification as a task of the shared loop (paper section 4.3, release section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_nepa.config import ClassificationConfig, require
+from megatron_nepa.data.evaluation import EvaluationLoader
+from megatron_nepa.data.finetuning import FinetuningLoader
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.labels import check_same_classes
+from megatron_nepa.data.loader import Batch, build_index
+from megatron_nepa.data.share import Share
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.classifier import Classifier
+from megatron_nepa.models.trunk import DTYPES
+from megatron_nepa.parallel.collectives import gather_rows
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.flops import train_flops
+from megatron_nepa.training.learning_rates import LearningRates
+
+
+class ClassificationTask:
+    """Cross-entropy with the augmented images' soft targets.
+
+    Args:
+        run: the config.
+        topology: this rank's place.
+
+    Raises:
+        ConfigError: for data without labels, or whose classes do not fit each other or the head.
+    """
+
+    metric_names = ("loss",)
+
+    def __init__(self, run: ClassificationConfig, topology: Topology) -> None:
+        self.run = run
+        self.topology = topology
+        self.reset_head = run.reset_head
+        validation = _labelled(run, run.evaluation.data, topology) if run.evaluation.data is not None else None
+        # an evaluation alone needs no training data
+        index = validation if run.evaluation.only else _labelled(run, run.data.path, topology)
+        assert index is not None
+        self.index = index
+        if validation is not None:
+            check_same_classes(index, validation)
+        self.num_classes = run.head.num_classes or count_classes(index)
+        self.num_images = len(index)
+        self.data_fingerprint = index.fingerprint()
+        self.flops_per_image = float(train_flops(run.model))
+        self.evaluator = None
+        if validation is not None:
+            self.evaluator = ClassificationEvaluator(run, validation, topology, every=_evaluation_steps(run, index))
+
+    def build_model(self, kernels: Kernels) -> nn.Module:
+        """The model, drawn from the run's seed."""
+        run = self.run
+        tensor = self.topology.tensor
+        return Classifier(run.model, self.num_classes, run.head.pooling, run.parallel, run.seed, tensor, kernels)
+
+    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
+        """This rank's augmented micro-batches from sample ``consumed_samples`` on."""
+        run, topology = self.run, self.topology
+        return FinetuningLoader(
+            self.index,
+            run.data,
+            run.augmentation,
+            run.model.image_size,
+            self.num_classes,
+            run.seed,
+            Share.of(run, topology),
+            topology.device,
+            DTYPES[run.dtype],
+            consumed_samples,
+            bad_image_log,
+        )
+
+    def learning_rates(self, total_steps: int) -> LearningRates:
+        """A rate for every layer."""
+        return LearningRates(self.run, total_steps, self.run.layer_decay)
+
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of one micro-batch."""
+        logits: Tensor = engine.forward(batch.images, batch.sample_index)
+        targets = batch.labels
+        assert targets is not None
+        if targets.shape[0] < logits.shape[0]:  # each tensor-parallel rank has loaded its share
+            targets = gather_rows(targets, self.topology.tensor)
+        loss = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        return loss, loss.detach().view(1)
+
+    def health(self) -> None:
+        """Nothing to watch besides the loss."""
+
+    def read_health(self, flat: Tensor) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+class ClassificationEvaluator:
+    """Accuracy over a whole validation set, exact across ranks.
+
+    Args:
+        run: the config.
+        index: labelled images.
+        topology: this rank's place.
+        every: steps between evaluations.
+    """
+
+    prefix = "val_"
+    best = "top1"
+
+    def __init__(self, run: ClassificationConfig, index: DatasetIndex, topology: Topology, every: int) -> None:
+        self.run, self.index, self.topology, self.every = run, index, topology, every
+
+    def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """Top-1 and top-5 accuracy as shares of 1, and the mean cross-entropy; every image counts once."""
+        run, topology = self.run, self.topology
+        loader = EvaluationLoader(
+            self.index,
+            run.data,
+            run.model.image_size,
+            run.evaluation.resize_size,
+            run.evaluation.squash,
+            run.evaluation.batch_size,
+            topology.data_rank,
+            topology.data_size,
+            topology.device,
+            DTYPES[run.dtype],
+        )
+        sums = torch.zeros(4, dtype=torch.float64, device=topology.device)  # images, top-1, top-5, cross-entropy
+        for batch in loader:
+            if interrupted():
+                return None
+            logits = model(batch.images, batch.image_index)
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+            loss = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+            columns = (torch.ones_like(loss), top[:, 0], top.any(dim=1), loss)
+            sums += torch.stack([column[batch.valid].double().sum() for column in columns])
+        dist.all_reduce(sums, group=topology.data_group)
+        images, top1, top5, loss_sum = sums.tolist()
+        return {"top1": top1 / images, "top5": top5 / images, "loss": loss_sum / images}
+
+
+def count_classes(index: DatasetIndex) -> int:
+    """Classes of a labelled data set."""
+    return len(index.classes) or int(index.label.max()) + 1
+
+
+def _labelled(run: ClassificationConfig, path: str | None, topology: Topology) -> DatasetIndex:
+    require(path is not None, "classification needs labelled images: give --data (an ImageFolder tree or an index).")
+    index = build_index(replace(run.data, path=path), verbose=topology.is_main)
+    require(index is not None, "synthetic images have no labels: give --data a labelled folder or index.")
+    assert index is not None
+    require(
+        bool((index.label >= 0).all()),
+        f"{index.root} has images without a label: classification takes a folder for each class, or an index with "
+        "labels.",
+    )
+    return index
+
+
+def _evaluation_steps(run: ClassificationConfig, index: DatasetIndex) -> int:
+    return run.evaluation.every or max(1, round(len(index) / run.global_batch_size))
