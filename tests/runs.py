@@ -48,12 +48,18 @@ def pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> s
     Returns:
         None, or "ConfigError: ..." and the like for an error that a user would see.
     """
-    from megatron_nepa.config import ConfigError
-    from megatron_nepa.training.errors import RunStopped, TrainingError
     from pretrain_nepa import main
 
     if fault is not None:
         fault()
+    return call_script(main, arguments)
+
+
+def call_script(main: Callable[[list[str]], None], arguments: list[str]) -> str | None:
+    """Call a training script's main function: None, or "ConfigError: ..." for an error that a user would see."""
+    from megatron_nepa.config import ConfigError
+    from megatron_nepa.training.errors import RunStopped, TrainingError
+
     try:
         main(arguments)
     except (ConfigError, TrainingError, RunStopped) as error:

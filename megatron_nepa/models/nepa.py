@@ -62,7 +62,7 @@ class NepaForPretraining(nn.Module):
     def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
         """Loss of a micro-batch; the arguments are those of :meth:`Trunk.forward`."""
         trunk = self.trunk
-        embedding, prediction, rows, period = trunk(images, sample_index)
+        embedding, prediction, rows, period, _ = trunk(images, sample_index)
         target = embedding.detach() if self.objective.stop_gradient else embedding
         shift = int(self.objective.shift)
         # without the shift every patch predicts itself; the BOS token is no patch and stays out

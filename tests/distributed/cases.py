@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_nepa.checkpoint.state import collect_state
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, PretrainingConfig
+from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.layers import layout_of
@@ -70,6 +70,15 @@ class Case:
         """The same case on another grid."""
         return replace(self, grid=Grid(**grid))
 
+    def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
+        """The model that is trained; other tasks' cases override it and :meth:`loss`."""
+        return NepaForPretraining(run.model, self.objective, run.parallel, run.seed, topology.tensor, kernels)
+
+    def loss(self, engine: TrainingEngine, images: Tensor, sample_index: Tensor) -> Tensor:
+        """Loss of one micro-batch, equal on its tensor-parallel ranks."""
+        loss: Tensor = engine.forward(images, sample_index).loss
+        return loss
+
 
 @dataclass
 class Outcome:
@@ -85,11 +94,10 @@ class Outcome:
 Mutation = Callable[[nn.Module, Topology], None]
 
 
-def build_run(case: Case) -> PretrainingConfig:
+def build_run(case: Case) -> RunConfig:
     grid = case.grid
-    return PretrainingConfig(
+    return RunConfig(
         model=case.model,
-        objective=case.objective,
         parallel=ParallelConfig(grid.tensor_size, grid.sequence_parallel, grid.activation_checkpointing),
         # with AdamW's usual epsilon an element whose gradient is near 0 would blow rounding up to a whole step
         optimizer=OptimizerConfig(ema_decay=0.9, eps=1e-4),
@@ -110,7 +118,7 @@ def build_engine(case: Case, mutation: Mutation | None = None, kernels: Kernels 
     config["zero_optimization"]["overlap_comm"] = grid.overlap_comm
     if grid.zero_stage == 0:
         del config["data_types"]
-    model = NepaForPretraining(run.model, run.objective, run.parallel, run.seed, topology.tensor, kernels or Kernels())
+    model = case.build(run, topology, kernels or Kernels())
     spread_vectors(model)
     if mutation is not None:
         mutation(model, topology)
@@ -149,9 +157,9 @@ def train_case(case: Case, mutation: Mutation | None = None, kernels: Kernels | 
             first = step * case.global_batch_size + (accumulation * topology.data_size + topology.data_rank) * micro
             sample_index = torch.arange(first, first + micro)
             local = local_samples(first, micro, topology)
-            output = engine.forward(sample_images(local, case.model, dtype), sample_index)
-            engine.backward(output.loss)
-            total += output.loss.detach() / engine.accumulation_steps
+            loss = case.loss(engine, sample_images(local, case.model, dtype), sample_index)
+            engine.backward(loss)
+            total += loss.detach() / engine.accumulation_steps
             if accumulation < engine.accumulation_steps - 1:
                 engine.end_micro_batch()
         result = engine.step(LEARNING_RATE)
