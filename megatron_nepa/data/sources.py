@@ -26,8 +26,9 @@ CLASSES_FILE = "classes.json"  # beside tar shards: the class names, by number
 def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
     """List the images of ``source``, whose layout is told from what is there.
 
-    * a ``.tar`` file, or a folder of them: tar shards, in the WebDataset layout (``key.jpg`` with ``key.cls``) or with
-      class folders; a tar inside a tar is a class, as in ImageNet's training archive
+    * a ``.tar`` file, or a folder of them: tar shards, in the WebDataset layout (``key.jpg`` with ``key.cls``, or
+      ``key.json`` with a ``label``) or with class folders; a tar inside a tar is a class, as in ImageNet's training
+      archive
     * a folder with ``images`` and ``annotations``: image and mask pairs (ADE20K), of one ``split``
     * any other folder: an ImageFolder tree or a flat folder
 
@@ -77,7 +78,7 @@ class _Member:
     offset: int
     size: int
     group: str  # class name: the inner tar, or the folder; "" where there is none
-    number: int = -1  # class number from the member's .cls file
+    number: int = -1  # class number from the .cls or .json file of the same key
 
 
 def _list_tars(root: Path, tars: list[str]) -> DatasetIndex:
@@ -130,9 +131,9 @@ def _walk_tar(
             if extension == ".tar":
                 stop = offset + member.size
                 images += _walk_tar(file, f"{name}/{member.name}", offset, stop, os.path.basename(stem), quarantine)
-            elif extension == ".cls":
+            elif extension in (".cls", ".json"):
                 file.seek(offset)
-                numbers[stem] = int(file.read(member.size))
+                numbers[stem] = max(_class_number(file.read(member.size)), numbers.get(stem, -1))
             elif extension.lower() in EXTENSIONS and not os.path.basename(stem).startswith("."):
                 folder = group or os.path.basename(os.path.dirname(member.name))
                 images.append(_Member(member.name, offset, member.size, folder))
@@ -147,3 +148,12 @@ def _walk_tar(
     for image in images:
         image.number = numbers.get(os.path.splitext(image.name)[0], image.number)
     return images
+
+
+def _class_number(content: bytes) -> int:
+    """The number in a .cls file, or under "label" in a .json file; -1 where there is none."""
+    try:
+        value = json.loads(content)
+        return int(value["label"] if isinstance(value, dict) else value)
+    except (ValueError, KeyError, TypeError):
+        return -1

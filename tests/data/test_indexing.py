@@ -103,6 +103,27 @@ def test_shards_and_folder_give_the_same_run(photographs: Path, tmp_path: Path) 
     assert torch.equal(first_images(shards), first_images(folder))
 
 
+def test_labels_of_other_shards(photographs: Path, tmp_path: Path) -> None:
+    """A number in key.cls, or under "label" in key.json; whatever else lies there is no label."""
+    beside = {
+        "a.cls": "4\n",
+        "b.json": '{"label": 7, "caption": "bees"}',
+        "c.json": '{"caption": "a cow"}',
+        "d.cls": "dog",
+        "e.txt": "5",
+    }
+    image = next(photographs.glob("ant/*.jpg")).read_bytes()
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for name, text in beside.items():
+            for member, content in ((f"{name[0]}.jpg", image), (name, text.encode())):
+                header = tarfile.TarInfo(member)
+                header.size = len(content)
+                archive.addfile(header, io.BytesIO(content))
+    listing = list_source(tmp_path)
+    assert listing.label.tolist() == [4, 7, -1, -1, -1]
+    assert not listing.quarantine
+
+
 def test_a_vanished_shard_is_named(photographs: Path, tmp_path: Path) -> None:
     """A shard that is gone, or shorter than when it was indexed, is named with its path."""
     write_shards(scan_folder(photographs), tmp_path, 37, progress=False)
