@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -12,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from megatron_nepa.data.headers import UnreadableImageError, image_size
 from megatron_nepa.data.index import DatasetIndex
@@ -109,7 +111,7 @@ def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, de
         try:
             size = store.image_size(i)
             if len(images.masks):
-                _check_mask(images, i, size)
+                _check_mask(images, i, size, verify)
             if verify == "full":
                 # imported where it is needed: parsing headers needs neither torch nor DALI, and starts in no time
                 from megatron_nepa.data.full_decode import full_decode
@@ -121,13 +123,16 @@ def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, de
     return Checked(rows, width, height, reasons)
 
 
-def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int]) -> None:
+def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int], verify: Verify) -> None:
     name = images.masks[i]
     try:
-        mask = image_size((images.root / name).read_bytes())
-    except OSError as error:
-        raise UnreadableImageError(f"its mask {name}: {(error.strerror or str(error)).lower()}") from error
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"its mask {name}: {error}") from error
+        content = (images.root / name).read_bytes()
+        mask = image_size(content)
+        if verify == "full":
+            with Image.open(io.BytesIO(content)) as picture:  # training reads masks by PIL
+                picture.load()
+    except Exception as error:  # PIL raises a dozen types on damaged files
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImageError(f"its mask {name}: {reason}") from error
     if mask != size:
         raise UnreadableImageError(f"is {size[0]} x {size[1]}, its mask {name} {mask[0]} x {mask[1]}")

@@ -205,6 +205,14 @@ def test_image_and_mask_pairs(tmp_path: Path) -> None:
     assert [index.masks[i] for i in range(len(index))] == ["annotations/training/a.png", "annotations/training/d.png"]
     assert [name for name, _ in index.quarantine] == ["images/training/c.jpg", "images/training/b.jpg"]
     assert "is 40 x 30, its mask annotations/training/b.png 41 x 30" in index.quarantine[1][1]
+    mask = tmp_path / index.masks[1]
+    Image.effect_noise((40, 30), 50).save(mask)
+    mask.write_bytes(mask.read_bytes()[:300])  # header kept, pixels cut short
+    full = build_and_save_index(list_source(tmp_path), tmp_path / "full", "full", workers=1, progress=False)
+    assert [full.names[i] for i in range(len(full))] == ["images/training/a.jpg"]
+    assert (
+        "its mask annotations/training/d.png: image file is truncated" in dict(full.quarantine)["images/training/d.jpg"]
+    )
     with pytest.raises(ConfigError, match="no images/validation"):
         list_source(tmp_path, split="validation")
 
