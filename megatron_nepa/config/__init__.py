@@ -13,21 +13,32 @@ from megatron_nepa.config.finetuning import (
     FinetuningConfig,
     HeadConfig,
     LayerDecayConfig,
+    ValidationConfig,
 )
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.config.run import PretrainingConfig, Run, RunConfig, override
 from megatron_nepa.config.sections import DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_nepa.config.segmentation import (
+    IGNORED,
+    CropConfig,
+    MaskConfig,
+    SegmentationConfig,
+    SegmentationEvaluationConfig,
+)
 
 __all__ = [
+    "IGNORED",
     "IMAGE_CHANNELS",
     "AugmentationConfig",
     "ClassificationConfig",
     "ConfigError",
+    "CropConfig",
     "DataConfig",
     "EvaluationConfig",
     "FinetuningConfig",
     "HeadConfig",
     "LayerDecayConfig",
+    "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -35,6 +46,9 @@ __all__ = [
     "PretrainingConfig",
     "Run",
     "RunConfig",
+    "SegmentationConfig",
+    "SegmentationEvaluationConfig",
+    "ValidationConfig",
     "override",
     "require",
 ]

@@ -72,31 +72,40 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """On what, how often and how a run is evaluated."""
+class ValidationConfig:
+    """On what and how often a run is evaluated."""
 
     # labelled validation images, in the layouts of --data; none trains without evaluating
     data: str | None = None
     # steps between evaluations (one is always made at the end); none evaluates once an epoch
     every: int | None = None
-    # images of a batch on each replica
-    batch_size: int = 64
-    # length of the shorter side before the centre crop, pixels
-    resize_size: int = 256
-    # resize to a square of that length, whatever the image's shape (release, for L)
-    squash: bool = False
     # evaluate, write evaluation.json and end; nothing is trained
     only: bool = False
 
     def __post_init__(self) -> None:
         require(self.data != "", "validation_data is empty; give a folder (an unset shell variable?).")
         require(self.every is None or self.every >= 1, f"evaluation.every is {self.every}; it must be at least 1.")
-        for name in ("batch_size", "resize_size"):
-            require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
         require(
             not self.only or self.data is not None,
             "--evaluate_only needs images to evaluate on: give --validation_data.",
         )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(ValidationConfig):
+    """On what, how often and how a classifier is evaluated."""
+
+    # images of a batch on each replica
+    batch_size: int = 64
+    # length of the shorter side before the centre crop, pixels
+    resize_size: int = 256
+    # resize to a square of that length, whatever the image's shape (release, for L)
+    squash: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "resize_size"):
+            require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class FinetuningConfig(RunConfig):
     """A run that starts from a pre-trained trunk (``init_from``), or from nothing to compare with."""
 
     layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: ValidationConfig = field(default_factory=ValidationConfig)
     # draw the head anew where the head in init_from does not fit (another number of classes)
     reset_head: bool = False
 
@@ -131,6 +140,7 @@ class ClassificationConfig(FinetuningConfig):
 
     head: HeadConfig = field(default_factory=HeadConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,15 @@ def scan_folder(folder: str | Path) -> DatasetIndex:
     Raises:
         ConfigError: no such folder, no images in it, none readable, or images both beside and inside class folders.
     """
-    listing = list_folder(Path(folder))
+    return read_sizes(list_folder(Path(folder)))
+
+
+def read_sizes(listing: DatasetIndex) -> DatasetIndex:
+    """A listing with the sizes from its images' headers, without those that have no readable one (``quarantine``).
+
+    Raises:
+        ConfigError: none is readable.
+    """
     store = ImageStore(listing)
     sizes, kept, quarantine = [], [], []
     for i in range(len(listing)):
@@ -47,7 +55,7 @@ def scan_folder(folder: str | Path) -> DatasetIndex:
         )
     width, height = np.array(sizes, np.int32).T.copy()
     index = listing if len(kept) == len(listing) else listing.select(np.array(kept))
-    return replace(index, width=width, height=height, quarantine=tuple(quarantine))
+    return replace(index, width=width, height=height, quarantine=(*listing.quarantine, *quarantine))
 
 
 def list_folder(root: Path) -> DatasetIndex:

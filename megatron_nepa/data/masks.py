@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megatron_nepa.config import require
+from megatron_nepa.config import IGNORED, ConfigError, MaskConfig, require
 from megatron_nepa.data.evaluation import Side
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.order import IntArray
 
-IGNORED = 255  # label of pixels that count for nothing
 CROP_TRIES = 10
-
-
-@dataclass(frozen=True)
-class SegmentationConfig:
-    """Geometry of training crops and evaluation images."""
-
-    # side of the square training crop
-    crop_size: int = 518
-    # longer and shorter side that an image is scaled into, before the random ratio
-    scale: tuple[int, int] = (2048, 512)
-    # range of the random ratio that multiplies the scale in training
-    ratio: tuple[float, float] = (0.5, 2.0)
-    # largest share of one class in a crop, while there are tries left
-    cat_max_ratio: float = 0.75
-    # mask value 0 is no class: it is ignored, and the others count from 0 (ADE20K)
-    reduce_zero_label: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.crop_size >= 1, f"crop_size is {self.crop_size}; it must be at least 1.")
-        require(
-            0 < self.ratio[0] <= self.ratio[1], f"ratio is {self.ratio}; it must be a rising range of positive numbers."
-        )
 
 
 def scaled_size(width: Side, height: Side, scale: tuple[int, int], ratio: npt.NDArray[np.floating]) -> IntArray:
@@ -54,30 +30,76 @@ def scaled_size(width: Side, height: Side, scale: tuple[int, int], ratio: npt.ND
     return np.maximum(size, 1)
 
 
-def load_mask(index: DatasetIndex, image: int, reduce_zero_label: bool) -> npt.NDArray[np.uint8]:
-    """The label of every pixel of image ``image``, uint8 [H, W].
+def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray[np.uint8]:
+    """The label of every pixel of image ``image``, uint8 [H, W]: a class, or 255.
 
     Raises:
         UnreadableImageError: the mask cannot be read, is no single-channel image, or has another size than the index
             says.
+        ConfigError: a value in it is no class.
     """
     name = index.masks[image]
     try:
         with Image.open(io.BytesIO((index.root / name).read_bytes())) as mask:
-            mode, labels = mask.mode, np.array(mask, np.uint8)
+            mode, values = mask.mode, np.array(mask, np.uint8)
     except Exception as error:  # PIL raises a dozen types on damaged files
         raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
     if mode not in ("L", "P"):
         raise UnreadableImageError(f"its mask {name} has pixels of mode {mode}, not one label each")
-    height, width = labels.shape
+    height, width = values.shape
     expected = int(index.width[image]), int(index.height[image])
     if (width, height) != expected:
         raise UnreadableImageError(f"is {expected[0]} x {expected[1]}, its mask {name} {width} x {height}")
-    return labels - np.uint8(1) if reduce_zero_label else labels  # 0 - 1 wraps round to 255, which is IGNORED
+    first = int(masks.reduce_zero_label)
+    # 0 - 1 wraps round to 255, which is ignored, and a stored 255 stays
+    labels = np.where(values == IGNORED, values, values - np.uint8(first))
+    unknown = values[(labels >= masks.num_classes) & (labels != IGNORED)]
+    if len(unknown):
+        raise ConfigError(
+            f"the mask {index.root / name} holds the value {unknown[0]}, but the classes are {first} to "
+            f"{masks.num_classes - 1 + first}: set --masks.num_classes, or --masks.reduce_zero_label."
+        )
+    return labels
+
+
+def check_masks(index: DatasetIndex, masks: MaskConfig, allowed_share: float, most: int = 256) -> None:
+    """Read up to ``most`` masks, spread over the data set, before anything depends on them.
+
+    Args:
+        index: image and mask pairs.
+        masks: what their values mean.
+        allowed_share: share of these that may be unreadable or of another size than their image.
+        most: how many are read.
+
+    Raises:
+        ConfigError: more of them are; a value is no class; the images have no masks.
+    """
+    require_masks(index)
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).astype(int)).tolist()
+    bad = []
+    for image in chosen:
+        try:
+            load_mask(index, image, masks)
+        except UnreadableImageError as error:
+            bad.append(f"{index.where(image)} {error}")
+    if len(bad) > allowed_share * len(chosen):
+        raise ConfigError(f"{len(bad)} of {len(chosen)} image and mask pairs cannot be used; the first: {bad[0]}.")
+
+
+def require_masks(index: DatasetIndex) -> None:
+    """Refuse an index of images without masks."""
+    require(
+        len(index.masks) == len(index) > 0,
+        f"{index.root} has no masks: segmentation takes a folder with images/ and annotations/, or an index of one.",
+    )
 
 
 def choose_crop(
-    mask: npt.NDArray[np.uint8], size: IntArray, draws: npt.NDArray[np.float64], config: SegmentationConfig
+    mask: npt.NDArray[np.uint8],
+    size: IntArray,
+    draws: npt.NDArray[np.float64],
+    crop_size: int,
+    cat_max_ratio: float,
 ) -> tuple[IntArray, npt.NDArray[np.uint8]]:
     """The first of some random crops in which no class dominates, else the last (mmsegmentation's ``RandomCrop``).
 
@@ -85,13 +107,14 @@ def choose_crop(
         mask: labels at the stored size, [H, W].
         size: height and width of the scaled image, [2].
         draws: in [0, 1), a corner's height and width a row, [tries, 2].
-        config: crop_size and cat_max_ratio.
+        crop_size: side S of the crop.
+        cat_max_ratio: share of one class at which it dominates.
 
     Returns:
         Corner (y, x) in the scaled image, and the mask's labels in the crop (nearest), at most crop_size a side.
     """
-    room = np.maximum(size - config.crop_size, 0)
-    extent = np.minimum(size, config.crop_size)
+    room = np.maximum(size - crop_size, 0)
+    extent = np.minimum(size, crop_size)
     for draw in draws:
         corner = np.floor(draw * (room + 1)).astype(np.int64)
         # centres of the scaled pixels in stored pixels
@@ -101,6 +124,6 @@ def choose_crop(
         )
         crop = mask[np.ix_(rows, columns)]
         counts = np.bincount(crop.ravel(), minlength=IGNORED + 1)[:IGNORED]
-        if np.count_nonzero(counts) > 1 and counts.max() < config.cat_max_ratio * counts.sum():
+        if np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum():
             break
     return corner, crop  # the last draw's, where none passed

@@ -16,13 +16,13 @@ import torch
 from nvidia.dali import fn, types
 from torch import Tensor
 
-from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.config import IGNORED, ConfigError, CropConfig, DataConfig, MaskConfig
 from megatron_nepa.data.evaluation import Geometry, OnePassLoader, Side
 from megatron_nepa.data.full_decode import decodes_whole
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.loader import Batch
-from megatron_nepa.data.masks import CROP_TRIES, IGNORED, SegmentationConfig, choose_crop, load_mask, scaled_size
+from megatron_nepa.data.masks import CROP_TRIES, choose_crop, load_mask, require_masks, scaled_size
 from megatron_nepa.data.order import flips
 from megatron_nepa.data.photometric import distort
 from megatron_nepa.data.pipelines import DaliImages, DecoderOptions, ImagePipeline, new_pipeline, normalise
@@ -52,7 +52,9 @@ class SegmentationLoader:
     Args:
         index: image and mask pairs.
         config: its num_threads, hw_decoder_load, on_bad_image and max_bad_share.
-        segmentation: the geometry.
+        crops: the geometry.
+        masks: the classes.
+        image_size: side S of the crops.
         seed: the run's seed.
         share: which samples this rank loads.
         device: where images are decoded and delivered.
@@ -61,15 +63,18 @@ class SegmentationLoader:
         bad_image_log: JSON-lines file that substituted pairs are appended to.
 
     Raises:
-        ConfigError: an index without masks; while iterating, an image or mask that cannot be used where
-            ``config.on_bad_image`` is "fail", or more of them than ``config.max_bad_share`` allows.
+        ConfigError: an index without masks; while iterating, a mask with a value that is no class, or an image or mask
+            that cannot be used where ``config.on_bad_image`` is "fail", or more of them than ``config.max_bad_share``
+            allows.
     """
 
     def __init__(
         self,
         index: DatasetIndex,
         config: DataConfig,
-        segmentation: SegmentationConfig,
+        crops: CropConfig,
+        masks: MaskConfig,
+        image_size: int,
         seed: int,
         share: Share,
         device: torch.device,
@@ -77,8 +82,9 @@ class SegmentationLoader:
         consumed_samples: int = 0,
         bad_image_log: Path | None = None,
     ) -> None:
-        require(len(index.masks) == len(index) > 0, f"{index.root} has no masks: index image and mask pairs.")
-        self._index, self._config, self._seed, self._share = index, segmentation, seed, share
+        require_masks(index)
+        self._index, self._crops, self._mask_config, self._side = index, crops, masks, image_size
+        self._seed, self._share = seed, share
         self._device, self._dtype = device, dtype
         self._options = DecoderOptions.of(config, index, device)
         self._store = ImageStore(index)
@@ -92,7 +98,7 @@ class SegmentationLoader:
         return self
 
     def __next__(self) -> Batch:
-        share, side, micro_batch = self._share, self._config.crop_size, self._pipeline.micro_batch
+        share, side, micro_batch = self._share, self._side, self._pipeline.micro_batch
         pixels = self._pipeline.next_images()
         masks = self._masks.pop(micro_batch)
         labels = np.full((len(masks), side, side), IGNORED, np.uint8)
@@ -125,13 +131,13 @@ class SegmentationLoader:
 
     def _read(self, sample: int, image: int) -> _Pair:
         """Read an image, and its mask, which decides the crop."""
-        config, index = self._config, self._index
-        encoded, mask = self._store.read(image), load_mask(index, image, config.reduce_zero_label)
+        crops, index, side = self._crops, self._index, self._side
+        encoded, mask = self._store.read(image), load_mask(index, image, self._mask_config)
         k, one = np.array([sample]), slice(image, image + 1)
         draws = uniform(derive_key(self._seed, "segmentation_crop"), k, 1 + 2 * (CROP_TRIES + 1))[0].astype(np.float64)
-        ratio = config.ratio[0] + (config.ratio[1] - config.ratio[0]) * draws[:1]
-        size = scaled_size(index.width[one], index.height[one], config.scale, ratio)[0]
-        (y, x), crop = choose_crop(mask, size, draws[1:].reshape(-1, 2), config)
+        ratio = crops.ratio_min + (crops.ratio_max - crops.ratio_min) * draws[:1]
+        size = scaled_size(index.width[one], index.height[one], crops.scale(side), ratio)[0]
+        (y, x), crop = choose_crop(mask, size, draws[1:].reshape(-1, 2), side, crops.cat_max_ratio)
         mirrored = bool(flips(self._seed, k)[0])
         scale = np.array(mask.shape) / size  # stored pixels of one scaled pixel
         roi = np.concatenate([(y, x) * scale, (y + crop.shape[0], x + crop.shape[1]) * scale])
@@ -146,7 +152,7 @@ class SegmentationLoader:
         ]
 
     def _build(self, first: int) -> ImagePipeline:
-        side = self._config.crop_size
+        side = self._side
 
         def source(number: int) -> tuple[object, ...]:
             pairs, _ = self._reader(first + number)
@@ -195,29 +201,31 @@ class SegmentationImage:
 def evaluate_segmentation(
     index: DatasetIndex,
     config: DataConfig,
-    segmentation: SegmentationConfig,
+    crops: CropConfig,
+    masks: MaskConfig,
+    image_size: int,
     data_rank: int,
     data_size: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[SegmentationImage]:
-    """Every image of the set once over the ranks, scaled into ``segmentation.scale`` with its shape kept.
+    """Every image of the set once over the ranks, scaled as ``crops`` says with its shape kept.
 
     Ranks yield equally many images; arguments are those of :class:`SegmentationLoader`.
 
     Raises:
         ConfigError: an index without masks; while iterating, an image or mask that cannot be used, by name.
     """
-    require(len(index.masks) == len(index) > 0, f"{index.root} has no masks: index image and mask pairs.")
+    require_masks(index)
 
     def geometry(width: Side, height: Side) -> Geometry:
-        size = scaled_size(width, height, segmentation.scale, np.ones(len(width)))
+        size = scaled_size(width, height, crops.scale(image_size), np.ones(len(width)))
         return Geometry(size.astype(np.float32), np.zeros_like(size, np.int32), size.astype(np.int32))
 
     for batch in OnePassLoader(index, config, geometry, 1, data_rank, data_size, device, dtype, "bilinear"):
         image = int(batch.image_index)
         try:
-            mask = load_mask(index, image, segmentation.reduce_zero_label)
+            mask = load_mask(index, image, masks)
         except UnreadableImageError as error:
             raise ConfigError(f"{index.where(image)} cannot be evaluated: {error}.") from error
         labels = torch.from_numpy(mask).to(device).long()

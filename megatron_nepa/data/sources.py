@@ -29,12 +29,13 @@ def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
     * a ``.tar`` file, or a folder of them: tar shards, in the WebDataset layout (``key.jpg`` with ``key.cls``, or
       ``key.json`` with a ``label``) or with class folders; a tar inside a tar is a class, as in ImageNet's training
       archive
-    * a folder with ``images`` and ``annotations``: image and mask pairs (ADE20K), of one ``split``
+    * a folder with ``images`` and ``annotations``: image and mask pairs of equal names, of one ``split`` where these
+      have subfolders (ADE20K), else all
     * any other folder: an ImageFolder tree or a flat folder
 
     Args:
         source: file or folder.
-        split: subfolder of images and annotations to take.
+        split: subfolder of images and annotations to take, where they have any.
 
     Raises:
         ConfigError: nothing there, or no images.
@@ -55,18 +56,23 @@ def _listing(root: Path, names: list[str], labels: list[int], classes: tuple[str
 
 
 def _list_pairs(root: Path, split: str) -> DatasetIndex:
-    images, annotations = root / "images" / split, root / "annotations" / split
-    require(images.is_dir(), f"{root} holds no images/{split}: choose a split that it has.")
-    names, _, _ = list_images(images)
-    masks = {os.path.splitext(name)[0]: name for name in os.listdir(annotations)} if annotations.is_dir() else {}
+    has_splits = any(entry.is_dir() for entry in os.scandir(root / "images"))
+    images, annotations = (Path(kind, split) if has_splits else Path(kind) for kind in ("images", "annotations"))
+    require((root / images).is_dir(), f"{root} holds no {images}: choose a split that it has.")
+    names, _, _ = list_images(root / images)
+    found = os.listdir(root / annotations) if (root / annotations).is_dir() else []
+    masks = {os.path.splitext(name)[0]: name for name in found}
     without = [name for name in names if os.path.splitext(name)[0] not in masks]
     paired = [name for name in names if os.path.splitext(name)[0] in masks]
-    require(bool(paired), f"none of the {len(names)} images in {images} has a mask of its name in {annotations}.")
-    listing = _listing(root, [f"images/{split}/{name}" for name in paired], [-1] * len(paired), ())
+    require(
+        bool(paired),
+        f"none of the {len(names)} images in {root / images} has a mask of its name in {root / annotations}.",
+    )
+    listing = _listing(root, [str(images / name) for name in paired], [-1] * len(paired), ())
     return replace(
         listing,
-        masks=PackedNames.pack(f"annotations/{split}/{masks[os.path.splitext(name)[0]]}" for name in paired),
-        quarantine=tuple((f"images/{split}/{name}", "has no mask") for name in without),
+        masks=PackedNames.pack(str(annotations / masks[os.path.splitext(name)[0]]) for name in paired),
+        quarantine=tuple((str(images / name), "has no mask") for name in without),
     )
 
 

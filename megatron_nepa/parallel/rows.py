@@ -49,3 +49,8 @@ def shard_rows(num_rows: int, tensor: TensorGroup, sequence_parallel: bool) -> R
         return RowShard(num_rows, first=0, count=num_rows)
     count = -(-num_rows // tensor.size)
     return RowShard(num_rows, first=tensor.rank * count, count=count)
+
+
+def holds_whole_samples(num_samples: int, tensor: TensorGroup, sequence_parallel: bool) -> bool:
+    """Whether sequence parallelism gives every rank an equal number of whole samples, rather than cutting one."""
+    return sequence_parallel and num_samples % tensor.size == 0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nepa.data.masks import IGNORED
+from megatron_nepa.config import IGNORED
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_nepa.data.masks import IGNORED
+from megatron_nepa.config import IGNORED
 
 Pixels = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.integer]
@@ -52,8 +52,8 @@ def write_overlay(path: Path, image: Pixels, labels: Classes, predictions: Class
     shown, colours = present[:_MOST_CLASSES], class_colours(len(names))
 
     panel_height = _PANEL_INCHES * min(max(height / width, 0.3), 2.0)
-    legend_height = 0.22 * (-(-len(shown) // _LEGEND_COLUMNS))
-    figure = Figure(figsize=(3 * _PANEL_INCHES, panel_height + legend_height + 0.35), layout="constrained")
+    legend_height = 0.15 + 0.22 * (-(-len(shown) // _LEGEND_COLUMNS))
+    figure = Figure(figsize=(3 * _PANEL_INCHES, panel_height + legend_height + 0.4), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, 3))
     for axes, title, pixels in zip(
         panels,

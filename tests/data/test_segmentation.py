@@ -15,22 +15,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_nepa.config import ConfigError, DataConfig
+from megatron_nepa.config import IGNORED, ConfigError, CropConfig, DataConfig, MaskConfig
 from megatron_nepa.data import segmentation as module
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.indexing import build_and_save_index
 from megatron_nepa.data.loader import Batch
-from megatron_nepa.data.masks import IGNORED, SegmentationConfig, choose_crop, load_mask, scaled_size
+from megatron_nepa.data.masks import check_masks, choose_crop, load_mask, scaled_size
 from megatron_nepa.data.order import image_of_sample
+from megatron_nepa.data.pairs import class_names, pair_index
 from megatron_nepa.data.photometric import _saturate_and_turn, distort
 from megatron_nepa.data.segmentation import SegmentationLoader, evaluate_segmentation
 from megatron_nepa.data.share import Share
 from megatron_nepa.data.sources import list_source
 
 SEED, CPU = 3, torch.device("cpu")
-CONFIG = SegmentationConfig(crop_size=64, scale=(256, 96))
+CROPS, MASKS, SIDE = CropConfig(shorter_side=96, longer_side=256), MaskConfig(num_classes=4), 64
 COLOURS = np.array([[0, 0, 0], [220, 30, 30], [30, 200, 60], [40, 60, 230], [230, 220, 40]], np.uint8)
 
 
@@ -57,7 +58,7 @@ def take(
     """Some training batches, global batch 8."""
     share = share or Share(8, 8, 1, 0, 1, 0, 1)
     loader = SegmentationLoader(
-        index, DataConfig(num_threads=threads), CONFIG, SEED, share, CPU, torch.float32, consumed
+        index, DataConfig(num_threads=threads), CROPS, MASKS, SIDE, SEED, share, CPU, torch.float32, consumed
     )
     batches = list(islice(loader, count))
     loader.close()
@@ -101,7 +102,7 @@ def test_pixels_match_resize_then_crop(pairs: DatasetIndex, monkeypatch: pytest.
     monkeypatch.setattr(module, "choose_crop", recording)
     share = Share(1, 1, 1, 0, 1, 0, 1)
     images, labels = join(take(pairs, 12, share, threads=1))  # one thread, so that the record is in order
-    of_mask = {load_mask(pairs, i, True).tobytes(): i for i in range(len(pairs))}
+    of_mask = {load_mask(pairs, i, MASKS).tobytes(): i for i in range(len(pairs))}
     differences = []
     for image, label, (mask, size, corner) in zip(images, labels, crops, strict=False):
         with Image.open(pairs.where(of_mask[mask.tobytes()])) as picture:
@@ -134,17 +135,16 @@ def test_crops_avoid_a_dominant_class() -> None:
     """With tries left, a crop of one class is refused; without, the last one is taken."""
     mask = np.zeros((100, 100), np.uint8)
     mask[:, 60:] = 1
-    config = SegmentationConfig(crop_size=20)
     size = np.array([100, 100])
     draws = np.array([[0.1, 0.0], [0.5, 0.99], [0.3, 0.62]])  # all 0, all 1, both
-    corner, crop = choose_crop(mask, size, draws, config)
+    corner, crop = choose_crop(mask, size, draws, 20, 0.75)
     assert corner.tolist() == [24, 50]
     assert crop.mean() == 0.5
-    corner, crop = choose_crop(mask, size, draws[:2], config)
+    corner, crop = choose_crop(mask, size, draws[:2], 20, 0.75)
     assert (crop == 1).all()
     mask[:] = IGNORED  # ignored pixels are no class
     mask[:50] = 2
-    corner, _ = choose_crop(mask, size, draws, config)
+    corner, _ = choose_crop(mask, size, draws, 20, 0.75)
     assert corner.tolist() == [24, 50]
 
 
@@ -192,12 +192,13 @@ def test_evaluation_sees_whole_images_once(pairs: DatasetIndex, data_size: int) 
     seen: list[int] = []
     rounds = set()
     for rank in range(data_size):
-        items = list(evaluate_segmentation(pairs, DataConfig(), CONFIG, rank, data_size, CPU, torch.float32))
+        place = (rank, data_size, CPU, torch.float32)
+        items = list(evaluate_segmentation(pairs, DataConfig(), CROPS, MASKS, SIDE, *place))
         rounds.add(len(items))
         for item in items:
             i = item.image_index
             assert item.labels.shape == (pairs.height[i], pairs.width[i])
-            size = scaled_size(pairs.width[i : i + 1], pairs.height[i : i + 1], CONFIG.scale, np.ones(1))[0]
+            size = scaled_size(pairs.width[i : i + 1], pairs.height[i : i + 1], CROPS.scale(SIDE), np.ones(1))[0]
             assert item.images.shape == (1, 3, *size)
             with Image.open(pairs.where(i)) as picture:
                 scaled = np.asarray(picture.resize((int(size[1]), int(size[0])), Image.Resampling.BILINEAR), np.float32)
@@ -216,12 +217,12 @@ def test_bad_pairs_are_named(pairs: DatasetIndex, photographs: Path, tmp_path: P
     mask.parent.mkdir(parents=True)
     Image.new("RGB", (5, 5)).save(mask)
     with pytest.raises(UnreadableImageError, match="pixels of mode RGB, not one label each"):
-        load_mask(index, 0, True)
+        load_mask(index, 0, MASKS)
     Image.new("L", (5, 6)).save(mask)
     with pytest.raises(UnreadableImageError, match=r"its mask annotations/training/00.png 5 x 6"):
-        load_mask(index, 0, True)
+        load_mask(index, 0, MASKS)
     with pytest.raises(UnreadableImageError, match="cannot be read"):
-        load_mask(index, 1, True)
+        load_mask(index, 1, MASKS)
 
 
 def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
     mask.write_bytes(mask.read_bytes()[:60])
     gone.unlink()
     share = Share(8, 8, 1, 0, 1, 0, 1)
-    loader = SegmentationLoader(index, DataConfig(), CONFIG, SEED, share, CPU, torch.float32, 0, log)
+    loader = SegmentationLoader(index, DataConfig(), CROPS, MASKS, SIDE, SEED, share, CPU, torch.float32, 0, log)
     images, labels = join(list(islice(loader, 2)))  # 16 samples: an epoch of 11 and a half
     assert loader.num_bad_images >= 3
     loader.close()
@@ -256,9 +257,46 @@ def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
             assert torch.equal(batch.images, images[batch.sample_index])
             assert torch.equal(batch.labels, labels[batch.sample_index])
 
-    loader = SegmentationLoader(index, DataConfig(on_bad_image="fail"), CONFIG, SEED, share, CPU, torch.float32)
+    loader = SegmentationLoader(
+        index, DataConfig(on_bad_image="fail"), CROPS, MASKS, SIDE, SEED, share, CPU, torch.float32
+    )
     with pytest.raises(ConfigError, match=r"cannot be decoded.*data.on_bad_image is fail"):
         list(islice(loader, 2))
     loader.close()
     with pytest.raises(ConfigError, match=r"(02|05|09).*cannot be (decoded|evaluated)"):
-        list(evaluate_segmentation(index, DataConfig(), CONFIG, 0, 1, CPU, torch.float32))
+        list(evaluate_segmentation(index, DataConfig(), CROPS, MASKS, SIDE, 0, 1, CPU, torch.float32))
+
+
+def test_values_that_are_no_class_are_named(pairs: DatasetIndex) -> None:
+    """A mask of four classes against two, and value 0 as a class; a share of unusable masks may be allowed."""
+    check_masks(pairs, MASKS, 0.0)
+    with pytest.raises(ConfigError, match=r"holds the value [34], but the classes are 1 to 2"):
+        check_masks(pairs, MaskConfig(num_classes=2), 0.0)
+    with pytest.raises(ConfigError, match="holds the value 4, but the classes are 0 to 3"):
+        check_masks(pairs, MaskConfig(num_classes=4, reduce_zero_label=False), 0.0)
+    assert load_mask(pairs, 0, MaskConfig(num_classes=5, reduce_zero_label=False)).max() == 4
+    wrong = replace(pairs, width=np.where(np.arange(11) == 7, 1, pairs.width).astype(np.int32))
+    check_masks(wrong, MASKS, 0.1)
+    with pytest.raises(ConfigError, match=r"1 of 11 .*; the first: .*07.jpg is 1 x \d+, its mask"):
+        check_masks(wrong, MASKS, 0.0)
+
+
+def test_folders_of_pairs(pairs: DatasetIndex, tmp_path: Path) -> None:
+    """ADE20K's layout by split, and images/ with annotations/ without splits; class names from a file or numbers."""
+    assert len(pair_index(str(pairs.root), "training")) == 11
+    with pytest.raises(ConfigError, match="holds no images/validation"):
+        pair_index(str(pairs.root), "validation")
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).symlink_to(pairs.root / folder / "training")
+    flat = pair_index(str(tmp_path), "validation")
+    assert len(flat) == 11
+    assert flat.masks[3] == "annotations/03.png"
+    assert np.array_equal(load_mask(flat, 3, MASKS), load_mask(pairs, 3, MASKS))
+
+    assert class_names(tmp_path, 3) == ("class 0", "class 1", "class 2")
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.2\twall\n2\t0.1\tdoor;double door \n")
+    assert class_names(tmp_path, 2) == ("wall", "door")
+    (tmp_path / "classes.txt").write_text("sky\ngrass\n")
+    assert class_names(tmp_path, 2) == ("sky", "grass")
+    with pytest.raises(ConfigError, match="names 2 classes"):
+        class_names(tmp_path, 3)

@@ -1,0 +1,130 @@
+"""Fine-tuning to semantic segmentation as a task of the shared loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_nepa.config import SegmentationConfig, require
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.loader import Batch
+from megatron_nepa.data.masks import check_masks
+from megatron_nepa.data.pairs import pair_index
+from megatron_nepa.data.segmentation import SegmentationLoader
+from megatron_nepa.data.share import Share
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.segmenter import Decoder, SegmentationOutput, Segmenter
+from megatron_nepa.models.trunk import DTYPES
+from megatron_nepa.parallel.batch_norm import BatchNorm
+from megatron_nepa.parallel.rows import holds_whole_samples
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.tasks.segmentation_evaluation import SegmentationEvaluator
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.flops import train_flops
+from megatron_nepa.training.learning_rates import LearningRates
+
+
+class SegmentationTask:
+    """UPerNet on a trunk.
+
+    Args:
+        run: the config.
+        topology: this rank's place.
+
+    Raises:
+        ConfigError: for data that cannot serve the run.
+    """
+
+    metric_names = ("loss", "head_loss", "auxiliary_loss", "pixel_accuracy")
+
+    def __init__(self, run: SegmentationConfig, topology: Topology) -> None:
+        self.run = run
+        self.topology = topology
+        self.reset_head = run.reset_head
+        evaluation, data = run.evaluation, run.data
+        validation = None
+        if evaluation.data is not None:
+            validation = _pairs(run, evaluation.data, "validation", 0.0, topology)
+        # an evaluation alone needs no training data
+        allowed = data.max_bad_share if data.on_bad_image == "skip" else 0.0
+        index = validation if evaluation.only else _pairs(run, data.path, "training", allowed, topology)
+        assert index is not None
+        self.index = index
+        self.num_images = len(index)
+        self.data_fingerprint = index.fingerprint()
+        self.flops_per_image = float(train_flops(run.model) + decoder_train_flops(run))
+        self.evaluator = None
+        if validation is not None:
+            every = evaluation.every or max(1, round(len(index) / run.global_batch_size))
+            self.evaluator = SegmentationEvaluator(run, validation, topology, every)
+
+    def build_model(self, kernels: Kernels) -> nn.Module:
+        """The model, drawn from the run's seed."""
+        run, topology = self.run, self.topology
+        # BatchNorm sees each sample of all replicas' micro-batches once
+        shares = holds_whole_samples(run.micro_batch_size, topology.tensor, run.parallel.sequence_parallel)
+        norm_group = torch.distributed.group.WORLD if shares else topology.data_group
+        return Segmenter(run.model, run.masks.num_classes, run.parallel, run.seed, topology.tensor, norm_group, kernels)
+
+    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> SegmentationLoader:
+        """This rank's micro-batches from sample ``consumed_samples`` on."""
+        run, topology = self.run, self.topology
+        return SegmentationLoader(
+            self.index,
+            run.data,
+            run.crops,
+            run.masks,
+            run.model.image_size,
+            run.seed,
+            Share.of(run, topology),
+            topology.device,
+            DTYPES[run.dtype],
+            consumed_samples,
+            bad_image_log,
+        )
+
+    def learning_rates(self, total_steps: int) -> LearningRates:
+        """Layer-wise decayed rates; the neck and heads have the run's own."""
+        return LearningRates(self.run, total_steps, self.run.layer_decay)
+
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of one micro-batch."""
+        output: SegmentationOutput = engine.forward(batch.images, batch.sample_index, batch.labels)
+        return output.loss, torch.cat((output.loss.detach().view(1), output.parts))
+
+    def health(self) -> None:
+        """Nothing to watch besides the loss."""
+
+    def read_health(self, flat: Tensor) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+def decoder_train_flops(run: SegmentationConfig) -> int:
+    """Model FLOPs of the neck and heads in one image's share of a training step, three times the forward pass's."""
+    model = run.model
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        decoder = Decoder(model.hidden_size, run.masks.num_classes, BatchNorm, run.seed).eval()
+        decoder([torch.empty(1, model.hidden_size, model.grid_size, model.grid_size)] * 4, torch.zeros(1))
+    return 3 * int(counter.get_total_flops())
+
+
+def _pairs(
+    run: SegmentationConfig, path: str | None, split: str, allowed_share: float, topology: Topology
+) -> DatasetIndex:
+    require(path is not None, "segmentation needs image and mask pairs: give --data (a folder or an index of pairs).")
+    assert path is not None
+    index = pair_index(path, split, verbose=topology.is_main)
+    sides = np.minimum(index.width, index.height)
+    smallest = int(sides.argmin())
+    require(
+        int(sides[smallest]) >= run.model.patch_size,
+        f"{index.where(smallest)} is {index.width[smallest]} x {index.height[smallest]} pixels, smaller than a patch "
+        f"of model.patch_size {run.model.patch_size}: take it out.",
+    )
+    check_masks(index, run.masks, allowed_share)
+    return index
