@@ -41,10 +41,10 @@ class TrainState:
 
 
 def collect_state(train: TrainState) -> dict[str, Tensor]:
-    """This rank's share of the checkpoint, on the CPU; a collective over the data-parallel ranks.
+    """A copy of this rank's share of the checkpoint in host memory; a collective over the data-parallel ranks.
 
     The fragments of a parameter are summed on one owner among the data-parallel ranks (a fragment plus zeros is exact),
-    so each logical tensor is written once and no rank holds more than its share.
+    so each logical tensor is written once and no rank holds more than its share. Training may go on meanwhile.
     """
     _seed_optimizer_state(train)
     topology = train.topology
@@ -53,16 +53,16 @@ def collect_state(train: TrainState) -> dict[str, Tensor]:
         owner = position % topology.data_size
         for kind, flats in _kinds(train, param):
             if flats is None:
-                local = param.detach().float()
+                local = param.detach()
             else:
                 fragment = train.masters.fragments[name]
                 local = join_fragments(param, fragment, flats, topology.data_group, owner)
             writes = topology.data_rank == owner and (_is_split(param) or topology.tensor.rank == 0)
             if writes:
-                state[f"{kind}.{name}"] = _logical(local.cpu(), param, topology)
+                state[f"{kind}.{name}"] = _logical(_to_host(local), param, topology)
     if topology.is_main:
         for name, buffer in persistent_buffers(train.module).items():
-            state[f"buffer.{name}"] = buffer.to("cpu", stored_dtype(buffer))
+            state[f"buffer.{name}"] = _to_host(buffer)
     return state
 
 
@@ -156,6 +156,11 @@ def _kinds(train: TrainState, param: nn.Parameter) -> Iterator[tuple[str, list[T
         yield kind, train.masters.companion(kind)
     if train.ema is not None:
         yield "ema", train.ema
+
+
+def _to_host(value: Tensor) -> Tensor:
+    # a copy even where it lies in host memory already: training changes it
+    return value.detach().to("cpu", stored_dtype(value), copy=True)
 
 
 def _empty_buffers(train: TrainState) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from megatron_nepa.checkpoint.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.manifest import file_facts, write_manifest
 from megatron_nepa.checkpoint.state import TrainState, collect_state
+from megatron_nepa.parallel.topology import Topology
 
 
 class SaveError(RuntimeError):
@@ -72,47 +74,12 @@ class CheckpointStore:
         Raises:
             SaveError: on every rank, where one could not write; the older checkpoints are as they were.
         """
-        topology = train.topology
-        final = self.folder / f"step_{progress.step:08d}"
-        partial = beside(final)
-        description = {
-            "progress": asdict(progress),
-            "has_optimizer": True,
-            "has_ema": train.ema is not None,
-            "data_parallel_size": topology.data_size,
-            "tensor_parallel_size": topology.tensor.size,
-            "zero_stage": zero_stage,
-            "run": run,
-        }
-
-        def start() -> None:
-            self.remove_partial()
-            partial.mkdir(parents=True)
-
-        def finish() -> None:
-            write_manifest(partial, {**description, "files": files})
-            sync_folder(partial)
-            self._publish(partial, final)
-
-        state = collect_state(train)
-        try:
-            on_main_rank(topology, start)
-            quiet_torch_checkpoint()
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(state, storage_writer=writer, process_group=topology.host_group)
-            # a rank reads back what it wrote itself: on a network disk the others may not see it yet
-            mine = f"shard-{topology.rank + 1:05d}-*.safetensors"
-            found = on_all_ranks(topology, lambda: {path.name: file_facts(path) for path in partial.glob(mine)})
-            files = {name: facts for part in found for name, facts in sorted(part.items())}
-            on_main_rank(topology, finish)
-        except (RankError, CheckpointException) as error:
-            if topology.is_main:
-                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-            raise SaveError(
-                f"the checkpoint of step {progress.step} could not be written ({_cause(error)}): make room or repair "
-                f"{self.folder}; the same command continues from {self.latest() or 'the start'}."
-            ) from error
-        return final
+        partial = PartialCheckpoint(self, train, progress, zero_stage, run, train.topology)
+        with partial.complete_or_absent():
+            partial.begin()
+            dcp.save(collect_state(train), storage_writer=partial.writer(), process_group=partial.topology.host_group)
+            partial.finish()
+        return partial.final
 
     def newest_first(self) -> list[Path]:
         """The checkpoint that ``latest`` names, there or not, and the older ones; all where it names none."""
@@ -159,7 +126,8 @@ class CheckpointStore:
         for path in self.folder.glob(".step_*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _publish(self, partial: Path, final: Path) -> None:
+    def publish(self, partial: Path, final: Path) -> None:
+        """Give a complete checkpoint its name, move ``latest`` there and remove old ones; the main rank calls it."""
         if final.exists():  # of a run that was continued from an older checkpoint
             _discard(final)
         partial.rename(final)
@@ -171,6 +139,84 @@ class CheckpointStore:
                 is_milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
                 if not is_milestone and path != best:
                     _discard(path)
+
+
+class PartialCheckpoint:
+    """A checkpoint that is being written beside its place; every rank calls its methods, which agree on the host.
+
+    Args:
+        store: where it will stand.
+        train: what is saved.
+        progress: where the run stands.
+        zero_stage: that wrote it, for information.
+        run: the run's config as plain values.
+        topology: this rank's place, whose ``host_group`` the agreements use.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        train: TrainState,
+        progress: Progress,
+        zero_stage: int,
+        run: dict[str, Any],
+        topology: Topology,
+    ) -> None:
+        self.store = store
+        self.topology = topology
+        self.step = progress.step
+        self.final = store.folder / f"step_{progress.step:08d}"
+        self.path = beside(self.final)
+        self.description = {
+            "progress": asdict(progress),
+            "has_optimizer": True,
+            "has_ema": train.ema is not None,
+            "data_parallel_size": topology.data_size,
+            "tensor_parallel_size": topology.tensor.size,
+            "zero_stage": zero_stage,
+            "run": run,
+        }
+
+    @contextlib.contextmanager
+    def complete_or_absent(self) -> Iterator[None]:
+        """Where a rank fails inside the block, remove what was written and raise :class:`SaveError` on every rank."""
+        try:
+            yield
+        except (RankError, CheckpointException) as error:
+            if self.topology.is_main:
+                shutil.rmtree(self.path, ignore_errors=True)  # it may be what fills the disk
+            raise SaveError(
+                f"the checkpoint of step {self.step} could not be written ({_cause(error)}): make room or repair "
+                f"{self.store.folder}; the same command continues from {self.store.latest() or 'the start'}."
+            ) from error
+
+    def begin(self) -> None:
+        """Create its folder."""
+
+        def create() -> None:
+            self.store.remove_partial()
+            self.path.mkdir(parents=True)
+
+        on_main_rank(self.topology, create)
+
+    def writer(self) -> HuggingFaceStorageWriter:
+        """What torch.distributed.checkpoint writes this rank's tensors with."""
+        quiet_torch_checkpoint()
+        return HuggingFaceStorageWriter(str(self.path), save_distributed=True)
+
+    def finish(self) -> None:
+        """Checksum the files that were written, add the manifest and publish."""
+
+        def seal() -> None:
+            write_manifest(self.path, {**self.description, "files": files})
+            sync_folder(self.path)
+            self.store.publish(self.path, self.final)
+
+        # a rank reads back what it wrote itself: on a network disk the others may not see it yet
+        mine = f"shard-{self.topology.rank + 1:05d}-*.safetensors"
+        found = on_all_ranks(self.topology, lambda: {path.name: file_facts(path) for path in self.path.glob(mine)})
+        files = {name: facts for part in found for name, facts in sorted(part.items())}
+        on_main_rank(self.topology, seal)
 
 
 def _cause(error: RankError | CheckpointException) -> str:
