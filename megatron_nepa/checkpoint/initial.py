@@ -1,81 +1,193 @@
-"""``--init_from``: a run whose first weights are another checkpoint's, with a fresh optimizer at step 0."""
+"""``--init_from``: a run whose first weights are a checkpoint's or a release's, with a fresh optimizer at step 0.
+
+The trunk must be the checkpoint's. Whatever lies outside it is the head of a task, and may be new, or left behind.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 
 from megatron_nepa.checkpoint.manifest import read_manifest
-from megatron_nepa.checkpoint.release_folder import is_release
+from megatron_nepa.checkpoint.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.resume import find_checkpoint, find_intact
 from megatron_nepa.checkpoint.state import TrainState, empty_weights, restore_weights
 from megatron_nepa.checkpoint.store import quiet_torch_checkpoint
-from megatron_nepa.checkpoint.weights import Choice, choose_kind, names_of, stored_tensors
+from megatron_nepa.checkpoint.weights import Choice, choose_kind, describe_origin, names_of, stored_tensors
 from megatron_nepa.config import ModelConfig, require
+from megatron_nepa.parallel.layers import layout_of
 
-# parameters that a run may have without their being in the checkpoint: they keep their initial values
+# parameters of a trunk that a run may have without their being in the checkpoint: they keep their initial values
 _OPTIONAL = ("mask_token", "q_norm", "k_norm")
+# what makes two trunks different models; LayerScale is by whether there is one
+_STRUCTURE = (
+    "patch_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "mlp",
+    "mlp_hidden_size",
+    "qk_norm",
+    "position_embedding",
+    "bos_token",
+)
 
 
-def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig) -> str:
+def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig, reset_head: bool = False) -> str:
     """Set the weights, and the average where the run keeps one; every rank calls it, on any grid.
 
     Args:
-        train: a fresh run.
-        path: a checkpoint, an OUTPUT_DIR, or what ``convert_checkpoint.py from_release`` wrote.
-        choice: the average or the raw weights, where the checkpoint holds both.
+        train: a fresh run, of pre-training or of any task with a head.
+        path: a checkpoint, an OUTPUT_DIR, what ``convert_checkpoint.py from_release`` wrote, or a released model's
+            folder (config.json with model.safetensors or pytorch_model_ema.bin).
+        choice: the average or the raw weights, where there are both.
         model: of this run.
+        reset_head: leave the head at its initial values, whatever the checkpoint holds.
 
     Returns:
         What was done, for the log.
 
     Raises:
-        ConfigError: where the checkpoint is damaged, or its tensors do not fit the model's.
+        ConfigError: where the checkpoint is damaged, its trunk is another one, or its head does not fit.
     """
+    wanted = empty_weights(train)
+    source = _of_release(train, path, choice) if is_release(Path(path)) else _of_checkpoint(train, path, choice)
+    _require_same_trunk(source, wanted, model)
+    taken = {
+        name: value for name, value in wanted.items() if name in source.shapes and (_is_trunk(name) or not reset_head)
+    }
+    misfits = _misfits(source, taken)
     require(
-        not is_release(Path(path)),
-        f"--init_from {path} is a released model: convert it first with tools/convert_checkpoint.py from_release.",
+        not misfits,
+        f"--init_from {path} holds another head: {'; '.join(misfits)}; give --reset_head to draw this one anew.",
     )
+    source.read_into(taken)
+    restore_weights(train, taken)
+
+    lines = [f"starting from the {source.origin}"]
+    initial = [name for name in wanted if name not in taken]
+    left_out = sorted(name for name in source.shapes if name not in wanted and not _is_trunk(name))
+    if initial:
+        lines.append(f"  at their initial values: {_summary(initial)}")
+    if left_out:
+        lines.append(f"  left out, of a head that this model does not have: {_summary(left_out)}")
+    ours = asdict(model)
+    differing = [
+        f"model.{key} {value} there, {ours.get(key)} here"
+        for key, value in sorted(source.model.items())
+        if value != ours.get(key)
+    ]
+    if differing:
+        lines.append(f"  its model differs: {'; '.join(differing)}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Weights to start from.
+
+    Attributes:
+        path: as the user gave it.
+        origin: what they are, in words.
+        model: config of their model, as plain values.
+        shapes: of the whole tensors, as a checkpoint stores them, by the names of parameters and buffers.
+        read_into: fills tensors of :func:`empty_weights`, by name.
+    """
+
+    path: str
+    origin: str
+    model: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    read_into: Callable[[dict[str, Tensor]], None]
+
+
+def _of_checkpoint(train: TrainState, path: str, choice: Choice) -> _Source:
     checkpoint = find_checkpoint(path)
     find_intact([checkpoint], train.topology)
     manifest = read_manifest(checkpoint)
     kind = choose_kind(checkpoint, manifest, choice)
-    stored = {key: tuple(value.shape) for key, value in stored_tensors(checkpoint).items()}
-    prefix = {name: kind for kind in ("master", "buffer") for name in names_of(kind, stored)}
-    names = {name: stored[f"{prefix[name]}.{name}"] for name in prefix}
+    stored = stored_tensors(checkpoint)
+    # a frozen parameter has no average: it is its own
+    keys = {name: f"master.{name}" for name in names_of("master", stored)}
+    keys |= {name: f"{kind}.{name}" for name in names_of(kind, stored)}
+    keys |= {name: f"buffer.{name}" for name in names_of("buffer", stored)}
 
-    wanted = empty_weights(train)
-    kept = [name for name in wanted if name not in names and name.endswith(_OPTIONAL)]
-    problems = [f"missing {name}" for name in wanted if name not in names and name not in kept]
-    problems += [f"left over {name}" for name in names if name not in wanted and not name.endswith("mask_token")]
-    problems += [
-        f"{name} is {names[name]} there, {tuple(value.shape)} here"
-        for name, value in wanted.items()
-        if name in names and names[name] != tuple(value.shape)
-    ]
-    require(not problems, f"--init_from {checkpoint} does not fit this model: {'; '.join(problems)}.")
+    def read_into(weights: dict[str, Tensor]) -> None:
+        quiet_torch_checkpoint()
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        state = {keys[name]: value for name, value in weights.items()}
+        dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
 
-    state = {
-        (key if (key := f"{kind}.{name}") in stored else f"{prefix[name]}.{name}"): value
-        for name, value in wanted.items()
-        if name not in kept
-    }
-    quiet_torch_checkpoint()
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), process_group=train.topology.host_group)
-    restore_weights(train, {key.partition(".")[2]: value for key, value in state.items()})
+    shapes = {name: tuple(stored[key].shape) for name, key in keys.items()}
+    return _Source(path, describe_origin(checkpoint, manifest, kind), manifest["run"]["model"], shapes, read_into)
 
-    origin = manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
-    lines = [f"starting from the {origin}"]
-    theirs = manifest["run"]["model"]
+
+def _of_release(train: TrainState, path: str, choice: Choice) -> _Source:
+    # as of a conversion, where there is one kind only it is that one
+    weights, notes = read_release(Path(path), "raw" if choice == "raw" else None)
+    layouts = {name: layout_of(param) for name, param in train.module.named_parameters()}
+
+    def read_into(targets: dict[str, Tensor]) -> None:
+        for name, target in targets.items():
+            local = target.to_local() if isinstance(target, DTensor) else target
+            local.copy_(layouts[name].take_shard(weights.tensors[name], train.topology.tensor).view(local.shape))
+
+    shapes = {}
+    for name, value in weights.tensors.items():
+        sections = layouts[name].sections if name in layouts else 1
+        shapes[name] = (sections, value.shape[0] // sections, *value.shape[1:]) if sections > 1 else tuple(value.shape)
+    return _Source(path, "; ".join([weights.origin, *notes]), asdict(weights.model), shapes, read_into)
+
+
+def _require_same_trunk(source: _Source, wanted: dict[str, Tensor], model: ModelConfig) -> None:
+    ours, theirs = _trunk_names(wanted), _trunk_names(source.shapes)
+    problems = [f"{name} missing there" for name in ours if name not in theirs and not name.endswith(_OPTIONAL)]
+    problems += [f"{name} left over there" for name in theirs if name not in ours and not name.endswith("mask_token")]
+    problems += _misfits(source, {name: wanted[name] for name in ours if name in theirs})
+    here, there = _structure(asdict(model)), _structure(source.model)
     differing = [
-        f"model.{key} {theirs[key]} there, {getattr(model, key)} here"
-        for key in sorted(theirs)
-        if theirs[key] != getattr(model, key, None)
+        f"{key} {there[key]} there, {value} here" for key, value in here.items() if there.get(key, value) != value
     ]
-    if kept:
-        lines.append(f"  not in it, so at their initial values: {', '.join(kept)}")
-    if differing:
-        lines.append(f"  its model differs: {'; '.join(differing)}")
-    return "\n".join(lines)
+    require(
+        not problems and source.model["num_heads"] == model.num_heads,
+        f"--init_from {source.path} holds another trunk: {'; '.join(differing or problems)}.",
+    )
+
+
+def _structure(model: dict[str, Any]) -> dict[str, Any]:
+    values = {key: model[key] for key in _STRUCTURE}
+    values["layer_scale"] = "absent" if model["layer_scale_init"] is None else "present"
+    if model["position_embedding"] == "learned":
+        values["image_size"] = model["image_size"]
+    return values
+
+
+def _trunk_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _is_trunk(name)]
+
+
+def _is_trunk(name: str) -> bool:
+    return name.startswith("trunk.")
+
+
+def _misfits(source: _Source, weights: dict[str, Tensor]) -> list[str]:
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    return [
+        f"{name} is {source.shapes[name]} there, {shape} here"
+        for name, shape in shapes.items()
+        if source.shapes[name] != shape
+    ]
+
+
+def _summary(names: list[str]) -> str:
+    """The trunk's parameters one by one, a head's modules by their number of tensors."""
+    modules = Counter(name.partition(".")[0] for name in names if not _is_trunk(name))
+    return ", ".join(_trunk_names(names) + [f"{module}.* ({count} tensors)" for module, count in modules.items()])

@@ -72,7 +72,7 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
     tensors = {
         name: state[key].reshape(forms[name].shape) if name in forms else state[key] for name, key in keys.items()
     }
-    origin = manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
+    origin = describe_origin(checkpoint, manifest, kind)
     return Weights(model, tensors, origin, {name: state[key] for name, key in buffer_keys.items()})
 
 
@@ -86,6 +86,11 @@ def choose_kind(checkpoint: Path, manifest: dict[str, Any], choice: Choice | Non
         return "master"
     require(manifest["has_ema"], f"{checkpoint} holds no weight average: ask for its raw weights.")
     return "ema"
+
+
+def describe_origin(checkpoint: Path, manifest: dict[str, Any], kind: Literal["ema", "master"]) -> str:
+    """What the weights of a kind are, in words ("average of runs/a/checkpoints/step_00001000")."""
+    return manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
 
 
 def write_weights(weights: Weights, folder: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_run_starts_from_a_release_with_a_fresh_optimizer(case: Case, release:
         assert_equal(plain(state, kind, weights.tensors), weights.tensors)
     assert not any(value.any() for name, value in state.items() if name.startswith("exp_avg"))
     assert "starting from the raw weights of the release" in said
-    assert "not in it, so at their initial values: trunk.embedding.mask_token" in said
+    assert "at their initial values: trunk.embedding.mask_token" in said
 
 
 def test_a_run_starts_from_either_weights_of_another_run(saved: tuple[Path, dict[str, Tensor]]) -> None:
@@ -111,20 +111,6 @@ def test_a_run_starts_from_either_weights_of_another_run(saved: tuple[Path, dict
             if name.startswith(("master.", "ema.")):
                 assert torch.equal(value, expected[f"{kind}.{name.partition('.')[2]}"]), name
         assert said.startswith(f"starting from the {'average' if choice == 'ema' else 'raw weights'} of {folder}")
-
-
-def test_a_start_that_does_not_fit_lists_what(saved: tuple[Path, dict[str, Tensor]], release: Path) -> None:
-    other = replace(RELEASABLE, mlp="gelu", qk_norm="plain", position_embedding="learned")
-    with pytest.raises(AssertionError) as error:
-        run_ranks(1, start_on, Case(model=other), saved[0], "raw")
-    for problem in (
-        "missing trunk.embedding.positions",
-        "left over trunk.blocks.1.attention.q_norm",
-        "trunk.blocks.0.feed_forward.up.weight is (2, 96, 64) there, (96, 64) here",
-    ):
-        assert problem in str(error.value)
-    with pytest.raises(AssertionError, match="convert it first with tools/convert_checkpoint"):
-        run_ranks(1, start_on, Case(model=RELEASABLE), release, "raw")
 
 
 def test_the_round_trip_is_bit_equal_and_the_same_model(

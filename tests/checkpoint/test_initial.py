@@ -1,0 +1,162 @@
+"""``--init_from``: a trunk starts any task's model, from any grid or a release's folder, and never another trunk's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from megatron_nepa.checkpoint.initial import start_from
+from megatron_nepa.checkpoint.release_folder import write_release
+from megatron_nepa.checkpoint.store import CheckpointStore, Progress
+from megatron_nepa.checkpoint.weights import read_weights
+from megatron_nepa.config import ConfigError
+from megatron_nepa.parallel.topology import Topology
+from tests.checkpoint.test_conversion import RELEASABLE, save_on
+from tests.distributed.cases import Case, Grid, build_engine, build_run, join_state
+from tests.distributed.ranks import run_ranks
+
+ONE = Case(model=RELEASABLE)
+SHARDED = Case(model=RELEASABLE, grid=Grid(data_size=2, tensor_size=2, sequence_parallel=True))
+
+
+def add_classifier(num_classes: int, model: nn.Module, topology: Topology) -> None:
+    """The release's classifier, with weights that no start leaves by accident."""
+    model.fc_norm = nn.LayerNorm(64)
+    model.classifier = nn.Linear(64, num_classes)
+    nn.init.constant_(model.classifier.weight, num_classes / 100)
+
+
+def save_classifier(folder: Path) -> None:
+    engine = build_engine(ONE, partial(add_classifier, 10))
+    CheckpointStore(folder, keep_last=1).save(
+        engine.train_state, Progress(7, 56, 6), engine.zero_stage, build_run(ONE).to_dict()
+    )
+
+
+def start(case: Case, path: Path, choice: Any, num_classes: int | None = None, **options: bool) -> Any:
+    """Start a classifier, or the pre-training model: its logical tensors and what was said, or the error."""
+    mutation: Callable[..., None] | None = None if num_classes is None else partial(add_classifier, num_classes)
+    engine = build_engine(case, mutation)
+    try:
+        said = start_from(engine.train_state, str(path), choice, case.model, **options)
+    except ConfigError as error:
+        return str(error)
+    return join_state(engine), said
+
+
+def start_each(calls: list[tuple[Any, ...]]) -> list[Any]:
+    return [start(*arguments, **options) for *arguments, options in calls]
+
+
+def head_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key.startswith("master.") and ".trunk." not in key}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A pre-training run of TP 2 x DP 2 with sequence parallelism, whose average is not its weights."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_ranks(4, save_on, SHARDED, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    run_ranks(1, save_classifier, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(saved: tuple[Path, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released model with both kinds of weights."""
+    folder = tmp_path_factory.mktemp("release")
+    for choice in ("raw", "ema"):
+        write_release(read_weights(saved[0], choice), folder / choice)
+    torch.save(load_file(folder / "ema/model.safetensors"), folder / "raw/pytorch_model_ema.bin")
+    return folder / "raw"
+
+
+def assert_trunk(state: dict[str, Tensor], expected: dict[str, Tensor], kind: str) -> None:
+    """Masters and average are the ``kind`` of weights that ``expected`` holds; the moments are fresh."""
+    keys = [key for key in state if ".trunk." in key and not key.endswith("mask_token")]
+    for key in keys:
+        name = key.partition(".")[2]
+        if key.startswith("exp_avg"):
+            assert not state[key].any(), key
+        else:
+            assert torch.equal(state[key], expected[f"{kind}.{name}"]), key
+    assert len(keys) == 4 * sum(key.startswith("master.trunk.") for key in keys)
+
+
+@pytest.mark.parametrize("case", [ONE, SHARDED.on(tensor_size=2)], ids=["one rank", "TP 2"])
+def test_a_classifier_starts_from_any_trunk(
+    case: Case, saved: tuple[Path, dict[str, Tensor]], release: Path, classifier: Path
+) -> None:
+    run, expected = saved
+    calls = [(case, run, "ema", 5, {}), (case, run, "raw", 5, {}), (case, release, "ema", 5, {})]
+    calls += [(case, release, "raw", 5, {}), (case, release.with_name("ema"), "ema", 5, {})]
+    found = run_ranks(case.grid.world_size, start_each, calls)[0]
+    for (state, said), kind in zip(found, ("ema", "master", "ema", "master", "ema"), strict=True):
+        assert_trunk(state, expected, kind)
+        head = head_of(state)
+        assert torch.equal(head["master.classifier.weight"], torch.full((5, 64), 0.05))
+        assert "at their initial values: " in said
+        assert "fc_norm.* (2 tensors), classifier.* (2 tensors)" in said
+    assert found[2][1].startswith(f"starting from the average of the release {release}\n")
+    assert found[4][1].startswith(f"starting from the raw weights of the release {release.with_name('ema')}\n")
+
+
+def test_a_head_that_does_not_fit_is_an_error_unless_it_is_reset(classifier: Path) -> None:
+    calls = [(ONE, classifier, "raw", 10, {}), (ONE, classifier, "raw", 5, {})]
+    calls += [(ONE, classifier, "raw", count, {"reset_head": True}) for count in (5, 10)]
+    fits, error, reset, same_size = run_ranks(1, start_each, calls)[0]
+    assert torch.equal(head_of(fits[0])["master.classifier.weight"], torch.full((10, 64), 0.1))
+    assert "initial" not in fits[1]
+    assert error.startswith(
+        f"--init_from {classifier} holds another head: classifier.weight is (10, 64) there, (5, 64)"
+    )
+    assert "give --reset_head" in error
+    for _, said in (reset, same_size):
+        assert "at their initial values: fc_norm.* (2 tensors), classifier.* (2 tensors)" in said
+    assert torch.equal(head_of(reset[0])["master.classifier.weight"], torch.full((5, 64), 0.05))
+
+
+def test_a_head_that_the_model_has_not_is_left_out(classifier: Path) -> None:
+    state, said = run_ranks(1, start, ONE, classifier, "raw")[0]
+    assert head_of(state) == {}
+    assert "left out, of a head that this model does not have: classifier.* (2 tensors), fc_norm.* (2 tensors)" in said
+
+
+def test_another_trunk_is_one_sentence_that_names_both_sides(
+    saved: tuple[Path, dict[str, Tensor]], release: Path
+) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "hidden_size 64 there, 32 here": {"hidden_size": 32},
+        "num_layers 2 there, 3 here": {"num_layers": 3},
+        "num_heads 4 there, 2 here": {"num_heads": 2, "qk_norm": "none"},
+        "patch_size 14 there, 28 here": {"patch_size": 28},
+        "mlp swiglu there, gelu here": {"mlp": "gelu"},
+        "qk_norm affine there, plain here": {"qk_norm": "plain"},
+        "position_embedding none there, learned here": {"position_embedding": "learned"},
+        "bos_token True there, False here": {"bos_token": False},
+        "layer_scale present there, absent here": {"layer_scale_init": None},
+    }
+    calls = [
+        (Case(model=replace(RELEASABLE, **change)), path, "raw", None, {})
+        for path in (saved[0], release)
+        for change in changes.values()
+    ]
+    errors = run_ranks(1, start_each, calls)[0]
+    for error, fact in zip(errors, [*changes, *changes], strict=True):
+        assert "holds another trunk: " in error
+        assert fact in error
+        assert error.count("\n") == 0
+        assert len(error) < 250
