@@ -56,8 +56,11 @@ class CheckpointSaver:
             self._own_topology = replace(topology, host_group=group)
             self._thread = ThreadPoolExecutor(1, "checkpoint")
 
-    def save(self, train: TrainState, progress: Progress, zero_stage: int, run: dict[str, Any]) -> None:
+    def save(self, train: TrainState, progress: Progress, zero_stage: int, run: dict[str, Any]) -> Path:
         """Save, or begin to; the arguments are those of :meth:`CheckpointStore.save`. Call :meth:`wait` before.
+
+        Returns:
+            The folder where the checkpoint stands, or will.
 
         Raises:
             SaveError: on every rank, where one could not write; the older checkpoints are as they were.
@@ -68,7 +71,7 @@ class CheckpointSaver:
             path = self.store.save(train, progress, zero_stage, run)
             self._pending = Future()
             self._pending.set_result(Saved(path, time.perf_counter() - start))
-            return
+            return path
         partial = PartialCheckpoint(self.store, train, progress, zero_stage, run, self._own_topology)
         with partial.complete_or_absent():
             partial.begin()
@@ -79,6 +82,7 @@ class CheckpointSaver:
             async_stager=_AlreadyStaged(),
         )
         self._pending = self._thread.submit(_finish, partial, written, start)
+        return partial.final
 
     def finished(self) -> Saved | None:
         """The save that every rank has completed since the last call, or None; a collective while one is under way.

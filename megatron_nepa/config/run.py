@@ -47,6 +47,8 @@ class RunConfig:
     keep_last: int = 3
     # checkpoints of steps that this divides are kept besides the newest; 0 keeps none of them
     keep_every: int = 0
+    # write a checkpoint beside the steps that follow; the step itself then only pays for a copy in host memory
+    async_save: bool = False
     # steps between copies of the metrics from the device to the log
     log_every: int = 10
     # end the run after this many skipped (non-finite) steps in a row

@@ -28,6 +28,7 @@ _FREE_FIELDS = {
     "save_every",
     "keep_last",
     "keep_every",
+    "async_save",
     "log_every",
     "max_skipped_steps",
     "stall_timeout",

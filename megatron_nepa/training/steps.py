@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_nepa.checkpoint.agreement import on_all_ranks
+from megatron_nepa.checkpoint.asynchronous import CheckpointSaver
 from megatron_nepa.checkpoint.store import Progress, SaveError
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.training.announce import describe_failure
@@ -61,6 +62,7 @@ class TrainingLoop:
         self.flops_per_step = task.flops_per_image * run.global_batch_size / self.topology.world_size
         self.peak_flops = peak_flops
         self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
+        self.saver = CheckpointSaver(directory.checkpoints, self.topology, run.async_save)
         self.save_time = SaveTime(
             checkpoint_bytes(engine.module, self.topology.tensor.size, has_ema=engine.ema is not None)
         )
@@ -92,10 +94,11 @@ class TrainingLoop:
                 saves = is_last or is_best or stopped_by is not None or progress.step % run.save_every == 0
                 if failed or saves or results or not applied or progress.step % run.log_every == 0:
                     self.write_log(progress, results or {})
+                self.conclude_save(wait=failed or saves)  # one at a time
                 if failed:
                     raise TrainingError(describe_failure(run, progress, self.checkpoints.latest()))
                 if saves:
-                    path = self.save(progress)
+                    path = self.save(progress, wait=is_last or is_best or stopped_by is not None)
                     if results is not None and is_best:
                         self.mark_best(path, results)
                 if stopped_by is not None and not is_last:
@@ -199,21 +202,30 @@ class TrainingLoop:
             first_sample = progress.samples - (progress.step - step + 1) * self.run.global_batch_size
             self.log.message(describe_non_finite(step, first_sample, replicas, self.run, self.topology))
 
-    def save(self, progress: Progress) -> Path:
-        """Write a checkpoint and learn how long that takes; every rank calls it."""
+    def save(self, progress: Progress, wait: bool) -> Path:
+        """Write a checkpoint, or with ``async_save`` begin to unless ``wait``; every rank calls it."""
         self.stall.at("saving the checkpoint", progress.step)
-        start = time.perf_counter()
         try:
-            path = self.checkpoints.save(self.engine.train_state, progress, self.engine.zero_stage, self.run.to_dict())
+            path = self.saver.save(self.engine.train_state, progress, self.engine.zero_stage, self.run.to_dict())
         except SaveError as error:
             raise TrainingError(str(error)) from error
+        self.conclude_save(wait)
         self.last_end = time.perf_counter()  # the time to save is not the next step's
-        self.save_time.measured(self.last_end - start)
+        return path
+
+    def conclude_save(self, wait: bool) -> None:
+        """Say that the save under way is done, if it is, and learn how long it took; every rank calls it."""
+        try:
+            saved = self.saver.wait() if wait else self.saver.finished()
+        except SaveError as error:
+            raise TrainingError(str(error)) from error
+        if saved is None:
+            return
+        self.save_time.measured(saved.seconds)
         self.stop.save_seconds = self.save_time.seconds
-        self.message(f"saved {path}")
+        self.message(f"saved {saved.path}")
         if self.log is not None:
             self.log.warn(self.save_time.warning(self.step_seconds))
-        return path
 
     def message(self, text: str) -> None:
         """Say something on the main rank."""

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +18,14 @@ PLACES = {
     "save": ("/megatron_nepa/checkpoint/", "/torch/distributed/checkpoint/"),
     "step": ("/megatron_nepa/training/", "/deepspeed/runtime/"),
 }
+# the same lines as of a save, in the threads that write beside the training
+BACKGROUND = "background"
+_BACKGROUND_THREADS = ("checkpoint", "AsyncCheckpointExecutor")
 
 
 def pretrain_counting_lines(arguments: list[str]) -> dict[str, int]:
-    """Train, and return how many lines were executed in each of :data:`PLACES`."""
-    counts = dict.fromkeys(PLACES, 0)
+    """Train, and return how many lines were executed in each of :data:`PLACES` and in the background."""
+    counts = _no_lines()
     _trace_lines(counts)
     try:
         assert pretrain(arguments) is None
@@ -33,13 +37,17 @@ def pretrain_counting_lines(arguments: list[str]) -> dict[str, int]:
 def pretrain_until_killed(arguments: list[str], place: str, line: int, victim: int) -> str | None:
     """Train, and kill rank ``victim`` (SIGKILL) when it has executed ``line`` lines in ``place``."""
     if int(os.environ["RANK"]) == victim:
-        _trace_lines(dict.fromkeys(PLACES, 0), place, line)
+        _trace_lines(_no_lines(), place, line)
     return pretrain(arguments)
 
 
 def _trace_lines(counts: dict[str, int], kill_place: str = "", kill_line: int = 0) -> None:
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
         place = next((name for name, folders in PLACES.items() if _is_in(frame, folders)), None)
+        if place == "save" and threading.current_thread().name.startswith(_BACKGROUND_THREADS):
+            place = BACKGROUND
+        elif threading.current_thread() is not threading.main_thread():
+            return None
         if place is None:
             return None
 
@@ -52,6 +60,11 @@ def _trace_lines(counts: dict[str, int], kill_place: str = "", kill_line: int = 
         return count
 
     sys.settrace(enter)
+    threading.settrace(enter)
+
+
+def _no_lines() -> dict[str, int]:
+    return dict.fromkeys((*PLACES, BACKGROUND), 0)
 
 
 def _is_in(frame: FrameType, folders: tuple[str, ...]) -> bool:
@@ -60,17 +73,17 @@ def _is_in(frame: FrameType, folders: tuple[str, ...]) -> bool:
 
 def fill_disk_in_save(number: int, victim: int) -> None:
     """From its save number ``number`` on, let rank ``victim`` write no file of more than 1000 bytes."""
-    from megatron_nepa.checkpoint.store import CheckpointStore
+    from megatron_nepa.checkpoint.store import PartialCheckpoint
 
-    real, calls = CheckpointStore.save, [0]
+    real, calls = PartialCheckpoint.begin, [0]
 
-    def save(self: CheckpointStore, *arguments: Any) -> Path:
+    def begin(self: PartialCheckpoint) -> None:
         calls[0] += 1
         if calls[0] == number and int(os.environ["RANK"]) == victim:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        return real(self, *arguments)
+        real(self)
 
-    CheckpointStore.save = save  # type: ignore[method-assign]
+    PartialCheckpoint.begin = begin  # type: ignore[method-assign]
 
 
 def record_messages(path: Path) -> None:

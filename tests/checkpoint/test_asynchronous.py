@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from megatron_nepa.checkpoint import state
 from megatron_nepa.checkpoint.asynchronous import CheckpointSaver
 from megatron_nepa.checkpoint.manifest import verify_files
+from megatron_nepa.checkpoint.masters import view_fragment
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress, SaveError
 from megatron_nepa.training.engine import TrainingEngine
 from tests.checkpoint.test_buffers import add_head
@@ -108,9 +109,9 @@ def alias_the_run() -> None:
     """Hand over the run's own tensors instead of a copy."""
 
     def view(param: Tensor, fragment: Any, flats: list[Tensor], *_: Any) -> Tensor:
-        return state._view(flats, fragment).view(param.shape)
+        return view_fragment(flats, fragment).view(param.shape)
 
-    state._join = view
+    state.join_fragments = view
     state._to_host = Tensor.detach
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.faults import (
+    BACKGROUND,
     PLACES,
     fill_disk_in_save,
     pretrain_counting_lines,
@@ -19,7 +20,7 @@ from tests.checkpoint.faults import (
     record_messages,
 )
 from tests.distributed.ranks import run_ranks
-from tests.runs import TINY, make_images, pretrain, read_metrics
+from tests.runs import TINY, make_images, pretrain, read_metrics, signal_in_step
 
 RANKS = 2
 
@@ -56,8 +57,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     arguments = [*TINY, f"--data={make_images(folder / 'images')}", "--steps=5", "--save_every=2", "--keep_last=2"]
     lines = run_ranks(RANKS, pretrain_counting_lines, [*arguments, f"--output_dir={folder / 'run'}"])
     assert all(rank[place] > 100 for rank in lines for place in PLACES)
+    assert all(rank[BACKGROUND] == 0 for rank in lines)
     state = state_of(folder / "run/checkpoints/step_00000005")
     return Whole(arguments, rows_of(folder / "run"), state, lines)
+
+
+@pytest.fixture(scope="module")
+def background_lines(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """Of each rank, by the threads that write while the same run goes on; the run itself is the undisturbed one."""
+    output = tmp_path_factory.mktemp("background")
+    lines = run_ranks(RANKS, pretrain_counting_lines, [*whole.arguments, f"--output_dir={output}", "--async_save"])
+    assert rows_of(output) == whole.rows
+    assert_same_state(output / "checkpoints/step_00000005", whole.state)
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000004", "step_00000005"]
+    assert all(rank[BACKGROUND] > 100 for rank in lines)
+    return [rank[BACKGROUND] for rank in lines]
 
 
 def assert_continues(whole: Whole, output: Path) -> None:
@@ -80,8 +95,33 @@ def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(draw: int, whole:
     assert_continues(whole, tmp_path)
 
 
-def test_a_full_disk_on_one_rank_ends_the_run_and_keeps_the_checkpoint_before(whole: Whole, tmp_path: Path) -> None:
-    arguments = [*whole.arguments, f"--output_dir={tmp_path}"]
+@pytest.mark.parametrize("draw", [pytest.param(i, marks=pytest.mark.slow if i >= 2 else ()) for i in range(20)])
+def test_a_run_killed_while_it_writes_beside_the_training_continues_bit_for_bit(
+    draw: int, whole: Whole, background_lines: list[int], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(100 + draw)
+    victim = draw % RANKS
+    # how many lines are executed differs a little with the threads' turns
+    line = int(random.integers(1, int(0.95 * background_lines[victim])))
+    arguments = [*whole.arguments, f"--output_dir={tmp_path}", "--async_save"]
+    with pytest.raises(AssertionError, match=f"rank {victim}:\nit ended without a result"):
+        run_ranks(RANKS, pretrain_until_killed, arguments, BACKGROUND, line, victim)
+    assert_continues(whole, tmp_path)
+
+
+def test_a_stop_waits_for_the_checkpoint_beside_the_training(whole: Whole, tmp_path: Path) -> None:
+    arguments = [*whole.arguments, f"--output_dir={tmp_path}", "--async_save"]
+    for error in run_ranks(RANKS, pretrain, arguments, partial(signal_in_step, 3)):
+        assert error == "RunStopped: stopped by SIGTERM after step 3"
+    assert (tmp_path / "checkpoints/latest").read_text() == "step_00000003"
+    assert_continues(whole, tmp_path)
+
+
+@pytest.mark.parametrize("mode", [(), ("--async_save",)], ids=["within the step", "in the background"])
+def test_a_full_disk_on_one_rank_ends_the_run_and_keeps_the_checkpoint_before(
+    mode: tuple[str, ...], whole: Whole, tmp_path: Path
+) -> None:
+    arguments = [*whole.arguments, f"--output_dir={tmp_path}", *mode]
     errors = run_ranks(RANKS, pretrain, arguments, partial(fill_disk_in_save, 2, 1))
     for error in errors:
         assert error.startswith("TrainingError: the checkpoint of step 4 could not be written (rank 1: "), error
