@@ -1,0 +1,137 @@
+"""A training step without a cluster: the real model under the real engine, on tensors without memory.
+
+The process takes one rank's place in a process group without peers, so any number of ranks can be looked at. Shapes,
+lifetimes and collectives are those of a GPU run with the Triton kernels; no number is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_nepa.config import IMAGE_CHANNELS, ParallelConfig, require
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.parallel.topology import TensorGroup, build_topology
+from megatron_nepa.planning.counting import Recorder, Traffic
+from megatron_nepa.planning.layout import Layout
+from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
+from megatron_nepa.training.engine import TrainingEngine
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one rank does in an optimizer step, after a first one that made the optimizer's state.
+
+    Attributes:
+        state_bytes: alive between steps: weights, masters, moments, average (ZeRO 1: and the accumulation).
+        peak_bytes: largest live bytes of the step.
+        micro_batch: collectives of the forward and backward pass of one micro-batch.
+        step: collectives of the whole step.
+    """
+
+    state_bytes: int
+    peak_bytes: int
+    micro_batch: Traffic
+    step: Traffic
+
+
+def dry_run(run: Any, layout: Layout) -> Counted:
+    """Count a step of ``run`` spread as ``layout`` says, as rank 0 sees it.
+
+    Args:
+        run: config of a pre-training run.
+        layout: how it is spread.
+
+    Raises:
+        ConfigError: in a process that has joined a process group; for a layout that does not fit the run.
+    """
+    run = layout.apply(run)
+    config = read_ds_config(None)
+    config["zero_optimization"] |= {"stage": layout.zero_stage} | _zero_options(layout.zero_stage)
+    resolved = resolve(run, config, layout.data_parallel_size)
+    join_fake_group(layout.gpus)
+    topology = build_topology(torch.device("cpu"), layout.tensor_parallel_size)
+    model = build_without_memory(run, run.parallel, topology.tensor)
+    recorder = Recorder()
+    with warnings.catch_warnings(), FakeTensorMode(), recorder:
+        warnings.simplefilter("ignore")
+        _give_fake_parameters(model)
+        engine = TrainingEngine(model, run, resolved, topology)
+        _step(engine, run, layout, recorder)
+        return _step(engine, run, layout, recorder)
+
+
+def join_fake_group(world_size: int) -> None:
+    """Make this process rank 0 of ``world_size`` ranks that are not there; every collective returns at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    require(not dist.is_initialized(), "a dry run needs a process that has not joined a process group.")
+    # one rank a node for DeepSpeed, which would otherwise wait for the node's other ranks in shared memory
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_SIZE": "1"}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+
+def build_without_memory(run: Any, parallel: ParallelConfig, tensor: TensorGroup) -> NepaForPretraining:
+    """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
+    with torch.device("meta"):
+        return NepaForPretraining(run.model, run.objective, parallel, run.seed, tensor, gpu_kernels())
+
+
+def gpu_kernels() -> Kernels:
+    """The fused operations of a GPU; on tensors without memory their meta implementations run."""
+    # imported here: planning without a dry run does not wait for Triton
+    from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
+    from megatron_nepa.kernels.qk_norm_rope_triton import qk_norm_rope_triton
+    from megatron_nepa.kernels.residual_norm_triton import residual_norm_triton
+    from megatron_nepa.kernels.swiglu_triton import swiglu_triton
+
+    return Kernels(
+        qk_norm_rope=qk_norm_rope_triton,
+        swiglu=swiglu_triton,
+        residual_norm=residual_norm_triton,
+        cosine_loss=cosine_loss_triton,
+    )
+
+
+def _give_fake_parameters(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                fake = nn.Parameter(torch.empty(param.shape), requires_grad=param.requires_grad)
+                # of what the layers note on a parameter, "constant" is also a name of FakeTensor's own
+                vars(fake).update({key: value for key, value in vars(param).items() if key != "constant"})
+                module._parameters[name] = fake
+    model.to = lambda *_: model  # type: ignore[method-assign] # they are in place, and nn.Module would swap them
+
+
+def _zero_options(stage: int) -> dict[str, Any]:
+    """The sizes that ds_configs/zero1.json and zero2.json set."""
+    sizes: dict[str, Any] = {"reduce_bucket_size": 100_000_000, "allgather_bucket_size": 200_000_000}
+    return sizes | ({"overlap_comm": True, "contiguous_gradients": True} if stage == 2 else {})
+
+
+def _step(engine: TrainingEngine, run: Any, layout: Layout, recorder: Recorder) -> Counted:
+    state = recorder.live
+    recorder.start()
+    shape = (layout.images_per_rank, IMAGE_CHANNELS, run.model.image_size, run.model.image_size)
+    micro_batch = None
+    for number in range(engine.accumulation_steps):
+        images = torch.empty(shape, dtype=torch.bfloat16)
+        output = engine.forward(images, torch.arange(run.micro_batch_size))
+        engine.backward(output.loss)
+        del output, images
+        if micro_batch is None:
+            micro_batch = Traffic(recorder.traffic.calls.copy(), recorder.traffic.bytes.copy())
+        if number < engine.accumulation_steps - 1:
+            engine.end_micro_batch()
+    engine.step(1e-3)
+    assert micro_batch is not None
+    return Counted(state, recorder.peak, micro_batch, recorder.traffic)

@@ -1,0 +1,99 @@
+"""What the planner knows about GPUs and the links between them; every number has its source beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_nepa.training.flops import bf16_peak
+
+GPUS_PER_NODE = 8
+# NCCL keeps 370 of NVLink's 450 GB/s: "protocol overhead (~20 %)" (NVIDIA's maintainer, nccl-tests issue 212)
+NVLINK_EFFICIENCY = 370 / 450
+# and 46 to 48 of 50 GB/s of a 400 Gb/s InfiniBand adapter (nccl-tests issue 290)
+NETWORK_EFFICIENCY = 47 / 50
+# seconds of a ring with the Simple protocol: to start it, and a hop (NCCL's own model, src/graph/tuning.cc)
+COLLECTIVE_START = 8.4e-6
+NVLINK_HOP = 3.4e-6
+NETWORK_HOP = 14.0e-6
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU in a node of eight with an InfiniBand adapter each.
+
+    Attributes:
+        name: as its data sheet prints it.
+        memory_bytes: what a run may fill. A part sold as "80 GB" has about 85e9 bytes: the rest is left to CUDA's
+            context, NCCL's buffers and the allocator's gaps.
+        peak_flops: dense bf16 peak in FLOP/s, the denominator of MFU.
+        matmul_flops: bf16 FLOP/s of the best matrix product that was measured on the part.
+        attention_flops: FlashAttention-2, forward and backward, causal pairs counted once.
+        memory_bandwidth: bytes/s, of the data sheet.
+        nvlink_bandwidth: bytes/s in each direction, of the data sheet.
+        network_bandwidth: bytes/s in each direction of the GPU's own adapter.
+    """
+
+    name: str
+    memory_bytes: float
+    peak_flops: float
+    matmul_flops: float
+    attention_flops: float
+    memory_bandwidth: float
+    nvlink_bandwidth: float
+    network_bandwidth: float
+
+
+def _peak(name: str) -> float:
+    peak = bf16_peak(name)
+    assert peak is not None
+    return peak
+
+
+GPUS = {
+    "h100": Gpu(
+        "H100 SXM 80 GB",
+        memory_bytes=80e9,
+        peak_flops=_peak("H100"),
+        matmul_flops=792.1e12,  # "maximum achievable matmul FLOPS", S. Bekman, ML Engineering (CUDA 12.1)
+        attention_flops=141e12,  # head width 64, 512 tokens: the shortest of flash-attention's own charts
+        memory_bandwidth=3.35e12,
+        nvlink_bandwidth=450e9,
+        network_bandwidth=50e9,
+    ),
+    "a100": Gpu(
+        "A100 SXM 80 GB",
+        memory_bytes=80e9,
+        peak_flops=_peak("A100"),
+        matmul_flops=267.9e12,  # same table
+        attention_flops=88e12,  # same charts
+        memory_bandwidth=2.039e12,
+        nvlink_bandwidth=300e9,
+        network_bandwidth=25e9,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A group of ranks that NCCL joins in a ring.
+
+    Attributes:
+        size: ranks of the group.
+        bandwidth: bytes/s that each rank sends. Between nodes it is what the adapters of the group's ranks in one node
+            carry together, at most NVLink's: NCCL opens a ring for each adapter.
+        latency: seconds that one turn of the ring takes.
+    """
+
+    size: int
+    bandwidth: float
+    latency: float
+
+
+def ring_of(gpu: Gpu, size: int, ranks_per_node: int) -> Ring:
+    """The ring of a group of ``size`` ranks, up to ``ranks_per_node`` of them in a node."""
+    nvlink = gpu.nvlink_bandwidth * NVLINK_EFFICIENCY
+    nodes = -(-size // ranks_per_node)
+    if nodes == 1:
+        return Ring(size, nvlink, (size - 1) * NVLINK_HOP)
+    network = gpu.network_bandwidth * NETWORK_EFFICIENCY * ranks_per_node
+    return Ring(size, min(nvlink, network), (size - nodes) * NVLINK_HOP + nodes * NETWORK_HOP)
