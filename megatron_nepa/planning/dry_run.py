@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from megatron_nepa.config import IMAGE_CHANNELS, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
+from megatron_nepa.planning.communication import Collective
 from megatron_nepa.planning.counting import Recorder, Traffic
 from megatron_nepa.planning.layout import Layout
+from megatron_nepa.planning.plan import Plan
 from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
 from megatron_nepa.training.engine import TrainingEngine
 
@@ -67,6 +70,33 @@ def dry_run(run: Any, layout: Layout) -> Counted:
         engine = TrainingEngine(model, run, resolved, topology)
         _step(engine, run, layout, recorder)
         return _step(engine, run, layout, recorder)
+
+
+def expected_traffic(collectives: Sequence[Collective], layout: Layout, accumulation_steps: int = 1) -> Traffic:
+    """What the formulas say of ``accumulation_steps`` micro-batches and the step's end, in the counter's terms."""
+    sizes = {"tensor": layout.tensor_parallel_size, "data": layout.data_parallel_size}
+    traffic = Traffic()
+    for each in collectives:
+        key = (each.kind, sizes[each.group])
+        times = 1 if each.phase == "step" else accumulation_steps
+        traffic.calls[key] += times * each.calls
+        traffic.bytes[key] += times * round(each.bytes)
+    return traffic
+
+
+def compare(plan: Plan, counted: Counted) -> str:
+    """The formulas' numbers beside the counted ones, a line each."""
+    rows = [("memory at the peak, GB", plan.memory.total / 1e9, counted.peak_bytes / 1e9)]
+    expected = expected_traffic([each for each, _ in plan.collectives], plan.layout, plan.accumulation_steps)
+    for kind, size in sorted(expected.calls):
+        name, key = f"{kind} over {size} ranks", (kind, size)
+        rows.append((f"{name}, calls", expected.calls[key], counted.step.calls[key]))
+        rows.append((f"{name}, GB", expected.bytes[key] / 1e9, counted.step.bytes[key] / 1e9))
+    lines = [f"  {'of a step':<38}{'formula':>12}{'counted':>12}"]
+    for name, formula, count in rows:
+        digits = 0 if name.endswith("calls") else 3
+        lines.append(f"  {name:<38}{formula:>12,.{digits}f}{count:>12,.{digits}f}")
+    return "\n".join([*lines, "  (a reduction's calls: at least one an owner; where owners meet in a bucket, more)"])
 
 
 def join_fake_group(world_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_nepa.training.flops import bf16_peak
@@ -75,18 +76,20 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Ring:
-    """A group of ranks that NCCL joins in a ring.
+    """A group of ranks as NCCL joins them: a ring, and for all-reduces between nodes also a tree.
 
     Attributes:
         size: ranks of the group.
         bandwidth: bytes/s that each rank sends. Between nodes it is what the adapters of the group's ranks in one node
             carry together, at most NVLink's: NCCL opens a ring for each adapter.
-        latency: seconds that one turn of the ring takes.
+        turn: seconds of latency of one turn of the ring.
+        all_reduce: seconds of latency of an all-reduce: two turns, or up and down the tree where that is less.
     """
 
     size: int
     bandwidth: float
-    latency: float
+    turn: float
+    all_reduce: float
 
 
 def ring_of(gpu: Gpu, size: int, ranks_per_node: int) -> Ring:
@@ -94,6 +97,9 @@ def ring_of(gpu: Gpu, size: int, ranks_per_node: int) -> Ring:
     nvlink = gpu.nvlink_bandwidth * NVLINK_EFFICIENCY
     nodes = -(-size // ranks_per_node)
     if nodes == 1:
-        return Ring(size, nvlink, (size - 1) * NVLINK_HOP)
+        turn = (size - 1) * NVLINK_HOP
+        return Ring(size, nvlink, turn, 2 * turn)
     network = gpu.network_bandwidth * NETWORK_EFFICIENCY * ranks_per_node
-    return Ring(size, min(nvlink, network), (size - nodes) * NVLINK_HOP + nodes * NETWORK_HOP)
+    turn = (size - nodes) * NVLINK_HOP + nodes * NETWORK_HOP
+    branch = (min(size, ranks_per_node) - 1) * NVLINK_HOP + math.ceil(math.log2(nodes)) * NETWORK_HOP
+    return Ring(size, min(nvlink, network), turn, 2 * min(turn, branch))

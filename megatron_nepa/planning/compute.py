@@ -1,0 +1,123 @@
+"""Time of the kernels by roofline: the longer of FLOPs over the matrix rate and bytes over the memory's bandwidth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
+from megatron_nepa.planning.hardware import Gpu
+from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.planning.memory import BF16, FP32
+
+# what reads and writes an element: AdamW gradient, master, moments in and out (28 bytes), average (12), gradient norm
+# and clipping (12), bf16 weights (6)
+OPTIMIZER_BYTES = 58
+# ZeRO 2, a micro-batch: gradient into the bucket (4), scaled (4), copied (4), to fp32 (6)
+# ZeRO 1: gradient to fp32 (6) and added (12)
+GRADIENT_BYTES = 18
+
+
+@dataclass(frozen=True)
+class Work:
+    """Kernels of one kind in one pass over one micro-batch, on one rank.
+
+    Attributes:
+        name: of the operation.
+        phase: forward, or which of the two products of its backward ("input_gradient", "weight_gradient"), or
+            "backward" for what has no weight.
+        flops: floating-point operations, in matrix products only.
+        bytes: least traffic with the device's memory.
+        seconds: by roofline.
+    """
+
+    name: str
+    phase: Literal["forward", "input_gradient", "weight_gradient", "backward"]
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def block_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
+    """The kernels of one block, forward and backward."""
+    size, width, hidden = layout.tensor_parallel_size, model.hidden_size, model.mlp_hidden_size
+    rows, own_rows = layout.all_rows(model), layout.own_rows(model)
+    gates = 2 if model.mlp == "swiglu" else 1
+    work = []
+    for name, inner, outer in (
+        ("qkv", width, 3 * width / size),
+        ("out", width / size, width),
+        ("up", width, gates * hidden / size),
+        ("down", hidden / size, width),
+    ):
+        work += _product(name, rows, inner, outer, gpu)
+    work += _attention(model, layout, gpu)
+
+    heads = BF16 * rows * width / size  # bytes of one [B, T, H, d] tensor
+    inside = BF16 * rows * hidden / size  # of the hidden layer
+    stream = BF16 * own_rows * width  # of one bf16 [n, D] tensor
+    affine = model.qk_norm == "affine"
+    if model.qk_norm != "none" or model.rope:
+        work += _fused("QK-norm and RoPE", (6 if affine else 4) * heads, 6 * heads, gpu)
+    work += _fused("SwiGLU", 3 * inside, 5 * inside, gpu) if gates == 2 else _fused("GELU", 2 * inside, 3 * inside, gpu)
+    work += _fused("residual and norm", 2 * 6 * stream, 2 * 9 * stream, gpu)
+    work += _fused("bias gradients", 0, 3 * heads + gates * inside, gpu)
+    return work
+
+
+def outer_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
+    """Patch embedding, first norm and loss of one micro-batch."""
+    stream = BF16 * layout.own_rows(model) * model.hidden_size
+    pixels = IMAGE_CHANNELS * model.patch_size**2
+    rows = layout.images_per_rank * model.num_patches
+    embedding = _product("patch embedding", rows, pixels, model.hidden_size, gpu)
+    embedding = [work for work in embedding if work.phase != "input_gradient"]  # images have none
+    return [
+        *embedding,
+        *_fused("first norm", 7 * stream, 7 * stream, gpu),
+        *_fused("loss", 2 * stream, 3 * stream, gpu),
+    ]
+
+
+def gradient_seconds(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
+    """DeepSpeed's own passes over the gradients of one micro-batch."""
+    return GRADIENT_BYTES * count_parameters(model, layout.tensor_parallel_size).local / gpu.memory_bandwidth
+
+
+def optimizer_seconds(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
+    """Norm, clipping, AdamW, weight average and the new bf16 weights of the part that a rank owns."""
+    owned = count_parameters(model, layout.tensor_parallel_size).local / layout.data_parallel_size
+    return OPTIMIZER_BYTES * owned / gpu.memory_bandwidth
+
+
+def _product(name: str, rows: float, inner: float, outer: float, gpu: Gpu) -> list[Work]:
+    """[rows, inner] times [inner, outer], and the two products of its backward pass."""
+    flops = 2 * rows * inner * outer
+    moved = BF16 * (rows * inner + inner * outer + rows * outer)
+    seconds = max(flops / gpu.matmul_flops, moved / gpu.memory_bandwidth)
+    return [
+        Work(name, "forward", flops, moved, seconds),
+        Work(name, "input_gradient", flops, moved, seconds),
+        Work(name, "weight_gradient", flops, moved, seconds),
+    ]
+
+
+def _attention(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
+    """Two products forward and five backward over the pairs that are kept; it reads and writes qkv and its output."""
+    tokens = model.sequence_length
+    pairs = tokens * (tokens + 1) / 2 if model.causal else tokens**2
+    width = model.hidden_size / layout.tensor_parallel_size
+    product = 2 * layout.micro_batch_size * pairs * width
+    tensor = BF16 * layout.micro_batch_size * tokens * width
+    forward, backward = (2 * product, 4 * tensor), (5 * product, 8 * tensor)
+    return [
+        Work("attention", phase, flops, moved, max(flops / gpu.attention_flops, moved / gpu.memory_bandwidth))  # type: ignore[arg-type]
+        for phase, (flops, moved) in (("forward", forward), ("backward", backward))
+    ]
+
+
+def _fused(name: str, forward: float, backward: float, gpu: Gpu) -> list[Work]:
+    return [
+        Work(name, "forward", 0, forward, forward / gpu.memory_bandwidth),
+        Work(name, "backward", 0, backward, backward / gpu.memory_bandwidth),
+    ]

@@ -1,0 +1,175 @@
+"""Predict a run's step time and memory for one layout, and find the best layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_nepa.config import ModelConfig, RunConfig, require
+from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
+from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, optimizer_seconds, outer_work
+from megatron_nepa.planning.hardware import GPUS_PER_NODE, Gpu
+from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.planning.memory import BUCKET_NUMBERS, Memory, plan_memory
+from megatron_nepa.training.flops import train_flops
+
+LARGEST_MICRO_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step, by what the GPU does or waits for.
+
+    Attributes:
+        forward, backward, recompute: kernels of all micro-batches.
+        tensor_collectives: waiting for the tensor-parallel ranks.
+        data_collectives: waiting for gradients and new weights of the data-parallel ranks.
+        gradients: DeepSpeed's passes over the gradients.
+        optimizer: clipping, AdamW and the weight average.
+    """
+
+    forward: float
+    backward: float
+    recompute: float
+    tensor_collectives: float
+    data_collectives: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one layout of a run would need and take.
+
+    Attributes:
+        layout: how the run is spread.
+        accumulation_steps: micro-batches of a step.
+        memory: of one GPU.
+        fits: whether that is within the GPU's.
+        time: of a step.
+        images_per_second: of the whole run.
+        mfu: model FLOP/s over the GPUs' dense bf16 peak.
+        collectives: of a micro-batch and of a step, each with its seconds.
+    """
+
+    layout: Layout
+    accumulation_steps: int
+    memory: Memory
+    fits: bool
+    time: StepTime
+    images_per_second: float
+    mfu: float
+    collectives: list[tuple[Collective, float]]
+
+
+def predict(run: RunConfig, layout: Layout, gpu: Gpu) -> Plan:
+    """Memory and time of ``run`` under ``layout``.
+
+    Raises:
+        ConfigError: for a layout that does not fit the run: heads or widths that the tensor-parallel size does not
+            divide, a batch that the replicas do not.
+    """
+    size = layout.tensor_parallel_size
+    require(layout.gpus % size == 0, f"tensor_parallel_size {size} does not divide {layout.gpus} GPUs.")
+    run = layout.apply(run)
+    accumulation = run.accumulation_steps(layout.data_parallel_size)
+    memory = plan_memory(run.model, layout, accumulation, run.optimizer.ema_decay > 0)
+    rings = {"tensor": tensor_ring(gpu, layout), "data": data_ring(gpu, layout)}
+    collectives = [(each, each.seconds(rings[each.group])) for each in plan_collectives(run.model, layout)]
+    time = step_time(run.model, layout, gpu, accumulation, collectives)
+    rate = run.global_batch_size / time.total
+    return Plan(
+        layout=layout,
+        accumulation_steps=accumulation,
+        memory=memory,
+        fits=memory.total <= gpu.memory_bytes,
+        time=time,
+        images_per_second=rate,
+        mfu=rate * train_flops(run.model) / (layout.gpus * gpu.peak_flops),
+        collectives=collectives,
+    )
+
+
+def step_time(
+    model: ModelConfig,
+    layout: Layout,
+    gpu: Gpu,
+    accumulation_steps: int,
+    collectives: list[tuple[Collective, float]],
+) -> StepTime:
+    """Add up kernels, and the collectives that nothing hides.
+
+    The gathers and scatters of a column-parallel layer's backward pass run behind its two products. ZeRO 2's
+    reductions run behind the backward pass, but for the last bucket's: its gradients are the last ones.
+    """
+    block, outside = block_work(model, layout, gpu), outer_work(model, layout, gpu)
+    layers = model.num_layers
+    forward = layers * _seconds(block, "forward") + _seconds(outside, "forward")
+    backward = sum(layers * work.seconds for work in block if work.phase != "forward")
+    backward += sum(work.seconds for work in outside if work.phase != "forward")
+    recompute = layers * _seconds(block, "forward") * layout.activation_checkpointing
+    gradients = gradient_seconds(model, layout, gpu)
+
+    column_parallel = [work for work in block if work.name in ("qkv", "up")]
+    waiting = {"tensor": 0.0, "data": 0.0}
+    for collective, seconds in collectives:
+        if collective.behind == "backward":
+            numbers = count_parameters(model, layout.tensor_parallel_size).local
+            last_bucket = seconds / -(-numbers // BUCKET_NUMBERS)
+            seconds = max(last_bucket, seconds - backward - recompute)
+        elif collective.behind is not None:
+            seconds = max(0.0, seconds - layers * _seconds(column_parallel, collective.behind))
+        waiting[collective.group] += seconds * (1 if collective.phase == "step" else accumulation_steps)
+    return StepTime(
+        forward=accumulation_steps * forward,
+        backward=accumulation_steps * backward,
+        recompute=accumulation_steps * recompute,
+        tensor_collectives=waiting["tensor"],
+        data_collectives=waiting["data"],
+        gradients=accumulation_steps * gradients,
+        optimizer=optimizer_seconds(model, layout, gpu),
+    )
+
+
+def _seconds(work: list[Work], phase: str) -> float:
+    return sum(each.seconds for each in work if each.phase == phase)
+
+
+def find_plans(run: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
+    """Every layout of the grid, those that fit first and the fastest of them first.
+
+    The grid: tensor-parallel sizes 1 to 8, with and without sequence parallelism; ZeRO 1 and 2; micro-batches that are
+    powers of two, or all of a replica's batch; with and without activation checkpointing.
+
+    Raises:
+        ConfigError: where no layout of that many GPUs divides the model and the global batch.
+    """
+    require(gpus >= 1, f"--gpus is {gpus}; it must be at least 1.")
+    plans = [predict(run, layout, gpu) for layout in layouts(run, gpus)]
+    require(
+        bool(plans),
+        f"no layout divides global_batch_size {run.global_batch_size} over {gpus} GPUs: with tensor-parallel sizes up "
+        f"to {GPUS_PER_NODE} the number of replicas must divide the batch; take a power of two.",
+    )
+    return sorted(plans, key=lambda plan: (not plan.fits, -plan.images_per_second if plan.fits else plan.memory.total))
+
+
+def layouts(run: RunConfig, gpus: int) -> Iterator[Layout]:
+    """The grid of :func:`find_plans`."""
+    for size in (1, 2, 4, 8):
+        replicas, rest = divmod(gpus, size)
+        if rest or run.global_batch_size % max(1, replicas) or run.model.num_heads % size or run.model.mlp_hidden_size % size:
+            continue
+        batch = run.global_batch_size // replicas
+        powers = [2**i for i in range(LARGEST_MICRO_BATCH.bit_length()) if batch % 2**i == 0]
+        micro_batches = sorted({*powers, batch} if batch <= LARGEST_MICRO_BATCH else powers)
+        for micro_batch in micro_batches:
+            for sequence_parallel in (False, True) if size > 1 else (False,):
+                for stage in (1, 2):
+                    for checkpointing in (False, True):
+                        yield Layout(gpus, size, sequence_parallel, stage, micro_batch, checkpointing)

@@ -1,0 +1,154 @@
+"""The planner's sizes and times against the model, the kernels' byte counts and hand arithmetic."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_nepa.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_nepa.kernels.cases import model_cases
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.parallel.topology import TensorGroup
+from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
+from megatron_nepa.planning.compute import block_work, outer_work
+from megatron_nepa.planning.hardware import GPUS, ring_of
+from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.planning.plan import find_plans, predict
+from megatron_nepa.planning.requirements import requirements
+from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
+from megatron_nepa.recipes import RECIPES
+from megatron_nepa.training.flops import forward_flops
+
+H100 = GPUS["h100"]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parameters_are_those_of_the_model(name: str, size: int) -> None:
+    model = replace(RECIPES[name]().model, num_layers=2)
+    if model.num_heads % size or model.mlp_hidden_size % size:
+        pytest.skip("not a divisor")
+    with torch.device("meta"):
+        trunk = Trunk(model, ParallelConfig(size), 0.0, 1, TensorGroup(0, size), Kernels())
+    counted = count_parameters(model, size)
+    assert counted.local == sum(param.numel() for param in trunk.parameters())
+    shared = [param for param in trunk.parameters() if not param.tensor_model_parallel]  # type: ignore[attr-defined]
+    assert counted.replicated == sum(param.numel() for param in shared)
+
+
+def test_release_has_its_published_parameters() -> None:
+    assert count_parameters(RECIPES["nepa_b_release"]().model).local == 85_527_552
+    assert count_parameters(RECIPES["nepa_l_release"]().model).local == 302_967_808
+
+
+@pytest.mark.parametrize("name", ["nepa_b", "nepa_l_release", "nepa_7b"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_tensor_parallel_ranks_share_the_flops_of_the_forward_pass(name: str, size: int) -> None:
+    model = RECIPES[name]().model
+    if model.num_heads % size:
+        model = replace(model, num_heads=16)
+    layout = Layout(size, size, size > 1, micro_batch_size=8)
+    inside = sum(work.flops for work in block_work(model, layout, H100) if work.phase == "forward")
+    outside = sum(work.flops for work in outer_work(model, layout, H100) if work.phase == "forward")
+    total = size * (model.num_layers * inside + outside)
+    assert total == pytest.approx(8 * forward_flops(model), rel=1e-12)
+
+
+def test_fused_operations_move_what_their_kernels_must() -> None:
+    model, batch = RECIPES["nepa_b"]().model, 4
+    names = {"qk_norm_rope": "QK-norm and RoPE", "swiglu": "SwiGLU", "residual_norm": "residual and norm"}
+    names["cosine_loss"] = "loss"
+    layout = Layout(1, micro_batch_size=batch)
+    planned = defaultdict(float)
+    for work in block_work(model, layout, H100) + outer_work(model, layout, H100):
+        planned[work.name, work.phase] += work.bytes
+    found = set()
+    for case in model_cases(model, batch, model.sequence_length, "meta"):
+        if case.operation in names:
+            times = 2 if case.operation == "residual_norm" else 1
+            assert planned[names[case.operation], case.direction] == times * case.minimum_bytes
+            found.add(case.operation)
+    assert found == set(names)
+
+
+def test_time_of_a_collective() -> None:
+    node = ring_of(H100, size=8, ranks_per_node=8)
+    gather = Collective("rows", "all_gather", "tensor", "forward", calls=10, bytes=37e9)
+    assert gather.seconds(node) == pytest.approx(10 * (8.4e-6 + 7 * 3.4e-6) + 7 / 8 * 37e9 / 370e9)
+    reduce = replace(gather, kind="all_reduce")
+    assert reduce.seconds(node) == pytest.approx(10 * (8.4e-6 + 14 * 3.4e-6) + 14 / 8 * 37e9 / 370e9)
+    # 2 nodes, one rank of the group in each: an adapter of 47 GB/s, two hops
+    across = ring_of(H100, size=2, ranks_per_node=1)
+    assert gather.seconds(across) == pytest.approx(10 * (8.4e-6 + 2 * 14e-6) + 37e9 / 2 / 47e9)
+    # all eight adapters carry more than NVLink: NVLink bounds it
+    assert ring_of(H100, size=64, ranks_per_node=8).bandwidth == pytest.approx(370e9)
+    assert gather.seconds(ring_of(H100, 1, 8)) == 0
+
+
+def test_groups_lie_where_the_topology_puts_them() -> None:
+    layout = Layout(gpus=64, tensor_parallel_size=8)
+    assert tensor_ring(H100, layout).bandwidth == pytest.approx(370e9)  # inside a node
+    assert data_ring(H100, layout).bandwidth == pytest.approx(47e9)  # a rank in each of 8 nodes
+    assert data_ring(H100, Layout(gpus=8)).bandwidth == pytest.approx(370e9)
+
+
+def test_no_collectives_on_one_gpu() -> None:
+    assert plan_collectives(RECIPES["nepa_b"]().model, Layout(1)) == []
+
+
+def test_best_plans_come_first_and_fit() -> None:
+    plans = find_plans(RECIPES["nepa_7b"](), 8, H100)
+    fitting = [plan for plan in plans if plan.fits]
+    assert 0 < len(fitting) < len(plans)
+    assert plans[: len(fitting)] == fitting
+    rates = [plan.images_per_second for plan in fitting]
+    assert rates == sorted(rates, reverse=True)
+    assert all(plan.memory.total <= 80e9 for plan in fitting)
+    assert all(plan.memory.total > 80e9 for plan in plans[len(fitting) :])
+    assert {plan.layout.tensor_parallel_size for plan in plans} == {1, 2, 4, 8}
+    assert {plan.layout.zero_stage for plan in plans} == {1, 2}
+
+
+def test_recomputation_trades_time_for_memory() -> None:
+    run = RECIPES["nepa_l"]()
+    kept, recomputed = (
+        predict(run, Layout(8, micro_batch_size=128, activation_checkpointing=on), H100) for on in (False, True)
+    )
+    assert recomputed.memory.activations < 0.25 * kept.memory.activations
+    assert recomputed.images_per_second < kept.images_per_second
+    assert recomputed.mfu < kept.mfu
+
+
+def test_requirements_follow_from_the_step() -> None:
+    run = RECIPES["nepa_b"]()
+    plan = predict(run, Layout(16, micro_batch_size=256), H100)
+    need = requirements(run, plan, IMAGENET_IMAGES)
+    assert need.images == pytest.approx(1600 * IMAGENET_IMAGES, rel=1e-5)
+    assert need.days * 86400 * plan.images_per_second == pytest.approx(need.images)
+    assert need.gpu_hours == pytest.approx(need.days * 24 * 16)
+    assert need.images_per_node == pytest.approx(plan.images_per_second / 2)
+    assert need.cores_per_node == pytest.approx(need.images_per_node / 240)
+    assert need.checkpoint_bytes == 16 * count_parameters(run.model).local
+
+
+def test_published_utilisation_is_reproduced_from_the_published_rates() -> None:
+    published = {28.9, 27.3, 44.5, 42.7}  # of the four NeMo runs: the anchors' own arithmetic
+    anchors = validate()
+    assert {round(100 * anchor.plan.mfu / anchor.ratio, 1) for anchor in anchors[:4]} == published
+    assert all(anchor.ratio > 1 for anchor in anchors)  # the planner's time is a lower bound
+
+
+@pytest.mark.parametrize(("gpus", "words"), [(0, "at least 1"), (7, "no layout divides"), (1 << 20, "no layout")])
+def test_an_impossible_number_of_gpus_is_named(gpus: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        find_plans(RECIPES["nepa_b"](), gpus, H100)
+
+
+def test_a_layout_that_the_model_refuses_is_named() -> None:
+    with pytest.raises(ConfigError, match="num_heads"):
+        predict(RECIPES["nepa_b"](), Layout(8, 8), H100)
+    assert ModelConfig().num_heads == 12

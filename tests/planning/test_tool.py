@@ -1,0 +1,72 @@
+"""tools/plan_run.py as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_nepa.config import ConfigError
+from tools.plan_run import main
+
+
+def test_table_and_details(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--recipe", "nepa_7b", "--gpus", "512", "--top", "3"])
+    text = capsys.readouterr().out
+    assert "nepa_7b on 512 x H100 SXM 80 GB: 6.72 billion parameters" in text
+    assert "Predicted, not measured." in text
+    for heading in ("Memory of a GPU", "Time of a step", "Collectives", "Kernels", "Data:", "Checkpoint:", "Run:"):
+        assert heading in text
+    assert "deepspeed pretrain_nepa.py --ds_config ds_configs/zero2.json --recipe nepa_7b" in text
+
+
+def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--recipe", "nepa_l", "--gpus", "16", "--json", "--top", "2"])
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["images_per_second"] >= second["images_per_second"]
+    assert first["memory_bytes"]["total"] == pytest.approx(
+        sum(amount for part, amount in first["memory_bytes"].items() if part != "total")
+    )
+    assert {"layout", "step_seconds", "mfu", "collectives", "requirements", "command"} <= first.keys()
+
+
+def test_plot_is_a_picture(tmp_path: Path) -> None:
+    main(["--recipe", "nepa_b", "--json", "--top", "1", "--plot", str(tmp_path / "scaling.png")])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["scaling.png"]
+
+
+def test_validation_table(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--validate"])
+    text = capsys.readouterr().out
+    assert "1,428" in text
+    assert "21,561" in text
+    assert "in 3 days" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpus", "24"], "no layout divides global_batch_size 4096 over 24 GPUs"),
+        (["--gpu", "z9"], "--gpu z9 is unknown; there are h100, a100."),
+        (["--top", "0"], "--top is 0; it must be at least 1."),
+        (["--global_batch_size", "0"], "global_batch_size is 0; it must be at least 1."),
+        (["--plot", "no/such/folder.png"], "--plot no/such/folder.png cannot be written"),
+    ],
+)
+def test_a_mistake_is_named(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        main(arguments)
+
+
+def test_a_mistake_is_one_line_and_a_status() -> None:
+    tool = Path(__file__).parents[2] / "tools" / "plan_run.py"
+    command = [sys.executable, str(tool), "--recipe", "nepa_x"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("plan_run: --recipe nepa_x is unknown; there are quickstart")
+    assert result.stderr.count("\n") == 1
