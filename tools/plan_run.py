@@ -14,6 +14,7 @@ activation checkpointing) and prints the best first:
     ckpt         whether blocks are computed again in the backward pass, to keep less
     GB           of one GPU at its peak, in bf16; "fits" compares it with what an 80 GB part can give to a run
     MFU          model FLOP/s over the GPUs' dense bf16 peak; computing blocks again lowers it
+    images/s     "<" marks a bound only: the kernels are so short that the host launches them more slowly
     waits        share of the step in which a GPU waits for others
 
 Reading it. A replica that fits on one GPU rarely gains from tensor parallelism: it is for models that do not, and for
@@ -23,7 +24,7 @@ ZeRO 1 reduces once, and keeps 6 bytes a parameter more. Where "waits" is large,
 How far to trust it. Memory and collectives are counted: --dry_run runs the real model and DeepSpeed on tensors without
 memory, for any number of ranks, and prints both. Time is a roofline: the best matrix products that were measured on
 the part, everything else at the data sheet's bandwidth, NCCL's own latencies. It leaves out the host's work for each
-kernel, slow ranks, the data and the file system, so it is the best case; --validate says how far from
+kernel, slow ranks, the data and the file system, so it is the best case: --validate says how far from
 published runs. NVIDIA's own ViT-g runs reached 52 to 66 % of it.
 """
 
@@ -51,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=8, help="in nodes of eight (8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (h100)")
     parser.add_argument("--global_batch_size", type=int, help="images of a step (the recipe's)")
-    parser.add_argument("--num_images", type=int, default=IMAGENET_IMAGES, help="of the data set (ImageNet's 1,281,167)")
+    parser.add_argument("--num_images", type=int, default=IMAGENET_IMAGES, help="of the data (1,281,167: ImageNet)")
     parser.add_argument("--top", type=int, default=10, help="plans that are printed (10)")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON, in bytes and seconds")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw images/s from 8 to 4,096 GPUs")

@@ -13,10 +13,12 @@ A tensor-parallel rank calls, in one micro-batch, with [N, D] all rows in bf16 (
 | forward again, under activation checkpointing | | | 2 [N, D] |
 | outside the blocks, where ranks share the images | 1 [N, D] | | 1: embedding |
 
-DeepSpeed's step adds all-reduces of single numbers, for the gradient norm and for what is not finite: 3 over either group
-under ZeRO 2, 1 over the tensor-parallel ranks under ZeRO 1. Over the data-parallel ranks, with P the rank's numbers: ZeRO 2 reduces every part of the gradients to its owner in fp32, 4 P bytes a micro-batch in
-at least one call an owner; ZeRO 1 all-reduces 4 P bytes once a step; both gather 2 P bytes of new weights at its end,
-a call for each of the two parameter groups.
+DeepSpeed's step adds all-reduces of single numbers, for the gradient norm and for what is not finite: 3 over either
+group under ZeRO 2, 1 over the tensor-parallel ranks under ZeRO 1.
+
+Over the data-parallel ranks, with P the rank's numbers: ZeRO 2 reduces every part of the gradients to its owner in
+fp32, 4 P bytes a micro-batch in at least one call an owner; ZeRO 1 all-reduces 4 P bytes once a step; both gather 2 P
+bytes of new weights at its end, a call for each of the two parameter groups.
 """
 
 from __future__ import annotations

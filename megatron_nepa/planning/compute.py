@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.planning.hardware import Gpu
 from megatron_nepa.planning.layout import Layout, count_parameters
-from megatron_nepa.planning.memory import BF16, FP32
+from megatron_nepa.planning.memory import BF16
 
 # what reads and writes an element: AdamW gradient, master, moments in and out (28 bytes), average (12), gradient norm
 # and clipping (12), bf16 weights (6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +96,6 @@ class Recorder(TorchDispatchMode):
         key = (kind, dist.ProcessGroup.unbox(group).size())
         self.traffic.calls[key] += 1
         self.traffic.bytes[key] += whole
-
 
 
 def _is_fake(tensor: Any) -> bool:

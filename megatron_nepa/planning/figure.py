@@ -44,7 +44,12 @@ def draw_scaling(run: RunConfig, gpu: Gpu, path: Path) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         ideal = [rates[0] / counts[0] * count for count in counts]
         top.plot(counts, ideal, color=GREY, linewidth=1.2, linestyle="--", label=f"linear from {counts[0]} GPUs")
-        top.plot(counts, rates, color=BLUE, linewidth=2, marker="o", label="best plan (tensor-parallel size, x micro-batch)")
+        top.plot(counts, rates, color=BLUE, linewidth=2, marker="o", label="best plan (TP size, x micro-batch)")
+        doubtful = [(plan.layout.gpus, plan.images_per_second) for plan in plans if plan.host_bound]
+        if doubtful:
+            hollow = {"linestyle": "none", "marker": "o", "markerfacecolor": "white", "markeredgecolor": BLUE}
+            label = "too hopeful: the host launches kernels more slowly than they run"
+            top.plot(*zip(*doubtful, strict=True), **hollow, label=label)  # type: ignore[arg-type]
         for plan in plans:
             layout = plan.layout
             name = f"TP {layout.tensor_parallel_size}\nx{layout.micro_batch_size}"

@@ -53,9 +53,7 @@ class Layout:
 
     def apply(self, run: AnyRun) -> AnyRun:
         """``run`` spread in this way."""
-        parallel = ParallelConfig(
-            self.tensor_parallel_size, self.sequence_parallel, self.activation_checkpointing
-        )
+        parallel = ParallelConfig(self.tensor_parallel_size, self.sequence_parallel, self.activation_checkpointing)
         return replace(run, parallel=parallel, micro_batch_size=self.micro_batch_size, dtype="bf16", compile=False)
 
     def describe(self) -> str:

@@ -14,6 +14,9 @@ from megatron_nepa.planning.memory import BUCKET_NUMBERS, Memory, plan_memory
 from megatron_nepa.training.flops import train_flops
 
 LARGEST_MICRO_BATCH = 1024
+# Seconds that a block's kernels, about 50 forward and backward, take the host to launch at 10 us each: an assumption,
+# which changes no prediction and marks those that it makes doubtful.
+HOST_SECONDS_OF_A_BLOCK = 0.5e-3
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Plan:
         time: of a step.
         images_per_second: of the whole run.
         mfu: model FLOP/s over the GPUs' dense bf16 peak.
+        host_bound: whether the host probably needs longer to launch a block's kernels than they run, so that the time
+            is too hopeful.
         collectives: of a micro-batch and of a step, each with its seconds.
     """
 
@@ -64,6 +69,7 @@ class Plan:
     time: StepTime
     images_per_second: float
     mfu: float
+    host_bound: bool
     collectives: list[tuple[Collective, float]]
 
 
@@ -83,6 +89,7 @@ def predict(run: RunConfig, layout: Layout, gpu: Gpu) -> Plan:
     collectives = [(each, each.seconds(rings[each.group])) for each in plan_collectives(run.model, layout)]
     time = step_time(run.model, layout, gpu, accumulation, collectives)
     rate = run.global_batch_size / time.total
+    block_seconds = sum(work.seconds for work in block_work(run.model, layout, gpu))
     return Plan(
         layout=layout,
         accumulation_steps=accumulation,
@@ -91,6 +98,7 @@ def predict(run: RunConfig, layout: Layout, gpu: Gpu) -> Plan:
         time=time,
         images_per_second=rate,
         mfu=rate * train_flops(run.model) / (layout.gpus * gpu.peak_flops),
+        host_bound=block_seconds < HOST_SECONDS_OF_A_BLOCK,
         collectives=collectives,
     )
 
@@ -163,7 +171,9 @@ def layouts(run: RunConfig, gpus: int) -> Iterator[Layout]:
     """The grid of :func:`find_plans`."""
     for size in (1, 2, 4, 8):
         replicas, rest = divmod(gpus, size)
-        if rest or run.global_batch_size % max(1, replicas) or run.model.num_heads % size or run.model.mlp_hidden_size % size:
+        if rest or run.global_batch_size % replicas:  # rest is not 0 where replicas is
+            continue
+        if run.model.num_heads % size or run.model.mlp_hidden_size % size:
             continue
         batch = run.global_batch_size // replicas
         powers = [2**i for i in range(LARGEST_MICRO_BATCH.bit_length()) if batch % 2**i == 0]

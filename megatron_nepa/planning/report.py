@@ -17,18 +17,19 @@ from megatron_nepa.planning.requirements import Requirements
 def format_table(plans: list[Plan], needs: list[Requirements]) -> str:
     """A line a plan, best first."""
     head = (
-        f"{'TP':>3} {'SP':<3}{'ZeRO':>5}{'micro':>6}{'x':>4} {'ckpt':<5}{'GB':>6} {'fits':<5}{'step ms':>9}"
-        f"{'images/s':>10}{'MFU':>7}{'days':>8}{'GPU-hours':>11}{'waits':>7}"
+        f"{'TP':>3} {'SP':<3}{'ZeRO':>5}{'micro':>6}{'x':>5} {'ckpt':<5}{'GB':>6} {'fits':<5}{'step ms':>10}"
+        f"{'images/s':>11}{'MFU':>7}{'days':>8}{'GPU-hours':>11}{'waits':>7}"
     )
     lines = [head]
     for plan, need in zip(plans, needs, strict=True):
         layout, time = plan.layout, plan.time
+        rate = f"{'< ' if plan.host_bound else ''}{plan.images_per_second:,.0f}"
         waits = (time.tensor_collectives + time.data_collectives) / time.total
         lines.append(
             f"{layout.tensor_parallel_size:>3} {_mark(layout.sequence_parallel):<3}{layout.zero_stage:>5}"
-            f"{layout.micro_batch_size:>6}{plan.accumulation_steps:>4} {_mark(layout.activation_checkpointing):<5}"
-            f"{plan.memory.total / 1e9:>6.1f} {'yes' if plan.fits else 'NO':<5}{time.total * 1e3:>9.1f}"
-            f"{plan.images_per_second:>10,.0f}{plan.mfu:>7.1%}{need.days:>8.2f}{need.gpu_hours:>11,.0f}{waits:>7.1%}"
+            f"{layout.micro_batch_size:>6}{plan.accumulation_steps:>5} {_mark(layout.activation_checkpointing):<5}"
+            f"{plan.memory.total / 1e9:>6.1f} {'yes' if plan.fits else 'NO':<5}{time.total * 1e3:>10.1f}"
+            f"{rate:>11}{plan.mfu:>7.1%}{need.days:>8.2f}{need.gpu_hours:>11,.0f}{waits:>7.1%}"
         )
     return "\n".join(lines)
 
@@ -39,9 +40,7 @@ def _mark(on: bool) -> str:
 
 def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> str:
     """The best plan at length: memory, time, collectives, kernels, data, and the command that starts it."""
-    memory = "\n".join(
-        f"  {name:<14}{amount / 1e9:>8.2f} GB" for name, amount in vars(plan.memory).items() if amount
-    )
+    memory = "\n".join(f"  {name:<14}{amount / 1e9:>8.2f} GB" for name, amount in vars(plan.memory).items() if amount)
     time = "\n".join(
         f"  {name.replace('_', ' '):<20}{seconds * 1e3:>9.2f} ms{seconds / plan.time.total:>8.1%}"
         for name, seconds in vars(plan.time).items()
@@ -49,7 +48,7 @@ def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> 
     )
     return "\n".join(
         [
-            f"Best plan: {plan.layout.describe()}, {plan.accumulation_steps} micro-batches a step",
+            f"Best plan: {plan.layout.describe()}, accumulating {plan.accumulation_steps}",
             "",
             f"Memory of a GPU at its peak, {plan.memory.total / 1e9:.2f} of {gpu.memory_bytes / 1e9:.0f} GB:",
             memory,
@@ -62,7 +61,7 @@ def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> 
             *_kernel_lines(run, plan, gpu),
             "",
             f"Data: {need.images_per_node:,.0f} images/s a node, {need.read_bytes_per_node / 1e9:.2f} GB/s of JPEGs, "
-            f"{need.cores_per_node:,.0f} CPU cores where no GPU decodes",
+            f"{need.cores_per_node:,.1f} CPU cores to decode them",
             f"Checkpoint: {need.checkpoint_bytes / 1e9:.1f} GB",
             f"Run: {need.steps:,} steps, {need.images:,} images, {need.days:.2f} days, {need.gpu_hours:,.0f} GPU-hours",
             "",
@@ -128,6 +127,7 @@ def to_dict(run: RunConfig, plan: Plan, need: Requirements) -> dict[str, Any]:
         "step_seconds": dataclasses.asdict(plan.time) | {"total": plan.time.total},
         "images_per_second": plan.images_per_second,
         "mfu": plan.mfu,
+        "host_bound": plan.host_bound,
         "collectives": [dataclasses.asdict(each) | {"seconds": seconds} for each, seconds in plan.collectives],
         "requirements": dataclasses.asdict(need),
         "command": command(run, plan),
@@ -138,6 +138,6 @@ def heading(run: RunConfig, gpus: int, gpu: Gpu) -> str:
     """What is planned, in a line."""
     numbers = count_parameters(run.model).local
     return (
-        f"{run.recipe} on {gpus} x {gpu.name}: {numbers / 1e9:.2f} billion parameters, "
+        f"{run.recipe} on {gpus} x {gpu.name}: {numbers / 1e6:,.1f} million parameters, "
         f"{run.global_batch_size:,} images a step. Predicted, not measured."
     )

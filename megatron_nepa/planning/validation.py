@@ -63,7 +63,7 @@ def validate() -> list[Anchor]:
     nepa_b = RECIPES["nepa_b_release"]()
     images = 1600 * IMAGENET_IMAGES
     found = []
-    for gpu, gpus, rate in (("h100", 8, 1428), ("h100", 128, 21561), ("a100", 8, 693), ("a100", 128, 10644)):
+    for gpu, gpus, rate in (("h100", 8, 1428.0), ("h100", 128, 21561.0), ("a100", 8, 693.0), ("a100", 128, 10644.0)):
         found.append(_anchor(NEMO, vit_g, gpu, gpus, rate))
     for gpus, days in ((8, 3), (8, 5), (16, 2), (16, 3)):
         rate = images / (days * SECONDS_OF_A_DAY)

@@ -17,7 +17,7 @@ from tools.plan_run import main
 def test_table_and_details(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--recipe", "nepa_7b", "--gpus", "512", "--top", "3"])
     text = capsys.readouterr().out
-    assert "nepa_7b on 512 x H100 SXM 80 GB: 6.72 billion parameters" in text
+    assert "nepa_7b on 512 x H100 SXM 80 GB: 6,716.8 million parameters" in text
     assert "Predicted, not measured." in text
     for heading in ("Memory of a GPU", "Time of a step", "Collectives", "Kernels", "Data:", "Checkpoint:", "Run:"):
         assert heading in text
