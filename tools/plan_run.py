@@ -36,19 +36,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.config import ConfigError, PretrainingConfig, require
 from megatron_nepa.planning.hardware import GPUS, Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.planning.report import format_details, format_table, heading, to_dict
 from megatron_nepa.planning.requirements import requirements
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, format_validation, validate
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="nepa_b", help=f"one of {', '.join(RECIPES)} (nepa_b)")
+    parser.add_argument("--recipe", default="nepa_b", help=f"one of {', '.join(PRETRAINING_RECIPES)} (nepa_b)")
     parser.add_argument("--gpus", type=int, default=8, help="in nodes of eight (8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (h100)")
     parser.add_argument("--global_batch_size", type=int, help="images of a step (the recipe's)")
@@ -88,12 +88,15 @@ def main(arguments: list[str] | None = None) -> None:
         print_dry_run(run, plans[0])
 
 
-def read_run(args: argparse.Namespace) -> RunConfig:
+def read_run(args: argparse.Namespace) -> PretrainingConfig:
     """The recipe with the command line's batch."""
-    require(args.recipe in RECIPES, f"--recipe {args.recipe} is unknown; there are {', '.join(RECIPES)}.")
+    require(
+        args.recipe in PRETRAINING_RECIPES,
+        f"--recipe {args.recipe} is unknown; there are {', '.join(PRETRAINING_RECIPES)}.",
+    )
     for name in ("num_images", "top"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}; it must be at least 1.")
-    run = RECIPES[args.recipe]()
+    run = PRETRAINING_RECIPES[args.recipe]()
     return run if args.global_batch_size is None else replace(run, global_batch_size=args.global_batch_size)
 
 
@@ -103,7 +106,7 @@ def read_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
-def print_dry_run(run: RunConfig, plan: Plan) -> None:
+def print_dry_run(run: PretrainingConfig, plan: Plan) -> None:
     """Count a step of ``plan`` and print the counts beside the formulas."""
     from megatron_nepa.planning.dry_run import compare, dry_run
 

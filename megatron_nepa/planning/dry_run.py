@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_nepa.config import IMAGE_CHANNELS, ParallelConfig, require
+from megatron_nepa.config import IMAGE_CHANNELS, PretrainingConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
@@ -46,11 +46,11 @@ class Counted:
     step: Traffic
 
 
-def dry_run(run: Any, layout: Layout) -> Counted:
+def dry_run(run: PretrainingConfig, layout: Layout) -> Counted:
     """Count a step of ``run`` spread as ``layout`` says, as rank 0 sees it.
 
     Args:
-        run: config of a pre-training run.
+        run: what is trained.
         layout: how it is spread.
 
     Raises:
@@ -62,7 +62,7 @@ def dry_run(run: Any, layout: Layout) -> Counted:
     resolved = resolve(run, config, layout.data_parallel_size)
     join_fake_group(layout.gpus)
     topology = build_topology(torch.device("cpu"), layout.tensor_parallel_size)
-    model = build_without_memory(run, run.parallel, topology.tensor)
+    model = build_without_memory(run, topology.tensor)
     recorder = Recorder()
     with warnings.catch_warnings(), FakeTensorMode(), recorder:
         warnings.simplefilter("ignore")
@@ -109,10 +109,10 @@ def join_fake_group(world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
 
 
-def build_without_memory(run: Any, parallel: ParallelConfig, tensor: TensorGroup) -> NepaForPretraining:
+def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> NepaForPretraining:
     """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
     with torch.device("meta"):
-        return NepaForPretraining(run.model, run.objective, parallel, run.seed, tensor, gpu_kernels())
+        return NepaForPretraining(run.model, run.objective, run.parallel, run.seed, tensor, gpu_kernels())
 
 
 def gpu_kernels() -> Kernels:
@@ -148,7 +148,7 @@ def _zero_options(stage: int) -> dict[str, Any]:
     return sizes | ({"overlap_comm": True, "contiguous_gradients": True} if stage == 2 else {})
 
 
-def _step(engine: TrainingEngine, run: Any, layout: Layout, recorder: Recorder) -> Counted:
+def _step(engine: TrainingEngine, run: PretrainingConfig, layout: Layout, recorder: Recorder) -> Counted:
     state = recorder.live
     recorder.start()
     shape = (layout.images_per_rank, IMAGE_CHANNELS, run.model.image_size, run.model.image_size)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, ParallelConfig, RunConfig
-
-AnyRun = TypeVar("AnyRun", bound=RunConfig)
+from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, ParallelConfig, Run
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Layout:
         rows = self.micro_batch_size * model.sequence_length
         return -(-rows // self.tensor_parallel_size) if self.sequence_parallel else rows
 
-    def apply(self, run: AnyRun) -> AnyRun:
+    def apply(self, run: Run) -> Run:
         """``run`` spread in this way."""
         parallel = ParallelConfig(self.tensor_parallel_size, self.sequence_parallel, self.activation_checkpointing)
         return replace(run, parallel=parallel, micro_batch_size=self.micro_batch_size, dtype="bf16", compile=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_nepa.config import ModelConfig, RunConfig
 from megatron_nepa.planning.hardware import GPUS
 from megatron_nepa.planning.plan import Plan, find_plans
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 
 IMAGENET_IMAGES = 1_281_167
 SECONDS_OF_A_DAY = 86400
@@ -59,8 +59,8 @@ def validate() -> list[Anchor]:
     Their batch sizes are not published (NeMo) or the recipe's (the authors, who name a range of days): the planner
     takes 4,096 images a step, and its best layout.
     """
-    vit_g = replace(RECIPES["nepa_g"](), model=VIT_G)
-    nepa_b = RECIPES["nepa_b_release"]()
+    vit_g = replace(PRETRAINING_RECIPES["nepa_g"](), model=VIT_G)
+    nepa_b = PRETRAINING_RECIPES["nepa_b_release"]()
     images = 1600 * IMAGENET_IMAGES
     found = []
     for gpu, gpus, rate in (("h100", 8, 1428.0), ("h100", 128, 21561.0), ("a100", 8, 693.0), ("a100", 128, 10644.0)):

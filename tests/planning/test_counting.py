@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_nepa.config import ObjectiveConfig, RunConfig
+from megatron_nepa.config import ObjectiveConfig, PretrainingConfig
 from megatron_nepa.models.transformer import Block
 from megatron_nepa.parallel.topology import build_topology
 from megatron_nepa.planning.communication import plan_collectives
@@ -16,18 +16,18 @@ from megatron_nepa.planning.counting import Recorder, Traffic
 from megatron_nepa.planning.dry_run import Counted, build_without_memory, dry_run, expected_traffic, join_fake_group
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.memory import plan_memory
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 from tests.distributed.cases import MODEL, Case, build_engine, local_samples, sample_images
 from tests.distributed.ranks import run_ranks
 
 
-def short_run(recipe: str, layout: Layout, accumulation_steps: int, layers: int) -> RunConfig:
-    run = RECIPES[recipe]()
+def short_run(recipe: str, layout: Layout, accumulation_steps: int, layers: int) -> PretrainingConfig:
+    run = PRETRAINING_RECIPES[recipe]()
     batch = layout.micro_batch_size * layout.data_parallel_size * accumulation_steps
     return replace(run, model=replace(run.model, num_layers=layers), global_batch_size=batch)
 
 
-def count_step(run: RunConfig, layout: Layout) -> Counted:
+def count_step(run: PretrainingConfig, layout: Layout) -> Counted:
     dist.destroy_process_group()  # of the forked rank
     return dry_run(run, layout)
 
@@ -83,12 +83,12 @@ def compare(expected: Traffic, counted: Traffic, layout: Layout) -> None:
         assert abs(counted.bytes[key] - expected.bytes[key]) <= (padding if key[1] == layout.data_parallel_size else 0)
 
 
-def count_micro_batch(run: RunConfig, layout: Layout, extra: bool) -> Traffic:
+def count_micro_batch(run: PretrainingConfig, layout: Layout, extra: bool) -> Traffic:
     dist.destroy_process_group()
     run = layout.apply(run)
     join_fake_group(layout.gpus)
     tensor = build_topology(torch.device("cpu"), layout.tensor_parallel_size).tensor
-    model = build_without_memory(run, run.parallel, tensor).bfloat16()
+    model = build_without_memory(run, tensor).bfloat16()
     if extra:
         block = model.trunk.blocks[1]
         assert isinstance(block, Block)
@@ -101,13 +101,13 @@ def count_micro_batch(run: RunConfig, layout: Layout, extra: bool) -> Traffic:
     return recorder.traffic
 
 
-def expected_of_a_micro_batch(run: RunConfig, layout: Layout) -> Traffic:
+def expected_of_a_micro_batch(run: PretrainingConfig, layout: Layout) -> Traffic:
     found = plan_collectives(run.model, layout)
     return expected_traffic([each for each in found if each.group == "tensor" and each.phase != "step"], layout)
 
 
 def test_nepa_7b_on_1024_ranks_calls_what_the_formula_says() -> None:
-    run, layout = RECIPES["nepa_7b"](), Layout(1024, 8, True, micro_batch_size=32)
+    run, layout = PRETRAINING_RECIPES["nepa_7b"](), Layout(1024, 8, True, micro_batch_size=32)
     counted = run_ranks(1, count_micro_batch, run, layout, False)[0]
     assert counted == expected_of_a_micro_batch(run, layout)
     assert counted.calls == {("all_gather", 8): 240, ("reduce_scatter", 8): 160, ("all_reduce", 8): 43}

@@ -20,16 +20,16 @@ from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.plan import find_plans, predict
 from megatron_nepa.planning.requirements import requirements
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
-from megatron_nepa.recipes import RECIPES
+from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.training.flops import forward_flops
 
 H100 = GPUS["h100"]
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(PRETRAINING_RECIPES))
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_parameters_are_those_of_the_model(name: str, size: int) -> None:
-    model = replace(RECIPES[name]().model, num_layers=2)
+    model = replace(PRETRAINING_RECIPES[name]().model, num_layers=2)
     if model.num_heads % size or model.mlp_hidden_size % size:
         pytest.skip("not a divisor")
     with torch.device("meta"):
@@ -41,14 +41,14 @@ def test_parameters_are_those_of_the_model(name: str, size: int) -> None:
 
 
 def test_release_has_its_published_parameters() -> None:
-    assert count_parameters(RECIPES["nepa_b_release"]().model).local == 85_527_552
-    assert count_parameters(RECIPES["nepa_l_release"]().model).local == 302_967_808
+    assert count_parameters(PRETRAINING_RECIPES["nepa_b_release"]().model).local == 85_527_552
+    assert count_parameters(PRETRAINING_RECIPES["nepa_l_release"]().model).local == 302_967_808
 
 
 @pytest.mark.parametrize("name", ["nepa_b", "nepa_l_release", "nepa_7b"])
 @pytest.mark.parametrize("size", [1, 8])
 def test_tensor_parallel_ranks_share_the_flops_of_the_forward_pass(name: str, size: int) -> None:
-    model = RECIPES[name]().model
+    model = PRETRAINING_RECIPES[name]().model
     if model.num_heads % size:
         model = replace(model, num_heads=16)
     layout = Layout(size, size, size > 1, micro_batch_size=8)
@@ -59,7 +59,7 @@ def test_tensor_parallel_ranks_share_the_flops_of_the_forward_pass(name: str, si
 
 
 def test_fused_operations_move_what_their_kernels_must() -> None:
-    model, batch = RECIPES["nepa_b"]().model, 4
+    model, batch = PRETRAINING_RECIPES["nepa_b"]().model, 4
     names = {"qk_norm_rope": "QK-norm and RoPE", "swiglu": "SwiGLU", "residual_norm": "residual and norm"}
     names["cosine_loss"] = "loss"
     layout = Layout(1, micro_batch_size=batch)
@@ -97,11 +97,11 @@ def test_groups_lie_where_the_topology_puts_them() -> None:
 
 
 def test_no_collectives_on_one_gpu() -> None:
-    assert plan_collectives(RECIPES["nepa_b"]().model, Layout(1)) == []
+    assert plan_collectives(PRETRAINING_RECIPES["nepa_b"]().model, Layout(1)) == []
 
 
 def test_best_plans_come_first_and_fit() -> None:
-    plans = find_plans(RECIPES["nepa_7b"](), 8, H100)
+    plans = find_plans(PRETRAINING_RECIPES["nepa_7b"](), 8, H100)
     fitting = [plan for plan in plans if plan.fits]
     assert 0 < len(fitting) < len(plans)
     assert plans[: len(fitting)] == fitting
@@ -114,7 +114,7 @@ def test_best_plans_come_first_and_fit() -> None:
 
 
 def test_recomputation_trades_time_for_memory() -> None:
-    run = RECIPES["nepa_l"]()
+    run = PRETRAINING_RECIPES["nepa_l"]()
     kept, recomputed = (
         predict(run, Layout(8, micro_batch_size=128, activation_checkpointing=on), H100) for on in (False, True)
     )
@@ -124,7 +124,7 @@ def test_recomputation_trades_time_for_memory() -> None:
 
 
 def test_requirements_follow_from_the_step() -> None:
-    run = RECIPES["nepa_b"]()
+    run = PRETRAINING_RECIPES["nepa_b"]()
     plan = predict(run, Layout(16, micro_batch_size=256), H100)
     need = requirements(run, plan, IMAGENET_IMAGES)
     assert need.images == pytest.approx(1600 * IMAGENET_IMAGES, rel=1e-5)
@@ -145,10 +145,10 @@ def test_published_utilisation_is_reproduced_from_the_published_rates() -> None:
 @pytest.mark.parametrize(("gpus", "words"), [(0, "at least 1"), (7, "no layout divides"), (1 << 20, "no layout")])
 def test_an_impossible_number_of_gpus_is_named(gpus: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        find_plans(RECIPES["nepa_b"](), gpus, H100)
+        find_plans(PRETRAINING_RECIPES["nepa_b"](), gpus, H100)
 
 
 def test_a_layout_that_the_model_refuses_is_named() -> None:
     with pytest.raises(ConfigError, match="num_heads"):
-        predict(RECIPES["nepa_b"](), Layout(8, 8), H100)
+        predict(PRETRAINING_RECIPES["nepa_b"](), Layout(8, 8), H100)
     assert ModelConfig().num_heads == 12
