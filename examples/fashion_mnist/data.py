@@ -1,4 +1,4 @@
-"""Fashion-MNIST as JPEG files and indexes: the 60,000 training and 10,000 test photographs, and fractions of the labels.
+"""Fashion-MNIST as JPEG files and indexes: 60,000 training and 10,000 test photographs, and fractions of the labels.
 
     FOLDER/train/T-shirt/00017.jpg ...   FOLDER/test/...
     FOLDER/train.index   FOLDER/train_10.index   FOLDER/train_1.index   FOLDER/test.index

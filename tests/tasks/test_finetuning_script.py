@@ -1,0 +1,119 @@
+"""The classification script as a user runs it: start from a trunk, evaluate, keep the best, stop and continue."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.runs import make_images, pretrain, read_metrics, signal_in_step
+from tests.tasks.labelled import TINY, finetune, make_labelled
+
+TRUNK = [flag for flag in TINY if flag.startswith(("--model", "--dtype", "--data.num"))]
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-training run that two tensor-parallel ranks wrote."""
+    folder = tmp_path_factory.mktemp("trunk")
+    flags = [*TRUNK, "--steps=3", "--global_batch_size=8", "--micro_batch_size=8", "--base_lr=0.1"]
+    grid = ["--tensor_parallel_size=2", "--sequence_parallel", "--model.bos_token=false"]
+    data = f"--data={make_images(folder / 'images')}"
+    assert run_ranks(2, pretrain, [*flags, *grid, data, f"--output_dir={folder / 'run'}"]) == [None, None]
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("labelled")
+    return {"train": make_labelled(folder / "train", 8), "val": make_labelled(folder / "val", 5)}
+
+
+def flags_of(labelled: dict[str, Path], output_dir: Path) -> list[str]:
+    return [
+        *TINY,
+        "--steps=6",
+        "--evaluation.every=2",
+        "--keep_last=1",
+        "--save_every=1000",
+        "--log_every=1",
+        "--base_lr=0.2",
+        "--optimizer.ema_warmup",
+        f"--data={labelled['train']}",
+        f"--validation_data={labelled['val']}",
+        f"--output_dir={output_dir}",
+    ]
+
+
+def finetune_stopped(flags: list[str], step: int) -> str | None:
+    signal_in_step(step)
+    return finetune(flags)
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = re.compile("_ms|per_|mfu|memory")
+    return [{key: value for key, value in row.items() if not timed.search(key)} for row in rows]
+
+
+def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str, Path], tmp_path: Path) -> None:
+    flags = flags_of(labelled, tmp_path / "run")
+    assert run_ranks(1, finetune, [*flags, f"--init_from={trunk}"]) == [None]
+    rows = read_metrics(tmp_path / "run")
+    evaluated = [row["step"] for row in rows if "val_top1" in row]
+    assert evaluated == [2, 4, 6]
+    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
+    assert best["metric"] == "val_ema_top1"
+    assert best["value"] == max(row["val_ema_top1"] for row in rows if "val_top1" in row)
+    assert (tmp_path / "run/checkpoints" / best["checkpoint"]).is_dir()
+    kept = {path.name for path in (tmp_path / "run/checkpoints").glob("step_*")}
+    assert kept == {best["checkpoint"], "step_00000006"}
+
+    # evaluated alone, on two ranks, the best checkpoint reaches what it did in training
+    assert run_ranks(2, finetune, [*flags, "--evaluate_only"]) == [None, None]
+    alone = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert alone["top1"] == best["value"]
+    assert best["checkpoint"] in alone["weights"]
+
+    # the same weights, raw: another number of the log
+    raw = [f"--init_from={tmp_path / 'run/checkpoints/step_00000006'}", "--init_weights=raw"]
+    assert run_ranks(1, finetune, [*flags_of(labelled, tmp_path / "other"), "--evaluate_only", *raw]) == [None]
+    assert json.loads((tmp_path / "other/evaluation.json").read_text())["loss"] == pytest.approx(
+        rows[-1]["val_loss"], abs=1e-9
+    )
+
+
+def test_a_stopped_run_continues_bit_for_bit(labelled: dict[str, Path], tmp_path: Path) -> None:
+    whole, stopped = flags_of(labelled, tmp_path / "whole"), flags_of(labelled, tmp_path / "stopped")
+    assert run_ranks(1, finetune, whole) == [None]
+    assert "RunStopped" in run_ranks(1, finetune_stopped, stopped, 3)[0]
+    assert run_ranks(1, finetune, stopped) == [None]
+    assert without_times(read_metrics(tmp_path / "stopped")) == without_times(read_metrics(tmp_path / "whole"))
+
+
+def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, Path], tmp_path: Path) -> None:
+    flat = make_images(tmp_path / "flat", 3)
+    fewer = make_labelled(tmp_path / "fewer", 2, ("blue", "red"))
+    wider = [f"--init_from={trunk}", "--model.hidden_size=64"]
+    cases: list[tuple[list[str], str]] = [
+        ([f"--data={flat}"], "without a label"),
+        (["--data=synthetic"], "no labels"),
+        ([f"--validation_data={fewer}"], r"3 classes .* 2: 1 .*green"),
+        (["--head.num_classes=2"], "label 2, but the classifier has 2 classes"),
+        (wider, "hidden_size"),
+        (["--evaluation.resize_size=16"], "smaller than the crop"),
+    ]
+    outcomes = run_ranks(1, _all, [[*flags_of(labelled, tmp_path / "run"), *case] for case, _ in cases])[0]
+    for (_, message), outcome in zip(cases, outcomes, strict=True):
+        assert outcome is not None
+        assert outcome.startswith("ConfigError: ")
+        assert re.search(message, outcome), outcome
+        assert "\n" not in outcome
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def _all(commands: list[list[str]]) -> list[str | None]:
+    return [finetune(flags) for flags in commands]
