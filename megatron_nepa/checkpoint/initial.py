@@ -1,6 +1,7 @@
 """``--init_from``: a run whose first weights are a checkpoint's or a release's, with a fresh optimizer at step 0.
 
-The trunk must be the checkpoint's. Whatever lies outside it is the head of a task, and may be new, or left behind.
+The trunk must be the checkpoint's, but for the patch and image size, to which its patch embedding and learned positions
+are resampled. Whatever lies outside it is the head of a task, and may be new, or left behind.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -23,13 +26,13 @@ from megatron_nepa.checkpoint.state import TrainState, empty_weights, restore_we
 from megatron_nepa.checkpoint.store import quiet_torch_checkpoint
 from megatron_nepa.checkpoint.weights import Choice, choose_kind, describe_origin, names_of, stored_tensors
 from megatron_nepa.config import ModelConfig, require
+from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.layers import layout_of
 
 # parameters of a trunk that a run may have without their being in the checkpoint: they keep their initial values
 _OPTIONAL = ("mask_token", "q_norm", "k_norm")
 # what makes two trunks different models; LayerScale is by whether there is one
 _STRUCTURE = (
-    "patch_size",
     "hidden_size",
     "num_layers",
     "num_heads",
@@ -60,23 +63,27 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig,
     """
     wanted = empty_weights(train)
     source = _of_release(train, path, choice) if is_release(Path(path)) else _of_checkpoint(train, path, choice)
-    _require_same_trunk(source, wanted, model)
+    adapters = _adapters(source.model, model)
+    _require_same_trunk(source, wanted, model, adapters)
     taken = {
         name: value for name, value in wanted.items() if name in source.shapes and (_is_trunk(name) or not reset_head)
     }
-    misfits = _misfits(source, taken)
+    misfits = _misfits(source, {name: value for name, value in taken.items() if name not in adapters})
     require(
         not misfits,
         f"--init_from {path} holds another head: {'; '.join(misfits)}; give --reset_head to draw this one anew.",
     )
-    source.read_into(taken)
-    restore_weights(train, taken)
+    as_stored = {name: torch.empty(source.shapes[name]) for name in adapters}
+    source.read_into({**taken, **as_stored})
+    restore_weights(train, {**taken, **{name: adapt(as_stored[name]) for name, adapt in adapters.items()}})
 
     lines = [f"starting from the {source.origin}"]
     initial = [name for name in wanted if name not in taken]
     left_out = sorted(name for name in source.shapes if name not in wanted and not _is_trunk(name))
     if initial:
         lines.append(f"  at their initial values: {_summary(initial)}")
+    if adapters:
+        lines.append(f"  resampled to this patch and image size: {', '.join(adapters)}")
     if left_out:
         lines.append(f"  left out, of a head that this model does not have: {_summary(left_out)}")
     ours = asdict(model)
@@ -147,8 +154,23 @@ def _of_release(train: TrainState, path: str, choice: Choice) -> _Source:
     return _Source(path, "; ".join([weights.origin, *notes]), asdict(weights.model), shapes, read_into)
 
 
-def _require_same_trunk(source: _Source, wanted: dict[str, Tensor], model: ModelConfig) -> None:
-    ours, theirs = _trunk_names(wanted), _trunk_names(source.shapes)
+def _adapters(theirs: dict[str, Any], ours: ModelConfig) -> dict[str, Callable[[Tensor], Tensor]]:
+    """How the parameters that have another shape for another patch or image size become ours, by name."""
+    adapters: dict[str, Callable[[Tensor], Tensor]] = {}
+    if theirs["patch_size"] != ours.patch_size and theirs["hidden_size"] == ours.hidden_size:
+        adapters["trunk.embedding.weight"] = partial(resample_patch_kernel, patch_size=ours.patch_size)
+    grid = theirs["image_size"] // theirs["patch_size"]
+    both_learned = theirs["position_embedding"] == ours.position_embedding == "learned"
+    same_tokens = (theirs["hidden_size"], theirs["bos_token"]) == (ours.hidden_size, ours.bos_token)
+    if both_learned and same_tokens and grid != ours.grid_size:
+        adapters["trunk.embedding.positions"] = partial(resample_positions, old_grid=grid, new_grid=ours.grid_size)
+    return adapters
+
+
+def _require_same_trunk(
+    source: _Source, wanted: dict[str, Tensor], model: ModelConfig, adapters: Iterable[str]
+) -> None:
+    ours, theirs = ([name for name in _trunk_names(names) if name not in adapters] for names in (wanted, source.shapes))
     problems = [f"{name} missing there" for name in ours if name not in theirs and not name.endswith(_OPTIONAL)]
     problems += [f"{name} left over there" for name in theirs if name not in ours and not name.endswith("mask_token")]
     problems += _misfits(source, {name: wanted[name] for name in ours if name in theirs})
@@ -165,8 +187,6 @@ def _require_same_trunk(source: _Source, wanted: dict[str, Tensor], model: Model
 def _structure(model: dict[str, Any]) -> dict[str, Any]:
     values = {key: model[key] for key in _STRUCTURE}
     values["layer_scale"] = "absent" if model["layer_scale_init"] is None else "present"
-    if model["position_embedding"] == "learned":
-        values["image_size"] = model["image_size"]
     return values
 
 

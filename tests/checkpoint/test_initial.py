@@ -18,6 +18,7 @@ from megatron_nepa.checkpoint.release_folder import write_release
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress
 from megatron_nepa.checkpoint.weights import read_weights
 from megatron_nepa.config import ConfigError
+from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.topology import Topology
 from tests.checkpoint.test_conversion import RELEASABLE, save_on
 from tests.distributed.cases import Case, Grid, build_engine, build_run, join_state
@@ -135,6 +136,19 @@ def test_a_head_that_the_model_has_not_is_left_out(classifier: Path) -> None:
     assert "left out, of a head that this model does not have: classifier.* (2 tensors), fc_norm.* (2 tensors)" in said
 
 
+def test_another_patch_and_image_size_are_resampled_to(tmp_path: Path) -> None:
+    there, here = replace(RELEASABLE, position_embedding="learned"), {"image_size": 112, "patch_size": 16}
+    expected = run_ranks(1, save_on, Case(model=there), tmp_path)[0]
+    case = Case(model=replace(there, **here), grid=Grid(tensor_size=2))
+    state, said = run_ranks(2, start, case, tmp_path, "raw")[0]
+    weight, positions = (f"master.trunk.embedding.{name}" for name in ("weight", "positions"))
+    assert torch.equal(state[weight], resample_patch_kernel(expected[weight], 16))
+    assert torch.equal(state[positions], resample_positions(expected[positions], 4, 7))
+    unequal = {key for key in state if key.startswith("master.") and not torch.equal(state[key], expected[key])}
+    assert unequal == {weight, positions}
+    assert "resampled to this patch and image size: trunk.embedding.weight, trunk.embedding.positions" in said
+
+
 def test_another_trunk_is_one_sentence_that_names_both_sides(
     saved: tuple[Path, dict[str, Tensor]], release: Path
 ) -> None:
@@ -142,7 +156,6 @@ def test_another_trunk_is_one_sentence_that_names_both_sides(
         "hidden_size 64 there, 32 here": {"hidden_size": 32},
         "num_layers 2 there, 3 here": {"num_layers": 3},
         "num_heads 4 there, 2 here": {"num_heads": 2, "qk_norm": "none"},
-        "patch_size 14 there, 28 here": {"patch_size": 28},
         "mlp swiglu there, gelu here": {"mlp": "gelu"},
         "qk_norm affine there, plain here": {"qk_norm": "plain"},
         "position_embedding none there, learned here": {"position_embedding": "learned"},
