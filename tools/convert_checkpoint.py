@@ -69,14 +69,14 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Compare the embeddings and the loss of two checkpoints of either format; exit status 1 where they differ."""
+    """Compare two checkpoints of either format on photographs, classifiers by logits; status 1 where they differ."""
     found = compare(args.first, args.second, args.weights)
     equal = found.largest_difference <= args.tolerance
     print(f"A  loss {found.losses[0]:.9f}  {found.origins[0]}")
     print(f"B  loss {found.losses[1]:.9f}  {found.origins[1]}")
     print(
-        f"largest difference of an embedding {found.largest_difference:.3g} (largest value "
-        f"{found.largest_embedding:.3g}, tolerance {args.tolerance:.3g}): {'the same' if equal else 'they differ'}"
+        f"largest difference of any {found.output} {found.largest_difference:.3g} (largest value "
+        f"{found.largest_value:.3g}, tolerance {args.tolerance:.3g}): {'the same' if equal else 'they differ'}"
     )
     return 0 if equal else 1
 

@@ -1,9 +1,10 @@
-"""Whether two checkpoints are the same model: their embeddings and loss on sample images, whatever their formats."""
+"""Whether two checkpoints are the same model: their outputs on sample images, whatever their formats."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from megatron_nepa.checkpoint.weights import Choice, Weights, read_consolidated,
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig, require
 from megatron_nepa.data.builtin import photograph_files
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.classifier import Classifier, Pooling
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
 
@@ -28,14 +30,16 @@ class Comparison:
 
     Attributes:
         origins: what was compared.
-        largest_difference: of any element of the predicted embeddings.
-        largest_embedding: largest element of the first model's, to judge it by.
-        losses: next-embedding loss of each.
+        output: what was compared: "logit" where both are classifiers, else "embedding" (predicted ones).
+        largest_difference: of any element.
+        largest_value: largest element of the first model's, to judge it by.
+        losses: next-embedding loss of each trunk.
     """
 
     origins: tuple[str, str]
+    output: Literal["logit", "embedding"]
     largest_difference: float
-    largest_embedding: float
+    largest_value: float
     losses: tuple[float, float]
 
 
@@ -47,7 +51,7 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
         choice: average or raw weights, where there are both; None takes the average where there is one.
 
     Raises:
-        ConfigError: where one cannot be read, or they take images of other sizes.
+        ConfigError: where one cannot be read, or their images or classes do not compare.
     """
     models = [read_any(path, choice) for path in (first, second)]
     a, b = (weights.model for weights in models)
@@ -60,10 +64,20 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
     (embedding, loss), (other_embedding, other_loss) = (_run(weights, images) for weights in models)
     # a BOS token's output stands in the first place of each sample, if only one has it
     patches, other_patches = (x[:, -a.num_patches :] for x in (embedding, other_embedding))
+    output: Literal["logit", "embedding"] = "embedding"
+    ours, theirs = patches, other_patches
+    if all("classifier.weight" in weights.tensors for weights in models):
+        output = "logit"
+        ours, theirs = (_logits(weights, images) for weights in models)
+        require(
+            ours.shape == theirs.shape,
+            f"{first} tells {ours.shape[1]} classes apart and {second} {theirs.shape[1]}: there is nothing to compare.",
+        )
     return Comparison(
         (models[0].origin, models[1].origin),
-        (patches - other_patches).abs().max().item(),
-        patches.abs().max().item(),
+        output,
+        (ours - theirs).abs().max().item(),
+        ours.abs().max().item(),
         (loss, other_loss),
     )
 
@@ -87,6 +101,17 @@ def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
     model.load_state_dict(trunk)
     output = model(images, torch.arange(images.shape[0]))
     return output.prediction.unflatten(0, (images.shape[0], -1)), output.loss.item()
+
+
+@torch.no_grad()
+def _logits(weights: Weights, images: Tensor) -> Tensor:
+    names = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
+    pooling: Pooling = "mean" if "fc_norm.weight" in names else "last"
+    num_classes = names["classifier.weight"].shape[0]
+    model = Classifier(weights.model, num_classes, pooling, ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
+    model.load_state_dict(names)
+    logits: Tensor = model(images, torch.arange(images.shape[0]))
+    return logits
 
 
 def _sample_images(model: ModelConfig) -> Tensor:

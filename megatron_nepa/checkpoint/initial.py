@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
-from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.resume import find_checkpoint, find_intact
 from megatron_nepa.checkpoint.state import TrainState, empty_weights, restore_weights
@@ -118,8 +117,7 @@ class _Source:
 
 def _of_checkpoint(train: TrainState, path: str, choice: Choice) -> _Source:
     checkpoint = find_checkpoint(path)
-    find_intact([checkpoint], train.topology)
-    manifest = read_manifest(checkpoint)
+    manifest = find_intact([checkpoint], train.topology).manifest
     kind = choose_kind(checkpoint, manifest, choice)
     stored = stored_tensors(checkpoint)
     # a frozen parameter has no average: it is its own

@@ -85,16 +85,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def verify_files(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> None:
+def verify_files(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, Any]:
     """Read a checkpoint's files and compare their checksums; each of several ranks reads its share.
+
+    Returns:
+        The checkpoint's :func:`read_manifest`.
 
     Raises:
         DamagedCheckpointError: naming the file that is not what was written.
     """
-    files = read_manifest(checkpoint)["files"]
+    manifest = read_manifest(checkpoint)
+    files = manifest["files"]
     for name in sorted(files)[rank::num_ranks]:
         if file_facts(checkpoint / name) != files[name]:
             raise DamagedCheckpointError(f"{checkpoint / name} does not have the checksum that it was written with")
+    return manifest
 
 
 def _checksum_piece(path: Path, start: int) -> int:

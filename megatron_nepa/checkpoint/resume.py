@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatron_nepa.checkpoint.agreement import on_all_ranks
-from megatron_nepa.checkpoint.manifest import STATE_FILE, DamagedCheckpointError, read_manifest, verify_files
+from megatron_nepa.checkpoint.manifest import STATE_FILE, DamagedCheckpointError, verify_files
 from megatron_nepa.checkpoint.state import TrainState, empty_state, restore_state, set_optimizer_step
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress, quiet_torch_checkpoint
 from megatron_nepa.config import ConfigError, RunConfig, require
@@ -25,10 +25,12 @@ class Found:
     Attributes:
         checkpoint: a verified one, or None for a fresh start.
         damage: what was wrong with newer ones, which it stands in for.
+        manifest: the checkpoint's, empty for a fresh start.
     """
 
     checkpoint: Path | None
     damage: tuple[str, ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
 def find_intact(candidates: list[Path], topology: Topology) -> Found:
@@ -39,10 +41,11 @@ def find_intact(candidates: list[Path], topology: Topology) -> Found:
     """
     damage: list[str] = []
     for checkpoint in candidates:
-        facts = on_all_ranks(topology, partial(_damage, checkpoint, topology))
+        manifest: dict[str, Any] = {}
+        facts = on_all_ranks(topology, partial(_damage, checkpoint, topology, manifest))
         fact = next((fact for fact in facts if fact is not None), None)
         if fact is None:
-            return Found(checkpoint, tuple(damage))
+            return Found(checkpoint, tuple(damage), manifest)
         damage.append(fact)
     require(
         not damage,
@@ -70,44 +73,49 @@ def find_checkpoint(path: str) -> Path:
     )
 
 
-def load(train: TrainState, checkpoint: Path, model: dict[str, Any]) -> Progress:
+def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: dict[str, Any]) -> Progress:
     """Restore a run on any grid from a checkpoint; every rank calls it.
 
     Args:
         train: filled in place.
         checkpoint: folder of a complete checkpoint.
+        manifest: of that checkpoint.
         model: this run's model config as plain values, which the checkpoint's must equal.
 
     Raises:
-        ConfigError: where the checkpoint is damaged or belongs to another model.
+        ConfigError: where the checkpoint belongs to another model or task.
     """
-    description = read_manifest(checkpoint)
     require(
-        description["has_optimizer"],
+        manifest["has_optimizer"],
         f"{checkpoint} holds weights only: start a run from it with --init_from instead of --resume.",
     )
-    theirs = description["run"]["model"]
+    theirs = manifest["run"]["model"]
     differing = [
         f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value
     ]
     require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
     require(
-        description["has_ema"] or train.ema is None,
+        manifest["has_ema"] or train.ema is None,
         f"{checkpoint} holds no weight average: set --optimizer.ema_decay 0, or start from another checkpoint.",
     )
     state = empty_state(train)
     quiet_torch_checkpoint()
     reader = HuggingFaceStorageReader(str(checkpoint))
+    missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
+    require(
+        not missing,
+        f"{checkpoint} is of another task, it holds no {min(missing, default='')}: start from its weights with "
+        "--init_from instead of --resume.",
+    )
     dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
     restore_state(train, state)
-    progress = Progress(**description["progress"])
+    progress = Progress(**manifest["progress"])
     set_optimizer_step(train, progress.applied_steps)
     return progress
 
 
-def describe_grid_change(checkpoint: Path, topology: Topology, zero_stage: int, run: RunConfig) -> str:
-    """What is spread otherwise than when ``checkpoint`` was written ("data parallel 2 -> 4, ZeRO 2 -> 1"), or ""."""
-    written = read_manifest(checkpoint)
+def describe_grid_change(written: dict[str, Any], topology: Topology, zero_stage: int, run: RunConfig) -> str:
+    """What is spread otherwise than in a checkpoint's manifest ("data parallel 2 -> 4, ZeRO 2 -> 1"), or ""."""
     theirs = written["run"]
     pairs = {
         "data parallel": (written["data_parallel_size"], topology.data_size),
@@ -119,9 +127,10 @@ def describe_grid_change(checkpoint: Path, topology: Topology, zero_stage: int, 
     return ", ".join(f"{name} {before} -> {now}" for name, (before, now) in pairs.items() if before != now)
 
 
-def _damage(checkpoint: Path, topology: Topology) -> str | None:
+def _damage(checkpoint: Path, topology: Topology, manifest: dict[str, Any]) -> str | None:
+    """What is wrong with this rank's share of a checkpoint, or None; fills ``manifest``."""
     try:
-        verify_files(checkpoint, topology.rank, topology.world_size)
+        manifest.update(verify_files(checkpoint, topology.rank, topology.world_size))
     except DamagedCheckpointError as error:
         return error.fact
     except (ConfigError, OSError) as error:  # of another version, or on a disk that fails

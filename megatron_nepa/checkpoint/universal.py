@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_nepa.checkpoint.manifest import read_manifest, verify_files
+from megatron_nepa.checkpoint.manifest import verify_files
 from megatron_nepa.checkpoint.release_format import MASK_TOKEN
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import MOMENTS
@@ -64,8 +64,7 @@ def export_universal(source: Path, folder: Path) -> Path:
     """
     require(not folder.exists(), f"{folder} exists: choose another name for the result.")
     checkpoint = find_checkpoint(str(source))
-    verify_files(checkpoint)
-    manifest = read_manifest(checkpoint)
+    manifest = verify_files(checkpoint)
     require(manifest["has_optimizer"], f"{checkpoint} holds weights only: there is no optimizer's state to export.")
     progress, run, stored = manifest["progress"], manifest["run"], stored_tensors(checkpoint)
     names = names_of("master", stored)

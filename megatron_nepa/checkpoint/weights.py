@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from megatron_nepa.checkpoint.manifest import file_facts, read_manifest, verify_files, write_manifest
+from megatron_nepa.checkpoint.manifest import file_facts, verify_files, write_manifest
 from megatron_nepa.checkpoint.release_format import MASK_TOKEN
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import stored_dtype
@@ -58,8 +58,7 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
         ConfigError: where there is no checkpoint, it is damaged, or holds no average.
     """
     checkpoint = find_checkpoint(str(path))
-    verify_files(checkpoint)
-    manifest = read_manifest(checkpoint)
+    manifest = verify_files(checkpoint)
     kind = choose_kind(checkpoint, manifest, choice)
     stored = stored_tensors(checkpoint)
     names = names_of("master", stored)

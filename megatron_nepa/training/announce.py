@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import Found, describe_grid_change
 from megatron_nepa.checkpoint.store import Progress
 from megatron_nepa.config import RunConfig
@@ -41,10 +40,10 @@ def describe_start(
     lines += [f"warning: checkpoint passed over: {damage}" for damage in found.damage]
     if found.checkpoint is not None:
         lines.append(f"continuing {found.checkpoint} at step {progress.step}")
-        change = describe_grid_change(found.checkpoint, topology, engine.zero_stage, run)
+        change = describe_grid_change(found.manifest, topology, engine.zero_stage, run)
         if change:
             lines.append(f"resumed on another grid: {change}")
-        theirs = numbers_of_the_run(read_manifest(found.checkpoint)["run"])
+        theirs = numbers_of_the_run(found.manifest["run"])
         ours = numbers_of_the_run(run.to_dict())
         changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
         if changed:

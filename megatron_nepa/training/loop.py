@@ -48,7 +48,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))
     progress, start = Progress(), None
     if found.checkpoint is not None:
-        progress = load(engine.train_state, found.checkpoint, run.to_dict()["model"])
+        progress = load(engine.train_state, found.checkpoint, found.manifest, run.to_dict()["model"])
         engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
     elif run.init_from is not None:
         start = start_from(engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.inspect import describe
+from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import load
 from megatron_nepa.checkpoint.state import persistent_buffers
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress
@@ -55,7 +56,7 @@ def save_with_statistics(folder: Path, case: Case) -> dict[str, Tensor]:
 
 def load_on(case: Case, checkpoint: Path) -> dict[str, Tensor]:
     engine = build(case)
-    load(engine.train_state, checkpoint, build_run(case).to_dict()["model"])
+    load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
     return persistent_buffers(engine.module)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import load
 from tests.checkpoint.test_universal import MASKED, SOURCE, STEPS, train_and_save
 from tests.distributed.cases import Case, Grid, build_engine, build_run, join_state
@@ -17,7 +18,7 @@ from tests.distributed.ranks import run_ranks
 def load_on(grid: Grid, checkpoint: Path) -> tuple[dict[str, Tensor], list[float]]:
     case = Case(grid=grid, model=MASKED)
     engine = build_engine(case)
-    progress = load(engine.train_state, checkpoint, build_run(case).to_dict()["model"])
+    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
     assert (progress.step, progress.samples, progress.applied_steps) == (STEPS + 1, 24, STEPS)
     masters = engine.masters
     return join_state(engine), [float(masters.optimizer.state[flat]["step"]) for flat in masters.flats]

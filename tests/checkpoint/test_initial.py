@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.compare import compare
 from megatron_nepa.checkpoint.initial import start_from
+from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.release_folder import write_release
+from megatron_nepa.checkpoint.resume import load
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress
-from megatron_nepa.checkpoint.weights import read_weights
+from megatron_nepa.checkpoint.weights import read_weights, write_weights
 from megatron_nepa.config import ConfigError
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.topology import Topology
@@ -55,6 +58,21 @@ def start(case: Case, path: Path, choice: Any, num_classes: int | None = None, *
 
 def start_each(calls: list[tuple[Any, ...]]) -> list[Any]:
     return [start(*arguments, **options) for *arguments, options in calls]
+
+
+def test_classifiers_are_compared_by_their_logits(classifier: Path, tmp_path: Path) -> None:
+    write_release(read_weights(classifier, "raw"), tmp_path / "release")
+    found = compare(classifier, tmp_path / "release", "raw")
+    assert (found.output, found.largest_difference) == ("logit", 0.0)
+    assert found.largest_value > 0.1
+    weights = read_weights(classifier, "raw")
+    weights.tensors["classifier.bias"] += torch.eye(10)[3] / 2
+    write_weights(weights, tmp_path / "other")
+    assert compare(classifier, tmp_path / "other", "raw").largest_difference == pytest.approx(0.5)
+    weights.tensors["classifier.bias"], weights.tensors["classifier.weight"] = torch.zeros(5), torch.zeros(5, 64)
+    write_weights(weights, tmp_path / "five")
+    with pytest.raises(ConfigError, match=r"tells 10 classes apart and .* 5: there is nothing to compare"):
+        compare(classifier, tmp_path / "five", "raw")
 
 
 def head_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,6 +152,18 @@ def test_a_head_that_the_model_has_not_is_left_out(classifier: Path) -> None:
     state, said = run_ranks(1, start, ONE, classifier, "raw")[0]
     assert head_of(state) == {}
     assert "left out, of a head that this model does not have: classifier.* (2 tensors), fc_norm.* (2 tensors)" in said
+
+
+def resume_as_classifier(checkpoint: Path) -> str:
+    engine = build_engine(ONE, partial(add_classifier, 5))
+    with pytest.raises(ConfigError) as error:
+        load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(ONE).to_dict()["model"])
+    return str(error.value)
+
+
+def test_a_run_of_another_task_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    error = run_ranks(1, resume_as_classifier, saved[0] / "step_00000007")[0]
+    assert "is of another task, it holds no ema.classifier.bias: start from its weights with --init_from" in error
 
 
 def test_another_patch_and_image_size_are_resampled_to(tmp_path: Path) -> None:

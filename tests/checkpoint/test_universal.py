@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.resume import load
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress
 from megatron_nepa.checkpoint.universal import export_universal, import_universal, is_universal
@@ -53,7 +54,8 @@ def load_with_deepspeed(case: Case, folder: Path) -> tuple[dict[str, Tensor], li
 
 def load_ours(checkpoint: Path) -> tuple[dict[str, Tensor], Progress]:
     engine = build_engine(Case(model=MASKED))
-    progress = load(engine.train_state, checkpoint, build_run(Case(model=MASKED)).to_dict()["model"])
+    model = build_run(Case(model=MASKED)).to_dict()["model"]
+    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), model)
     return join_state(engine), progress
 
 
