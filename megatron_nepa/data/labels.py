@@ -65,8 +65,8 @@ def with_labels(listing: DatasetIndex, labels: str | Path, devkit_meta: str | Pa
 def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
     """Refuse a validation set whose classes are not the training set's.
 
-    Where both name their classes, the names must agree; elsewhere no validation label may lie beyond the training
-    labels.
+    Where both name their classes, names and numbers must agree; elsewhere no validation label may lie beyond the
+    training labels.
 
     Raises:
         ConfigError: naming both sides.
@@ -80,6 +80,13 @@ def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
             not differing,
             f"the training images in {train.root} have {len(train.classes)} classes and the validation images in "
             f"{validation.root} {len(validation.classes)}: {' and '.join(differing)}.",
+        )
+        pairs = enumerate(zip(train.classes, validation.classes, strict=True))
+        other = [f"class {i} is {a} in the former and {b} in the latter" for i, (a, b) in pairs if a != b]
+        require(
+            not other,
+            f"the training images in {train.root} and the validation images in {validation.root} have the same classes "
+            f"under other numbers: {other[0] if other else ''}.",
         )
     else:
         most, found = int(train.label.max()), int(validation.label.max())
