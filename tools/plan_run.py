@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(format_validation(validate()))
         return
     run, gpu = read_run(args), read_gpu(args.gpu)
+    require(not (args.json and args.dry_run), "--dry_run prints a table, not JSON: give one of them.")
+    require(args.plot is None or not args.plot.exists(), f"--plot {args.plot} exists; remove it or name another file.")
     plans = find_plans(run, args.gpus, gpu)
     shown = plans[: args.top]
     needs = [requirements(run, plan, args.num_images) for plan in shown]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_nepa.training.flops import bf16_peak
 
@@ -20,7 +21,7 @@ NETWORK_HOP = 14.0e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU in a node of eight with an InfiniBand adapter each.
+    """One GPU in a node of eight with an InfiniBand adapter each, on a network that does not block.
 
     Attributes:
         name: as its data sheet prints it.
@@ -80,6 +81,7 @@ class Ring:
 
     Attributes:
         size: ranks of the group.
+        link: the slowest that the ring crosses.
         bandwidth: bytes/s that each rank sends. Between nodes it is what the adapters of the group's ranks in one node
             carry together, at most NVLink's: NCCL opens a ring for each adapter.
         turn: seconds of latency of one turn of the ring.
@@ -87,6 +89,7 @@ class Ring:
     """
 
     size: int
+    link: Literal["NVLink", "InfiniBand"]
     bandwidth: float
     turn: float
     all_reduce: float
@@ -98,8 +101,8 @@ def ring_of(gpu: Gpu, size: int, ranks_per_node: int) -> Ring:
     nodes = -(-size // ranks_per_node)
     if nodes == 1:
         turn = (size - 1) * NVLINK_HOP
-        return Ring(size, nvlink, turn, 2 * turn)
+        return Ring(size, "NVLink", nvlink, turn, 2 * turn)
     network = gpu.network_bandwidth * NETWORK_EFFICIENCY * ranks_per_node
     turn = (size - nodes) * NVLINK_HOP + nodes * NETWORK_HOP
     branch = (min(size, ranks_per_node) - 1) * NVLINK_HOP + math.ceil(math.log2(nodes)) * NETWORK_HOP
-    return Ring(size, min(nvlink, network), turn, 2 * min(turn, branch))
+    return Ring(size, "InfiniBand", min(nvlink, network), turn, 2 * min(turn, branch))

@@ -15,6 +15,8 @@ parallelism, else N), in bytes:
 A block keeps 16 n D of its rows (two norms' outputs, two branches, two fp32 streams; 12 n D without LayerScale),
 (8 N D + 2 F' N) / t inside its branches, F' being 3 F for SwiGLU and 2 F for GELU, and the statistics of QK-norm and
 attention. Under activation checkpointing it keeps its inputs, 6 n D, and one block at a time the rest.
+
+Start-up is not planned: the weights are drawn in fp32, 4 P, before DeepSpeed casts them.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 from megatron_nepa.config import RunConfig
+from megatron_nepa.planning.communication import data_ring, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, outer_work
 from megatron_nepa.planning.hardware import Gpu
 from megatron_nepa.planning.layout import count_parameters
@@ -56,7 +57,7 @@ def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> 
             f"Time of a step, {plan.time.total * 1e3:.1f} ms (collectives: what nothing hides):",
             time,
             "",
-            *_collective_lines(plan),
+            *_collective_lines(plan, gpu),
             "",
             *_kernel_lines(run, plan, gpu),
             "",
@@ -71,10 +72,19 @@ def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> 
     )
 
 
-def _collective_lines(plan: Plan) -> list[str]:
+def _collective_lines(plan: Plan, gpu: Gpu) -> list[str]:
     if not plan.collectives:
         return ["Collectives: none"]
-    lines = ["Collectives (calls and GB of a micro-batch, or of a step where the phase is step):"]
+    rings = {
+        "a replica (tensor)": tensor_ring(gpu, plan.layout),
+        "the same weights (data)": data_ring(gpu, plan.layout),
+    }
+    lines = [
+        f"Ranks that share {what}: {ring.size} over {ring.link}, {ring.bandwidth / 1e9:.0f} GB/s each"
+        for what, ring in rings.items()
+        if ring.size > 1
+    ]
+    lines.append("Collectives (calls and GB of a micro-batch, or of a step where the phase is step):")
     lines.append(f"  {'what':<36}{'kind':<16}{'ranks':<8}{'phase':<11}{'calls':>6}{'GB':>9}{'ms':>9}  behind")
     for each, seconds in plan.collectives:
         lines.append(

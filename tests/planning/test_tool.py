@@ -54,6 +54,8 @@ def test_validation_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "24"], "no layout divides global_batch_size 4096 over 24 GPUs"),
         (["--gpu", "z9"], "--gpu z9 is unknown; there are h100, a100."),
         (["--top", "0"], "--top is 0; it must be at least 1."),
+        (["--json", "--dry_run"], "--dry_run prints a table, not JSON"),
+        (["--plot", "."], "--plot . exists; remove it or name another file."),
         (["--global_batch_size", "0"], "global_batch_size is 0; it must be at least 1."),
         (["--plot", "no/such/folder.png"], "--plot no/such/folder.png cannot be written"),
     ],
