@@ -17,8 +17,8 @@ DeepSpeed's step adds all-reduces of single numbers, for the gradient norm and f
 group under ZeRO 2, 1 over the tensor-parallel ranks under ZeRO 1.
 
 Over the data-parallel ranks, with P the rank's numbers: ZeRO 2 reduces every part of the gradients to its owner in
-fp32, 4 P bytes a micro-batch in at least one call an owner; ZeRO 1 all-reduces 4 P bytes once a step; both gather 2 P
-bytes of new weights at its end, a call for each of the two parameter groups.
+fp32, 4 P bytes a micro-batch, in a call for each owner that has a part of a bucket; ZeRO 1 all-reduces 4 P bytes once a
+step; both gather 2 P bytes of new weights at its end, a call for each of the two parameter groups.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def _data_collectives(model: ModelConfig, layout: Layout) -> list[Collective]:
         return []
     numbers = count_parameters(model, layout.tensor_parallel_size).local
     if layout.zero_stage == 2:
-        calls = replicas + -(-numbers // BUCKET_NUMBERS) - 1  # a bucket's end may cut an owner's part
+        # a bucket that is full cuts an owner's part of either parameter group
+        calls = replicas + 2 * (-(-numbers // BUCKET_NUMBERS) - 1)
         name, behind = "gradients, each part to its owner", "backward"
         gradients = Collective(name, "reduce", "data", "backward", calls, FP32 * numbers, behind)  # type: ignore[arg-type]
     else:
