@@ -144,7 +144,7 @@ def _data_collectives(model: ModelConfig, layout: Layout) -> list[Collective]:
         return []
     numbers = count_parameters(model, layout.tensor_parallel_size).local
     if layout.zero_stage == 2:
-        # a bucket that is full cuts an owner's part of either parameter group
+        # an estimate: a bucket that is full cuts an owner's part of either parameter group
         calls = replicas + 2 * (-(-numbers // BUCKET_NUMBERS) - 1)
         name, behind = "gradients, each part to its owner", "backward"
         gradients = Collective(name, "reduce", "data", "backward", calls, FP32 * numbers, behind)  # type: ignore[arg-type]

@@ -96,9 +96,7 @@ def compare(plan: Plan, counted: Counted) -> str:
     for name, formula, count in rows:
         digits = 0 if name.endswith("calls") else 3
         lines.append(f"  {name:<38}{formula:>12,.{digits}f}{count:>12,.{digits}f}")
-    return "\n".join(
-        [*lines, "  (calls to reduce: at least so many; where the parts of more owners meet in a bucket, more)"]
-    )
+    return "\n".join([*lines, "  (calls to reduce: an estimate, since they depend on whose parts meet in a bucket)"])
 
 
 def join_fake_group(world_size: int) -> None:
