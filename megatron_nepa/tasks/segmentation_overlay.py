@@ -17,7 +17,7 @@ from megatron_nepa.config import IGNORED
 Pixels = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.integer]
 
-_OPACITY = 0.65
+_OPACITY = 0.6
 _PANEL_INCHES = 4.2
 _LEGEND_COLUMNS = 5
 _MOST_CLASSES = 20  # in the legend
@@ -26,10 +26,10 @@ _MOST_CLASSES = 20  # in the legend
 def class_colours(num_classes: int) -> Pixels:
     """A colour for every class, the same in every picture, uint8 [K, 3].
 
-    Neighbouring numbers lie a golden angle of hue apart; three shades keep far ones apart.
+    Neighbouring numbers lie a golden angle of hue apart, from a quiet blue on; three shades keep far ones apart.
     """
-    shades = ((0.75, 0.95), (0.55, 0.75), (0.95, 0.6))  # saturation and value
-    colours = [colorsys.hsv_to_rgb(i * 0.61803398875 % 1, *shades[i % 3]) for i in range(num_classes)]
+    shades = ((0.55, 0.75), (0.75, 0.95), (0.95, 0.6))  # saturation and value
+    colours = [colorsys.hsv_to_rgb((0.58 + i * 0.61803398875) % 1, *shades[i % 3]) for i in range(num_classes)]
     return np.rint(np.array(colours) * 255).astype(np.uint8)
 
 

@@ -110,7 +110,7 @@ def test_overlay_shows_the_classes(tmp_path: Path) -> None:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
 
     def area(number: int) -> int:
-        mixed = 0.35 * 128 + 0.65 * colours[number].astype(float)
+        mixed = 0.4 * 128 + 0.6 * colours[number].astype(float)
         return int((np.abs(pixels - mixed).max(1) <= 2).sum())
 
     # of the labels 35 rows of 30 columns are class 0 and as many class 1; the prediction is class 1 all over
