@@ -30,6 +30,22 @@ def test_tapped_blocks() -> None:
     assert tapped_blocks(2)[-1] == 1
 
 
+@torch.no_grad()
+def test_heads_read_raw_block_outputs() -> None:
+    """The final norm of the last tap is the trunk's output; maps leave the BOS token out and keep rows and columns."""
+    model = build(ParallelConfig(), TensorGroup(), None).eval()
+    image = sample_images(range(2), replace(CONFIG, image_size=56), torch.float64)[..., :28]
+    output = model.trunk(image, torch.arange(2), (2,))
+    norm = model.trunk.norm
+    normed = torch.nn.functional.layer_norm(output.taps[0], (64,), norm.weight, norm.bias, CONFIG.layer_norm_eps)
+    torch.testing.assert_close(normed, output.output)
+    maps = model._map(output.taps[0], output.rows, image.shape[2:], on_share=False)
+    assert maps.shape == (2, 64, 4, 2)
+    tokens = output.taps[0].view(2, 1 + 8, 64)
+    assert torch.equal(maps[1, :, 3, 1], tokens[1, 8])
+    assert torch.equal(maps[1, :, 1, 0], tokens[1, 3])
+
+
 def sample_labels(samples: range) -> Tensor:
     shape = (CONFIG.image_size, CONFIG.image_size)
     labels = [torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(k)) for k in samples]
