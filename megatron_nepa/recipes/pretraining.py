@@ -97,7 +97,7 @@ def nepa_g() -> PretrainingConfig:
 
 
 def nepa_7b() -> PretrainingConfig:
-    """A 6.7-billion-parameter trunk of 40 blocks, the one that needs tensor parallelism."""
+    """A 6.7-billion-parameter trunk of 40 blocks, the one that tensor parallelism is for."""
     model = _trunk(num_layers=40, hidden_size=4096, num_heads=32, mlp_hidden_size=8192)
     return replace(nepa_l(), recipe="nepa_7b", model=model, output_dir="runs/nepa_7b", micro_batch_size=32)
 
