@@ -43,7 +43,14 @@ _STRUCTURE = (
 )
 
 
-def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig, reset_head: bool = False) -> str:
+def start_from(
+    train: TrainState,
+    path: str,
+    choice: Choice,
+    model: ModelConfig,
+    reset_head: bool = False,
+    require_head: bool = False,
+) -> str:
     """Set the weights, and the average where the run keeps one; every rank calls it, on any grid.
 
     Args:
@@ -53,6 +60,7 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig,
         choice: the average or the raw weights, where there are both.
         model: of this run.
         reset_head: leave the head at its initial values, whatever the checkpoint holds.
+        require_head: refuse a checkpoint without a head, as an evaluation must.
 
     Returns:
         What was done, for the log.
@@ -72,12 +80,18 @@ def start_from(train: TrainState, path: str, choice: Choice, model: ModelConfig,
         not misfits,
         f"--init_from {path} holds another head: {'; '.join(misfits)}; give --reset_head to draw this one anew.",
     )
+    initial = [name for name in wanted if name not in taken]
+    untrained = [name for name in initial if not _is_trunk(name)]
+    require(
+        not (require_head and untrained),
+        f"{path} holds a trunk but not this model's head ({_summary(untrained)}): train the head first, or give the "
+        "checkpoint of one that was trained.",
+    )
     as_stored = {name: torch.empty(source.shapes[name]) for name in adapters}
     source.read_into({**taken, **as_stored})
     restore_weights(train, {**taken, **{name: adapt(as_stored[name]) for name, adapt in adapters.items()}})
 
     lines = [f"starting from the {source.origin}"]
-    initial = [name for name in wanted if name not in taken]
     left_out = sorted(name for name in source.shapes if name not in wanted and not _is_trunk(name))
     if initial:
         lines.append(f"  at their initial values: {_summary(initial)}")

@@ -130,7 +130,7 @@ class FinetuningConfig(RunConfig):
 
     layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
     evaluation: ValidationConfig = field(default_factory=ValidationConfig)
-    # draw the head anew where the head in init_from does not fit (another number of classes)
+    # draw the head anew, whatever head init_from holds (one of other classes is refused without this)
     reset_head: bool = False
 
 

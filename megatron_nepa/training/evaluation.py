@@ -69,7 +69,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
     # no optimizer: the weights are the model's own parameters
     bare = TrainState(model, Masters(torch.optim.AdamW(model.parameters()), [], {}), None, topology)
-    origin = start_from(bare, source, run.init_weights, run.model)
+    origin = start_from(bare, source, run.init_weights, run.model, require_head=True)
     with evaluation_mode(model):
         results = evaluator.evaluate(model, lambda: False)
     assert results is not None

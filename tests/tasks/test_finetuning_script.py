@@ -105,6 +105,7 @@ def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, P
         (["--head.num_classes=2"], "label 2, but the classifier has 2 classes"),
         (wider, "hidden_size"),
         (["--evaluation.resize_size=16"], "smaller than the crop"),
+        (["--evaluate_only", f"--init_from={trunk}"], r"not this model's head \(classifier"),
     ]
     outcomes = run_ranks(1, _all, [[*flags_of(labelled, tmp_path / "run"), *case] for case, _ in cases])[0]
     for (_, message), outcome in zip(cases, outcomes, strict=True):
