@@ -13,6 +13,7 @@ from megatron_nepa.models.transformer import Norm
 from megatron_nepa.models.trunk import Trunk, TrunkOutput
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.layers import initialize_parameters, parameter
+from megatron_nepa.parallel.rows import holds_whole_samples
 from megatron_nepa.parallel.topology import TensorGroup
 
 Pooling = Literal["last", "mean"]
@@ -95,7 +96,7 @@ def pool_samples(output: TrunkOutput, rows: Tensor, num_samples: int, pooling: P
         [B, D]: in the rows' dtype for "last", fp32 for "mean".
     """
     period, tensor = output.period, trunk.tensor
-    whole_samples = trunk.sequence_parallel and num_samples % tensor.size == 0
+    whole_samples = holds_whole_samples(num_samples, tensor, trunk.sequence_parallel)
     if trunk.sequence_parallel and not whole_samples:  # rows that cut a sample: join them, drop the padding
         rows = gather_rows(rows, tensor)[: output.rows.num_rows]
     tokens = rows.view(-1, period, rows.shape[-1])  # [b, T, D]
