@@ -130,6 +130,13 @@ def test_auto_takes_the_flags_values(tmp_path: Path) -> None:
     assert resolved["bf16"]["enabled"] is True
 
 
+def test_gradients_are_reduced_in_fp32_where_there_is_something_to_sum(tmp_path: Path) -> None:
+    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "communication_data_type": "fp32"}
+    for data_parallel_size, dtype in ((1, "bf16"), (2, "fp32")):
+        _, resolved = merged(config, tmp_path, data_parallel_size=data_parallel_size)
+        assert resolved["communication_data_type"] == dtype
+
+
 def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
     config: dict[str, Any] = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
     config["bf16"] = {"enabled": False}

@@ -164,6 +164,9 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         "zero_optimization": {**zero, "stage": stage},
     }
     merged.setdefault("steps_per_print", None)
+    if data_parallel_size == 1 and run.dtype == "bf16":
+        # no sum over ranks that rounding could hurt: spare DeepSpeed a copy of all gradients to fp32 and back
+        merged["communication_data_type"] = "bf16"
     unresolved = _find_auto(merged)
     require(
         not unresolved,
