@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -59,6 +60,8 @@ class RunConfig:
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     # Weights & Biases project
     wandb_project: str = "megatron_nepa"
+    # record steps START:STOP, counted from 1 with both ends, in OUTPUT_DIR/profile: a trace and a table of operations
+    profile: str | None = None
     # torch.compile each block (tensor_parallel_size 1)
     compile: bool = False
     # fused operations: auto takes Triton on a GPU and the torch reference elsewhere
@@ -87,6 +90,18 @@ class RunConfig:
             f"--resume {self.resume} continues a run and --init_from {self.init_from} starts one: give one of them.",
         )
         self.parallel.check_model(self.model)
+        require(
+            self.profile is None or len(self.profiled_steps) > 0,
+            f"--profile is {self.profile}; give it as START:STOP with 1 <= START <= STOP, such as 10:12.",
+        )
+
+    @property
+    def profiled_steps(self) -> range:
+        """Numbers of the optimizer steps that ``profile`` names, counted from 1; empty where it names none."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile or "")
+        if match is None or int(match[1]) < 1:
+            return range(0)
+        return range(int(match[1]), int(match[2]) + 1)
 
     @property
     def learning_rate(self) -> float:

@@ -34,6 +34,7 @@ _FREE_FIELDS = {
     "stall_timeout",
     "wandb",
     "wandb_project",
+    "profile",
     "compile",
     "kernels",
     "evaluation",
@@ -68,6 +69,7 @@ class RunDirectory:
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.figures_path = self.path / "figures"
+        self.profile_path = self.path / "profile"
         self._lock: TextIO | None = None
         self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last, run.keep_every)
 

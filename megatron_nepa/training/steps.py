@@ -23,6 +23,7 @@ from megatron_nepa.training.memory import memory_gb
 from megatron_nepa.training.metrics import MetricWindow
 from megatron_nepa.training.non_finite import describe_non_finite
 from megatron_nepa.training.preemption import StopSignal, job_end_time
+from megatron_nepa.training.profiling import StepProfiler
 from megatron_nepa.training.run_directory import RunDirectory
 from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
 from megatron_nepa.training.stall import StallWatch
@@ -68,6 +69,8 @@ class TrainingLoop:
         )
         self.stop = StopSignal(self.topology.is_main, job_end_time(), self.save_time.seconds)
         self.stall = StallWatch(self.topology, run.stall_timeout)
+        profiled = run.profiled_steps if self.topology.is_main else range(0)
+        self.profiler = StepProfiler(profiled, directory.profile_path, self.topology.device)
 
     def run_from(self, progress: Progress) -> tuple[Progress, str | None]:
         """Train to the end of the run or until it is asked to stop; where it stands then, and who asked."""
@@ -75,10 +78,14 @@ class TrainingLoop:
         if self.log is not None:
             self.log.warn(self.save_time.warning())
         lost = LostRankWatch(topology, EXIT_TRAINING_FAILED, orderly=(TrainingError,))
-        with self.stop, lost, self.stall:
+        with self.stop, lost, self.stall, self.profiler:
             self.last_end = time.perf_counter()
             while progress.step < self.total_steps:
+                self.profiler.before(progress.step + 1)
                 progress, applied = self.step(progress)
+                profile = self.profiler.after(progress.step)
+                if profile is not None:
+                    self.message(f"profile written to {profile}")
                 self.stall.at("agreeing after the update", progress.step)
                 stopped_by = self.stop.agreed(topology.host_group, topology.world_size)
 
@@ -119,18 +126,22 @@ class TrainingLoop:
             self.stall.at("waiting for data", number)
             wait_start = time.perf_counter()
             try:
-                batch = next(self.loader)
+                with self.profiler.part("data"):
+                    batch = next(self.loader)
             except ConfigError as error:  # of this rank's images: the other ranks do not know
                 raise RankTrainingError(f"rank {topology.rank}: {error}") from error
             data_wait += time.perf_counter() - wait_start
             self.stall.at("in the forward or backward pass", number)
-            loss, values = task.forward(engine, batch)
-            engine.backward(loss)
+            with self.profiler.part("forward"):
+                loss, values = task.forward(engine, batch)
+            with self.profiler.part("backward"):
+                engine.backward(loss)
             metrics += values / engine.accumulation_steps
             if micro_batch < engine.accumulation_steps - 1:
                 engine.end_micro_batch()
         self.stall.at("in the weight update", number)
-        result = engine.step(learning_rates)
+        with self.profiler.part("optimizer"):
+            result = engine.step(learning_rates)
         progress = Progress(
             step=number,
             samples=progress.samples + run.global_batch_size,
