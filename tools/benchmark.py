@@ -2,14 +2,16 @@
 
 python tools/benchmark.py kernels [--recipe nepa_b] [--operations swiglu,attention] [--json]
 python tools/benchmark.py data [--data DIR] [--threads 2] [--rounds 9] [--json]
+python tools/benchmark.py train [--recipe nepa_b_release] [--micro_batch_size 8] [--baseline] [--json FILE]
+python tools/benchmark.py suite [--only cpu_b,cpu_data]
 """
 
 import argparse
 
-from megatron_nepa.benchmarks import data, kernels
+from megatron_nepa.benchmarks import data, kernels, suite, train
 from megatron_nepa.config import ConfigError
 
-SUBJECTS = {"kernels": kernels, "data": data}
+SUBJECTS = {"kernels": kernels, "data": data, "train": train, "suite": suite}
 
 
 def main() -> None:
@@ -18,7 +20,12 @@ def main() -> None:
     subparsers = parser.add_subparsers(dest="subject", required=True)
     for name, module in SUBJECTS.items():
         module.add_arguments(subparsers.add_parser(name, help=module.__doc__))
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
+    if options.subject == "train":
+        train.run(options, others)
+        return
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     SUBJECTS[options.subject].run(options)
 
 

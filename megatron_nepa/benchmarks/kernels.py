@@ -47,12 +47,12 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), device) / 1e3)
 
 
-def time_operation(operation: Operation, device: torch.device, bandwidth: float) -> list[Timing]:
+def time_operation(operation: Operation, device: torch.device, bandwidth: float, repeats: int = 20) -> list[Timing]:
     """Time every contender; one that fails is a row with its error, not the end of the benchmark."""
     rows = []
     for name, implementation in operation.contenders.items():
         try:
-            forward, total = _time(operation, implementation, device)
+            forward, total = _time(operation, implementation, device, repeats)
             share = operation.minimum_bytes / (total / 1e3) / bandwidth
             rows.append(Timing(operation.name, name, forward, total, share))
         except (RuntimeError, TypeError, ValueError) as error:
@@ -60,7 +60,9 @@ def time_operation(operation: Operation, device: torch.device, bandwidth: float)
     return rows
 
 
-def _time(operation: Operation, implementation: Implementation, device: torch.device) -> tuple[float, float]:
+def _time(
+    operation: Operation, implementation: Implementation, device: torch.device, repeats: int
+) -> tuple[float, float]:
     """Milliseconds of forward, and of forward and backward."""
     leaves = {name: operation.inputs[name].detach().clone().requires_grad_() for name in operation.trained}
 
@@ -76,9 +78,9 @@ def _time(operation: Operation, implementation: Implementation, device: torch.de
     def both() -> None:
         torch.autograd.grad(forward(), tuple(leaves.values()), upstream, allow_unused=True)
 
-    total = milliseconds(both, device)
+    total = milliseconds(both, device, repeats)
     with torch.no_grad():
-        return milliseconds(forward, device), total
+        return milliseconds(forward, device, repeats), total
 
 
 def format_table(rows: list[Timing], device: torch.device, bandwidth: float) -> str:

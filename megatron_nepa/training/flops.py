@@ -79,7 +79,7 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> DevicePeak:
             return DevicePeak(peak, f"dense bf16 peak of {name}")
     size = 1024 if device.type == "cpu" else 4096
     kind = str(dtype).removeprefix("torch.")
-    return DevicePeak(_measure_matmul(device, dtype, size), f"measured {kind} matrix product of {size} x {size}")
+    return DevicePeak(measure_matmul(device, dtype, size), f"measured {kind} matrix product of {size} x {size}")
 
 
 def bf16_peak(device_name: str) -> float | None:
@@ -89,7 +89,8 @@ def bf16_peak(device_name: str) -> float | None:
     return next((peak for pattern, peak in BF16_PEAKS if re.search(pattern, device_name)), None)
 
 
-def _measure_matmul(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
+def measure_matmul(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
+    """FLOP/s of the fastest of several products of two ``size`` x ``size`` matrices."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     times: list[float] = []

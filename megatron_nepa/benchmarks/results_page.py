@@ -1,0 +1,131 @@
+"""The results page: every figure with its command, machine, versions and date, and the rows that wait for one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nepa.config import ConfigError
+
+TITLES = {"cpu": "On a CPU", "cuda": "On a GPU"}
+INTRODUCTION = """# Results
+
+Speed and memory as measured, each figure with the command that gave it. `python tools/benchmark.py suite` measures the
+rows of the machine's kind and writes this page; a row without a figure has not been measured.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the page.
+
+    Attributes:
+        name: short, for ``--only``.
+        title: what is measured.
+        device: cpu or cuda.
+        arguments: of ``tools/benchmark.py``.
+    """
+
+    name: str
+    title: str
+    device: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What a reader types."""
+        return " ".join(("python", "tools/benchmark.py", *self.arguments))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an entry's command measured.
+
+    Attributes:
+        figures: a sentence's worth.
+        machine: device and threads.
+        versions: of this project and torch.
+        date: of the measurement.
+        command: that was run.
+    """
+
+    figures: str
+    machine: str
+    versions: str
+    date: str
+    command: str
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """Results by entry; none where there is no file yet."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: Result(**result) for name, result in json.loads(path.read_text()).items()}
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} does not hold the results of a suite ({error}): remove it.") from None
+
+
+def write_results(path: Path, results: Mapping[str, Result]) -> None:
+    """Write the results, whole or not at all."""
+    write_beside(path, json.dumps({name: asdict(result) for name, result in results.items()}, indent=2) + "\n")
+
+
+def render_page(entries: Sequence[Entry], results: Mapping[str, Result]) -> str:
+    """The page as Markdown."""
+    parts = [INTRODUCTION]
+    for device, title in TITLES.items():
+        rows = [f"## {title}\n", "| what | measured | machine, versions, date | command |", "|---|---|---|---|"]
+        for entry in entries:
+            if entry.device != device:
+                continue
+            result = results.get(entry.name)
+            where = f"{result.machine}; {result.versions}; {result.date}" if result else ""
+            command = result.command if result else entry.command
+            rows.append(f"| {entry.title} | {result.figures if result else ''} | {where} | `{command}` |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def describe_train(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py train --json``."""
+    first, *others = report["contests"]
+    speeds = [first["images_per_step"] / time["seconds"] for time in first["times"]]
+    text = (
+        f"{first['images_per_second']:.4g} images/s ({min(speeds):.4g} to {max(speeds):.4g}), "
+        f"{first['tflops_per_device']:.3g} TFLOP/s = {first['share_of_matmul']:.0%} of a large matrix product, "
+        f"peak {first['peak_memory_gb']:.2f} GB"
+    )
+    if report["share_of_ceiling"] is not None:
+        text += f"; {report['share_of_ceiling']:.2f} of its parts timed alone"
+    for other in others:
+        text += f"; {other['first_over_this']:.2f}x {other['name'].strip()} (peak {other['peak_memory_gb']:.2f} GB)"
+    return text
+
+
+def describe_kernels(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py kernels --json``: forward and backward of each operation, fastest first."""
+    by_operation: dict[str, list[tuple[float, str]]] = {}
+    for timing in report["timings"]:
+        if timing["total_ms"] is not None:
+            by_operation.setdefault(timing["operation"], []).append((timing["total_ms"], timing["contender"]))
+    return "; ".join(
+        f"{operation}: " + ", ".join(f"{contender} {total:.3g} ms" for total, contender in sorted(found))
+        for operation, found in by_operation.items()
+    )
+
+
+def describe_data(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py data --json``."""
+    ratios = ", ".join(f"{ratio:.2f}x {other}" for other, ratio in report["ratio"].items())
+    return f"{report['images_per_second_per_core']:.0f} images/s a core as uint8; {ratios}"
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,234 @@
+"""The training benchmark: its peer computes this project's numbers, its report adds up, its tool runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_nepa.benchmarks import train, train_ceiling
+from megatron_nepa.benchmarks.machine import Machine
+from megatron_nepa.benchmarks.train_contender import Local, StepTime
+from megatron_nepa.benchmarks.train_peer import PeerModel
+from megatron_nepa.benchmarks.train_report import Contest, TrainReport
+from megatron_nepa.benchmarks.train_steps import PARTS, PartClock, TrainingSteps, build_setting
+from megatron_nepa.config import ConfigError, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.parallel.topology import TensorGroup
+from megatron_nepa.recipes import PRETRAINING_RECIPES
+from tests.distributed.cases import sample_images, spread_vectors
+from tests.distributed.ranks import run_ranks
+from tests.runs import TINY
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+RELEASE = ModelConfig(
+    image_size=56,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    mlp="gelu",
+    mlp_hidden_size=96,
+    position_embedding="none",
+    bos_token=True,
+    layer_scale_init=0.5,
+)
+# ours to transformers', within a block and outside
+BLOCK = {
+    "norm1.weight": "norm1.weight",
+    "norm1.bias": "norm1.bias",
+    "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias",
+    "attention.out.weight": "attention.o_proj.weight",
+    "attention.out.bias": "attention.o_proj.bias",
+    "feed_forward.down.weight": "mlp.down_proj.weight",
+    "feed_forward.down.bias": "mlp.down_proj.bias",
+    "layer_scale1": "layer_scale1.lambda1",
+    "layer_scale2": "layer_scale2.lambda1",
+}
+OUTSIDE = {
+    "embedding.weight": "embeddings.patch_embeddings.weight",
+    "embedding.bias": "embeddings.patch_embeddings.bias",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+}
+
+
+def to_peer(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our weights under the peer's names."""
+    theirs = {f"vit.{name}": ours[f"trunk.{own}"] for own, name in OUTSIDE.items()}
+    theirs["vit.embeddings.cls_token"] = ours["trunk.embedding.bos_token"][None, None]
+    normed = config.qk_norm != "none"
+    for i in range(config.num_layers):
+        own, other = f"trunk.blocks.{i}.", f"vit.model.layer.{i}."
+        theirs |= {other + name: ours[own + mine] for mine, name in BLOCK.items()}
+        for kind in ("weight", "bias"):
+            qkv = ours[f"{own}attention.qkv.{kind}"].chunk(3)
+            for part, value in zip("qkv", qkv, strict=True):
+                suffix = ".0" if normed and part != "v" else ""
+                theirs[f"{other}attention.{part}_proj{suffix}.{kind}"] = value
+            up = ours[f"{own}feed_forward.up.{kind}"]
+            if config.mlp == "swiglu":
+                gate, up = up.chunk(2)
+                theirs[f"{other}mlp.gate_proj.{kind}"] = gate
+            theirs[f"{other}mlp.up_proj.{kind}"] = up
+        if config.qk_norm == "affine":
+            for part in "qk":
+                theirs[f"{other}attention.{part}_proj.1.weight"] = ours[f"{own}attention.{part}_norm"]
+    return theirs
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "qk_norm": "affine"}, {"qk_norm": "none"}])
+def test_the_peer_trains_the_same_model(changes: dict[str, str]) -> None:
+    pytest.importorskip("transformers")
+    config = replace(RELEASE, **changes)  # type: ignore[arg-type]
+    model = NepaForPretraining(config, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels())
+    spread_vectors(model)
+    peer = PeerModel(config).train()
+    missing, unexpected = peer.load_state_dict(to_peer(dict(model.named_parameters()), config), strict=False)
+    assert not unexpected
+    assert all("mask_token" in name or "register_tokens" in name for name in missing)  # neither takes part
+    images = sample_images(range(4), config, torch.float32)
+    ours, theirs = model(images, torch.arange(4)).loss, peer(images)
+    assert abs(ours.item() - theirs.item()) < 1e-6
+    ours.backward()
+    theirs.backward()
+    named = dict(peer.named_parameters())
+    for name, gradient in to_peer({n: p.grad for n, p in model.named_parameters()}, config).items():  # type: ignore[misc]
+        got = named[name].grad
+        assert got is not None
+        # the gradient of the key's bias is null without a norm behind it
+        assert (got - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_the_peer_refuses_what_the_release_does_not_have() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match="--recipe nepa_b_release"):
+        PeerModel(PRETRAINING_RECIPES["nepa_b"]().model)
+    with pytest.raises(ConfigError, match="no DropPath"):
+        PeerModel(replace(RELEASE, drop_path=0.1))
+
+
+class FakeSteps:
+    """Counts its steps."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self, clock: PartClock) -> None:
+        self.count += 1
+        clock.start()
+        for part in PARTS:
+            clock.end(part)
+
+
+def test_a_round_counts_its_steps_and_their_parts() -> None:
+    steps = FakeSteps()
+    found = Local(steps).time(3)
+    assert steps.count == 3
+    assert set(found.parts) == set(PARTS)
+    assert 0 <= sum(found.parts.values()) <= found.seconds
+
+
+def test_rounds_take_turns() -> None:
+    order: list[str] = []
+
+    class Recorded(FakeSteps):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def step(self, clock: PartClock) -> None:
+            order.append(self.name)
+            super().step(clock)
+
+    contenders = {name: Local(Recorded(name)) for name in "abc"}
+    contests = train.contest(contenders, 8, argparse.Namespace(rounds=3, timed_steps=1))
+    warm = len(contenders) * train.WARMUP_STEPS
+    assert order[warm:] == list("abcbcacab")
+    assert [len(contest.times) for contest in contests] == [3, 3, 3]
+
+
+def report(ceiling_ms: dict[str, float]) -> TrainReport:
+    parts = dict.fromkeys(PARTS, 0.1)
+    first = Contest("ours", 8, [StepTime(seconds, parts) for seconds in (1.0, 2.0, 4.0)], 1.0)
+    second = Contest("theirs", 8, [StepTime(seconds, parts) for seconds in (2.0, 3.0, 8.0)], 2.0)
+    machine = Machine("a machine", 1, "2", "1", "2026-01-01")
+    return TrainReport("c", machine, "nepa_b", "bf16", 2, 1e12, 4e12, [first, second], ceiling_ms, 0.0)
+
+
+def test_the_report_adds_up() -> None:
+    found = report({"linear": 1500.0, "update": 500.0})
+    ours, theirs = found.contests
+    assert ours.images_per_second == 4.0
+    assert found.flops(ours) == 2e12  # of one of two devices
+    assert found.ratio(theirs) == 2.0  # the median of 2, 1.5 and 2, not the ratio of medians
+    assert found.ceiling_images_per_second == 4.0
+    as_json = json.loads(json.dumps(found.to_dict()))
+    assert as_json["share_of_ceiling"] == 1.0
+    assert as_json["contests"][1]["first_over_this"] == 2.0
+    assert as_json["contests"][0]["share_of_matmul"] == 0.5
+    assert any("reaches 1.00" in line for line in found.lines())
+    assert report({}).to_dict()["share_of_ceiling"] is None
+
+
+def test_the_ceiling_names_every_part_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_ceiling, "CPU_REPEATS", 1)
+    parts = train_ceiling.measure_ceiling(RELEASE, OptimizerConfig(), 2, CPU, torch.float32, compiled=False)
+    linears = {"qkv linear", "attention out linear", "up linear", "down linear", "patch embedding"}
+    assert parts.keys() == linears | {"qk_norm_rope", "residual_norm", "cosine_loss", "attention", "gelu", "update"}
+    assert all(duration > 0 for duration in parts.values())
+
+
+def timed_steps(arguments: list[str]) -> tuple[int, str | None, StepTime, float]:
+    setting = build_setting(arguments)
+    steps = TrainingSteps(setting)
+    local = Local(steps)
+    found = local.time(1)
+    return setting.run.global_batch_size, setting.run.data.path, found, local.communication_seconds()
+
+
+def test_the_steps_are_those_of_the_flags_on_any_grid() -> None:
+    flags = [flag for flag in TINY if "batch_size" not in flag] + ["--micro_batch_size=4"]
+    batch, data, found, communication = run_ranks(1, timed_steps, flags)[0]
+    assert (batch, data) == (4, "synthetic")
+    assert min(found.parts["forward"], found.parts["backward"], found.parts["optimizer"]) > 0
+    batch, _, _, communication = run_ranks(4, timed_steps, [*flags, "--tensor_parallel_size=2"])[0]
+    assert batch == 8
+    assert communication > 0
+
+
+@pytest.mark.slow
+def test_the_tool_compares_in_turns(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", "train", "--baseline", "--rounds", "1"]
+    command += ["--timed_steps", "1", "--micro_batch_size", "2", "--model.num_layers", "1", "--no_ceiling"]
+    command += ["--json", tmp_path / "report.json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [contest["name"].strip() for contest in found["contests"]] == [
+        name.strip() for name in (train.SHIPPED, train.REFERENCE, train.PEER)
+    ]
+    assert all(contest["images_per_second"] > 0 and contest["peak_memory_gb"] > 0 for contest in found["contests"])
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_sentence() -> None:
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", "train", "--recipe", "nepa_x"]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "there is no recipe 'nepa_x'" in result.stderr
+    assert "Traceback" not in result.stderr
