@@ -1,9 +1,10 @@
 """What a checkpoint holds: logical tensors, whole or split over the tensor-parallel ranks, independent of the grid.
 
-Every trainable parameter appears under its name as ``master.NAME`` (fp32), ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and,
-where the run keeps an average, ``ema.NAME``; a frozen parameter as ``master.NAME`` alone. Fused projections are viewed
-as [sections, rows, ...], so that a split of every section is one plain shard of the logical tensor. A buffer that the
-module itself counts as its state (BatchNorm's running statistics and their count) is ``buffer.NAME``, the main rank's.
+Every trainable parameter appears under its name as ``master.NAME`` (fp32), ``exp_avg.NAME``, ``exp_avg_sq.NAME``
+(``momentum_buffer.NAME`` alone under LARS) and, where the run keeps an average, ``ema.NAME``; a frozen parameter as
+``master.NAME`` alone. Fused projections are viewed as [sections, rows, ...], so that a split of every section is one
+plain shard of the logical tensor. A buffer that the module itself counts as its state (BatchNorm's running statistics
+and their count) is ``buffer.NAME``, the main rank's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_nepa.parallel.layers import layout_of
 from megatron_nepa.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = ("momentum_buffer",)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ def restore_weights(train: TrainState, weights: dict[str, Tensor]) -> None:
                 view_fragment(flats, fragment).copy_(part)
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names of what an optimizer keeps of the gradients: Adam's two averages, or LARS's momentum."""
+    return MOMENTS if "betas" in optimizer.defaults else MOMENTUM
+
+
 def set_optimizer_step(train: TrainState, step: int) -> None:
     """Set the step count of AdamW's bias correction."""
     optimizer = train.masters.optimizer
@@ -152,7 +159,7 @@ def _kinds(train: TrainState, param: nn.Parameter) -> Iterator[tuple[str, list[T
         yield "master", None
         return
     yield "master", train.masters.flats
-    for kind in MOMENTS:
+    for kind in moments_of(train.masters.optimizer):
         yield kind, train.masters.companion(kind)
     if train.ema is not None:
         yield "ema", train.ema
@@ -178,7 +185,7 @@ def _seed_optimizer_state(train: TrainState) -> None:
         state: dict[str, Any] = optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), device=flat.device) if is_torch_adamw else 0
-            state.update({kind: torch.zeros_like(flat) for kind in MOMENTS})
+            state.update({kind: torch.zeros_like(flat) for kind in moments_of(optimizer)})
 
 
 def _is_split(param: nn.Parameter) -> bool:

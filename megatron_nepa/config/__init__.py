@@ -16,7 +16,9 @@ from megatron_nepa.config.finetuning import (
     ValidationConfig,
 )
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
-from megatron_nepa.config.run import PretrainingConfig, Run, RunConfig, override
+from megatron_nepa.config.pretraining import PretrainingConfig, ProbeConfig
+from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
+from megatron_nepa.config.run import Run, RunConfig, override
 from megatron_nepa.config.sections import DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_nepa.config.segmentation import (
     IGNORED,
@@ -36,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FinetuningConfig",
+    "FrozenTrunkConfig",
     "HeadConfig",
     "LayerDecayConfig",
     "MaskConfig",
@@ -44,6 +47,8 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PretrainingConfig",
+    "ProbeConfig",
+    "ProbingConfig",
     "Run",
     "RunConfig",
     "SegmentationConfig",

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_nepa.config.checks import require
 from megatron_nepa.config.model import ModelConfig
-from megatron_nepa.config.sections import DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_nepa.config.sections import DataConfig, OptimizerConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as nested plain values, as config.json holds it."""
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class PretrainingConfig(RunConfig):
-    """Next-embedding pre-training (paper section 3.1)."""
-
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
 Run = TypeVar("Run", bound=RunConfig)

@@ -96,8 +96,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and the weight average (paper table 4)."""
+    """The optimizer, its schedule and the weight average (paper table 4)."""
 
+    # adamw, or lars for linear probes, which trains without ZeRO
+    name: Literal["adamw", "lars"] = "adamw"
     # peak learning rate for a global batch of 256: lr = base_lr * global_batch_size / 256
     base_lr: float = 3e-4
     # learning rate at the end of the cosine
@@ -106,11 +108,11 @@ class OptimizerConfig:
     decay: Literal["cosine", "linear"] = "cosine"
     # warm-up as a share of all steps
     warmup_ratio: float = 0.025
-    # decoupled weight decay of matrices; never of biases, norms and LayerScale
+    # weight decay of matrices, AdamW's decoupled; never of biases, norms and LayerScale
     weight_decay: float = 0.05
     # also decay the BOS token (release)
     decay_bos_token: bool = False
-    # AdamW's first moment decay
+    # AdamW's first moment decay, LARS's momentum
     beta1: float = 0.9
     # AdamW's second moment decay
     beta2: float = 0.95

@@ -20,11 +20,11 @@ Pooling = Literal["last", "mean"]
 
 
 class Linear(nn.Module):
-    """``x W^T + b``, whole on every rank, drawn as 0."""
+    """``x W^T + b``, whole on every rank, drawn as 0 or with standard deviation ``std``."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, std: float = 0.0) -> None:
         super().__init__()
-        self.weight = parameter((out_features, in_features), constant=0.0)
+        self.weight = parameter((out_features, in_features), constant=None if std else 0.0, std=std)
         self.bias = parameter((out_features,), constant=0.0)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,20 +27,31 @@ class BatchNorm(nn.Module):
         group: ranks that share the statistics, each with equally many values a channel; None: this rank alone.
         eps: added to the variance.
         momentum: share of a new batch in the running statistics.
+        affine: whether weight and bias are parameters; else they are 1 and 0.
     """
 
+    weight: Tensor
+    bias: Tensor
     running_mean: Tensor
     running_var: Tensor
 
     def __init__(
-        self, num_channels: int, group: dist.ProcessGroup | None = None, eps: float = 1e-5, momentum: float = 0.1
+        self,
+        num_channels: int,
+        group: dist.ProcessGroup | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
     ) -> None:
         super().__init__()
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.eps = eps
         self.momentum = momentum
-        self.weight = parameter((num_channels,), constant=1.0)
-        self.bias = parameter((num_channels,), constant=0.0)
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            if affine:
+                self.register_parameter(name, parameter((num_channels,), constant=value))
+            else:
+                self.register_buffer(name, torch.full((num_channels,), value), persistent=False)
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_var", torch.ones(num_channels))
 

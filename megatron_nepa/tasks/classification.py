@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_nepa.config import ClassificationConfig, require
+from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig, require
 from megatron_nepa.data.evaluation import EvaluationLoader
 from megatron_nepa.data.finetuning import FinetuningLoader
 from megatron_nepa.data.index import DatasetIndex
@@ -21,7 +22,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.collectives import gather_rows
-from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.parallel.topology import TensorGroup, Topology
 from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.flops import train_flops
 from megatron_nepa.training.learning_rates import LearningRates
@@ -44,20 +45,15 @@ class ClassificationTask:
         self.run = run
         self.topology = topology
         self.reset_head = run.reset_head
-        validation = _labelled(run, run.evaluation.data, topology) if run.evaluation.data is not None else None
-        # an evaluation alone needs no training data
-        index = validation if run.evaluation.only else _labelled(run, run.data.path, topology)
-        assert index is not None
+        index, validation = labelled_sets(run, topology)
         self.index = index
-        if validation is not None:
-            check_same_classes(index, validation)
         self.num_classes = run.head.num_classes or count_classes(index)
         self.num_images = len(index)
         self.data_fingerprint = index.fingerprint()
         self.flops_per_image = float(train_flops(run.model))
         self.evaluator = None
         if validation is not None:
-            self.evaluator = ClassificationEvaluator(run, validation, topology, every=_evaluation_steps(run, index))
+            self.evaluator = ClassificationEvaluator(run, validation, topology, every=evaluation_steps(run, index))
 
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The model, drawn from the run's seed."""
@@ -89,11 +85,7 @@ class ClassificationTask:
     def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and metrics of one micro-batch."""
         logits: Tensor = engine.forward(batch.images, batch.sample_index)
-        targets = batch.labels
-        assert targets is not None
-        if targets.shape[0] < logits.shape[0]:  # each tensor-parallel rank has loaded its share
-            targets = gather_rows(targets, self.topology.tensor)
-        loss = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        loss = soft_cross_entropy(logits, batch.labels, self.topology.tensor)
         return loss, loss.detach().view(1)
 
     def health(self) -> None:
@@ -117,7 +109,9 @@ class ClassificationEvaluator:
     prefix = "val_"
     best = "top1"
 
-    def __init__(self, run: ClassificationConfig, index: DatasetIndex, topology: Topology, every: int) -> None:
+    def __init__(
+        self, run: ClassificationConfig | ProbingConfig, index: DatasetIndex, topology: Topology, every: int
+    ) -> None:
         self.run, self.index, self.topology, self.every = run, index, topology, every
 
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
@@ -154,18 +148,65 @@ def count_classes(index: DatasetIndex) -> int:
     return len(index.classes) or int(index.label.max()) + 1
 
 
-def _labelled(run: ClassificationConfig, path: str | None, topology: Topology) -> DatasetIndex:
-    require(path is not None, "classification needs labelled images: give --data (an ImageFolder tree or an index).")
-    index = build_index(replace(run.data, path=path), verbose=topology.is_main)
-    require(index is not None, "synthetic images have no labels: give --data a labelled folder or index.")
+def labelled_sets(
+    run: ClassificationConfig | ProbingConfig, topology: Topology
+) -> tuple[DatasetIndex, DatasetIndex | None]:
+    """Training and validation images, whose classes agree; the latter for both where a run only evaluates.
+
+    Raises:
+        ConfigError: for images without labels, of one class, or whose classes do not fit each other.
+    """
+    evaluation = run.evaluation
+    validation = None if evaluation.data is None else labelled_index(run.data, evaluation.data, topology)
+    if evaluation.only:  # needs no training data
+        assert validation is not None
+        return validation, validation
+    index = labelled_index(run.data, run.data.path, topology)
+    if validation is not None:
+        check_same_classes(index, validation)
+    return index, validation
+
+
+def labelled_index(data: DataConfig, path: str | None, topology: Topology, flag: str = "--data") -> DatasetIndex:
+    """Labelled images of two classes or more.
+
+    Args:
+        data: settings of the run's data.
+        path: of these images.
+        topology: this rank's place.
+        flag: that gives the path, for messages.
+
+    Raises:
+        ConfigError: where there is no path, or images have no label or all the same.
+    """
+    require(path is not None, f"classification needs labelled images: give {flag} (an ImageFolder tree or an index).")
+    index = build_index(replace(data, path=path), verbose=topology.is_main)
+    require(index is not None, f"synthetic images have no labels: give {flag} a labelled folder or index.")
     assert index is not None
+    label = np.asarray(index.label)
     require(
-        bool((index.label >= 0).all()),
+        bool((label >= 0).all()),
         f"{index.root} has images without a label: classification takes a folder for each class, or an index with "
         "labels.",
+    )
+    require(
+        bool((label != label[0]).any()),
+        f"all {len(index)} images of {index.root} are of one class: classification takes a folder for each of two "
+        "classes or more.",
     )
     return index
 
 
-def _evaluation_steps(run: ClassificationConfig, index: DatasetIndex) -> int:
+def evaluation_steps(run: ClassificationConfig | ProbingConfig, index: DatasetIndex) -> int:
+    """Steps between evaluations: the config's, or those of an epoch over ``index``."""
     return run.evaluation.every or max(1, round(len(index) / run.global_batch_size))
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor | None, tensor: TensorGroup) -> Tensor:
+    """Mean cross-entropy of a micro-batch's logits [B, C] with soft targets [B, C], or each tensor-parallel rank's
+    share of them.
+    """
+    assert targets is not None
+    if targets.shape[0] < logits.shape[0]:  # each tensor-parallel rank has loaded its share
+        targets = gather_rows(targets, tensor)
+    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()

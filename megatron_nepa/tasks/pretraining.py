@@ -14,6 +14,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.tasks.pretraining_probe import PretrainingProbe
 from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.flops import train_flops
 from megatron_nepa.training.health import embedding_health, read_health
@@ -28,11 +29,10 @@ class PretrainingTask:
         topology: this rank's place.
 
     Raises:
-        ConfigError: for a data folder that cannot serve the run.
+        ConfigError: for a data folder, or labelled images of the probe, that cannot serve the run.
     """
 
     metric_names = ("loss", "prediction_norm", "target_norm")
-    evaluator = None
     reset_head = False
 
     def __init__(self, run: PretrainingConfig, topology: Topology) -> None:
@@ -42,6 +42,7 @@ class PretrainingTask:
         self.num_images = None if self.index is None else len(self.index)
         self.data_fingerprint = None if self.index is None else self.index.fingerprint()
         self.flops_per_image = float(train_flops(run.model))
+        self.evaluator = PretrainingProbe(run, topology) if run.probe.every > 0 else None
         self._output: PretrainingOutput | None = None
 
     def build_model(self, kernels: Kernels) -> nn.Module:

@@ -64,6 +64,7 @@ def describe_failure(run: RunConfig, progress: Progress, newest: Path | None) ->
 
 def describe_end(directory: RunDirectory, progress: Progress, total_steps: int) -> str:
     """The lines after the last step: where everything is."""
+    figures = ", ".join(sorted(path.name for path in directory.figures_path.glob("*.png")))
     return (
         f"step {progress.step} of {total_steps} done\n"
         f"  checkpoint  {directory.checkpoints.latest()}\n"

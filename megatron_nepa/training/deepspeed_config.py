@@ -127,6 +127,8 @@ def merge(run: Run, given: Collection[str], path: str | None, config: dict[str, 
 def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> dict[str, Any]:
     """The config that is handed to DeepSpeed: every value decided, checked against the number of ranks.
 
+    LARS trains without ZeRO whatever the config says: it takes norms of whole matrices.
+
     Raises:
         ConfigError: where accumulation steps disagree, or the ZeRO stage cannot do what the run asks.
     """
@@ -138,7 +140,7 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         f"{run.global_batch_size} / (micro_batch_size {run.micro_batch_size} x data-parallel size "
         f"{data_parallel_size}) = {accumulation}.",
     )
-    zero = dict(config.get("zero_optimization", {}))
+    zero = {} if run.optimizer.name == "lars" else dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
     require(
         isinstance(stage, int) and not isinstance(stage, bool),

@@ -15,7 +15,8 @@ from megatron_nepa.checkpoint.masters import Masters
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import TrainState
 from megatron_nepa.checkpoint.store import CheckpointStore
-from megatron_nepa.config import RunConfig
+from megatron_nepa.checkpoint.weights import Choice
+from megatron_nepa.config import ModelConfig, RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -67,19 +68,43 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
         store = CheckpointStore(output_dir / "checkpoints", run.keep_last)
         source = str(store.best() or find_checkpoint(run.output_dir))
     model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
-    # no optimizer: the weights are the model's own parameters
-    bare = TrainState(model, Masters(torch.optim.AdamW(model.parameters()), [], {}), None, topology)
-    origin = start_from(bare, source, run.init_weights, run.model, require_head=True)
+    origin = load_weights(model, source, run.init_weights, run.model, topology)
     with evaluation_mode(model):
         results = evaluator.evaluate(model, lambda: False)
     assert results is not None
     if topology.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        partial = output_dir / "evaluation.json.partial"
-        partial.write_text(json.dumps({"weights": origin, **results}, indent=1) + "\n")
-        partial.replace(output_dir / "evaluation.json")
-        print(origin, *(f"  {name} {value:.6g}" for name, value in results.items()), sep="\n", flush=True)
+        write_results(output_dir / "evaluation.json", origin, results)
     return results
+
+
+def load_weights(model: nn.Module, source: str, choice: Choice, config: ModelConfig, topology: Topology) -> str:
+    """Give a model that is not trained the weights of a checkpoint; every rank calls it.
+
+    Args:
+        model: of this rank, on its device.
+        source: any checkpoint, as ``--init_from`` takes it.
+        choice: the average or the raw weights, where there are both.
+        config: of the model.
+        topology: this rank's place.
+
+    Returns:
+        What was loaded, in words.
+
+    Raises:
+        ConfigError: where there is no checkpoint, or it does not fit the model.
+    """
+    # no optimizer: the weights are the model's own parameters
+    bare = TrainState(model, Masters(torch.optim.AdamW(model.parameters()), [], {}), None, topology)
+    return start_from(bare, source, choice, config, require_head=True)
+
+
+def write_results(path: Path, origin: str, results: dict[str, float]) -> None:
+    """Write results and whose they are as JSON, in one piece, and print them; the main rank calls it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"weights": origin, **results}, indent=1) + "\n")
+    partial.replace(path)
+    print(origin, *(f"  {name} {value:.6g}" for name, value in results.items()), sep="\n", flush=True)
 
 
 @contextlib.contextmanager

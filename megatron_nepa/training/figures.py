@@ -46,7 +46,7 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One plot of health.png: its title, what its y axis shows, and the metrics in it with their names and colours."""
+    """One plot among several: its title, what its y axis shows, and the metrics in it with their names and colours."""
 
     title: str
     unit: str
@@ -70,9 +70,23 @@ PANELS = (
     Panel("Gradient norm", "global L2 norm, before clipping", (("grad_norm", "gradient", GREY),)),
 )
 
+RAW, AVERAGE = "raw weights", "their average"
+EVALUATION_PANELS = tuple(
+    Panel(title, unit, ((key, RAW, BLUE), (key.replace("_", "_ema_", 1), AVERAGE, ORANGE)))
+    for title, unit, key in (
+        ("Top-1 accuracy", "share of the validation images", "val_top1"),
+        ("Top-5 accuracy", "share of the validation images", "val_top5"),
+        ("Validation loss", "cross-entropy", "val_loss"),
+        ("mIoU", "mean over classes", "val_mean_iou"),
+        ("Probe: nearest neighbours", "top-1 accuracy", "probe_knn_top1"),
+        ("Probe: linear", "top-1 accuracy", "probe_linear_top1"),
+    )
+)
+
 
 def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
-    """Draw loss.png (loss and learning rate) and health.png (embeddings and gradient) from a run's metrics.jsonl.
+    """Draw a run's metrics.jsonl: loss.png (loss and learning rate), health.png (embeddings and gradient) and, of a run
+    that was evaluated or probed, evaluation.png.
 
     A value that was not finite leaves a gap; a metric that was never logged is left out. Each file is replaced in one
     piece.
@@ -92,9 +106,10 @@ def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
     with rc_context(STYLE):  # type: ignore[arg-type]
         if "loss" in metrics:
             drawn.append(save_figure(_loss_figure(metrics), figures_dir / "loss.png"))
-        panels = [panel for panel in PANELS if any(key in metrics for key, _, _ in panel.curves)]
-        if panels:
-            drawn.append(save_figure(_health_figure(metrics, panels), figures_dir / "health.png"))
+        for name, every in (("health.png", PANELS), ("evaluation.png", EVALUATION_PANELS)):
+            panels = [panel for panel in every if any(key in metrics for key, _, _ in panel.curves)]
+            if panels:
+                drawn.append(save_figure(_panel_figure(metrics, panels), figures_dir / name))
     return drawn
 
 
@@ -117,7 +132,7 @@ def _loss_figure(metrics: dict[str, Series]) -> Figure:
     return figure
 
 
-def _health_figure(metrics: dict[str, Series], panels: list[Panel]) -> Figure:
+def _panel_figure(metrics: dict[str, Series], panels: list[Panel]) -> Figure:
     columns = min(len(panels), 2)
     num_rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * num_rows), layout="constrained")

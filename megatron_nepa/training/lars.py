@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 from timm.optim import Lars
-from torch import nn
 
 TRUST_COEFFICIENT = 0.001
 
 
-def probe_optimizer(parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.9) -> Lars:
-    """timm's LARS, set up to take MAE's steps: without weight decay.
+def build_lars(groups: list[dict[str, Any]], momentum: float) -> Lars:
+    """timm's LARS, set up to take MAE's steps.
 
     The rate of a matrix is scaled by ``0.001 |weight| / |gradient|``, or by 1 where either norm is 0. Biases and
     norms, of one dimension or none, take plain steps.
 
     Args:
-        parameters: of the probe.
-        lr: the rate; MAE's is 0.1 * batch size / 256.
+        groups: parameter groups, each either of matrices or of vectors; the learning rate is set at every step.
         momentum: of the scaled gradients.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "always_adapt": True}
-    vectors = {"params": [p for p in trained if p.ndim <= 1], "always_adapt": False}
-    return Lars([matrices, vectors], lr=lr, momentum=momentum, trust_coeff=TRUST_COEFFICIENT, eps=0.0)
+    groups = [{**group, "always_adapt": group["params"][0].ndim > 1} for group in groups]
+    return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=TRUST_COEFFICIENT, eps=0.0)

@@ -179,6 +179,14 @@ def _parts(row: Row) -> list[str]:
         "data_wait_ms": lambda value: f"data {value:.0f} ms",
         "memory_gb": lambda value: f"{value:.1f} GB",
         "target_effective_rank": lambda value: f"eff. rank {value:.1f}",
+        "val_top1": lambda value: f"top-1 {value:.1%}",
+        "val_ema_top1": lambda value: f"EMA top-1 {value:.1%}",
+        "val_mean_iou": lambda value: f"mIoU {value:.1%}",
+        "val_ema_mean_iou": lambda value: f"EMA mIoU {value:.1%}",
+        "probe_knn_top1": lambda value: f"kNN {value:.1%}",
+        "probe_ema_knn_top1": lambda value: f"EMA kNN {value:.1%}",
+        "probe_linear_top1": lambda value: f"linear {value:.1%}",
+        "probe_ema_linear_top1": lambda value: f"EMA linear {value:.1%}",
         "skipped_steps": lambda value: f"skipped {value:.0f}",
     }
     shown = [key for key in parts if key in row and (key != "skipped_steps" or row[key])]

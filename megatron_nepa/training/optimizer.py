@@ -1,4 +1,4 @@
-"""AdamW in the fastest form that is there."""
+"""The optimizer of a run, in the fastest form that is there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from megatron_nepa.config import OptimizerConfig
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device, offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW in the fastest form that is there.
+    """AdamW in the fastest form that is there, or LARS.
 
     Args:
         groups: of :meth:`~megatron_nepa.training.learning_rates.LearningRates.groups`.
-        config: betas and epsilon; the learning rate is set at every step.
+        config: name, betas and epsilon; the learning rate is set at every step.
         device: of the training.
         offload: ZeRO offload keeps masters and moments on the CPU, which takes DeepSpeed's own CPU Adam.
 
     Returns:
         DeepSpeedCPUAdam under offload; on a GPU apex's FusedAdam where apex is installed, else DeepSpeed's; on a CPU
-        torch's fused AdamW.
+        torch's fused AdamW. For "lars" timm's LARS.
     """
+    if config.name == "lars":
+        from megatron_nepa.training.lars import build_lars  # timm is an optional dependency
+
+        return build_lars(groups, momentum=config.beta1)
     betas = (config.beta1, config.beta2)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -38,6 +38,7 @@ _FREE_FIELDS = {
     "compile",
     "kernels",
     "evaluation",
+    "probe",
     "data.path",  # the data's fingerprint counts, not where they lie
     "data.on_bad_image",
     "data.max_bad_share",

@@ -57,6 +57,16 @@ def test_every_curve_is_drawn(count: int, tmp_path: Path) -> None:
     assert all(pixels(pictures["health.png"], colour) > 500 for colour in (BLUE, ORANGE, GREY))
 
 
+def test_evaluations_and_probes_have_a_figure(tmp_path: Path) -> None:
+    rows = [row(step) for step in range(1, 101)]
+    for step in range(10, 101, 10):
+        rows[step - 1] |= {"probe_knn_top1": 0.1 + step / 200, "val_top1": 0.2, "val_ema_top1": 0.5}
+    pictures = draw(tmp_path, rows)
+    assert set(pictures) == {"loss.png", "health.png", "evaluation.png"}
+    assert pixels(pictures["evaluation.png"], BLUE) > 500
+    assert pixels(pictures["evaluation.png"], ORANGE) > 300
+
+
 def test_a_single_step_is_a_dot(tmp_path: Path) -> None:
     pictures = draw(tmp_path, [row(1)])
     assert 10 < pixels(pictures["loss.png"], BLUE) < 100

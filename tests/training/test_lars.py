@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.training.lars import probe_optimizer
+from megatron_nepa.training.lars import build_lars
 
 LR, MOMENTUM = 0.3, 0.9
 
@@ -30,8 +30,9 @@ def test_the_steps_of_mae(zero_weight: bool) -> None:
 
     start = [draw(5, 7) * (not zero_weight), draw(5), draw(7)]
     parameters = [nn.Parameter(value.clone()) for value in start]
-    frozen = nn.Parameter(draw(2, 2), requires_grad=False)
-    optimizer = probe_optimizer([*parameters, frozen], LR)
+    optimizer = build_lars([{"params": parameters[:1]}, {"params": parameters[1:]}], MOMENTUM)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
     values, velocity = [value.clone() for value in start], [torch.zeros_like(value) for value in start]
     for step in range(5):
         gradients = [draw(*value.shape) * 10.0 ** (3 - step) for value in start]

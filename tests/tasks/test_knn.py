@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nepa.analysis.knn import weighted_knn
 from megatron_nepa.config import ConfigError
+from megatron_nepa.tasks.knn import weighted_knn
 
 
 def draw(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,64 @@
+"""What pre-training configures besides: the objective, and the probe that watches its features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_nepa.config.checks import require
+from megatron_nepa.config.run import RunConfig
+from megatron_nepa.config.sections import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Nearest neighbours and a linear classifier on the trunk's features, now and then while it is pre-trained."""
+
+    # steps between probes (one is also made at the end); 0 never probes
+    every: int = 0
+    # a few labelled images, in the layouts of --data
+    data: str | None = None
+    # labelled images to classify; none takes every other image of each class of probe_data for it
+    validation_data: str | None = None
+    # block, counted from 0, whose output is probed; none takes the last one's after the final norm
+    block: int | None = None
+    # feature of an image: last, its last token, or mean, the mean of its patches
+    pooling: Literal["last", "mean"] = "mean"
+    # neighbours that vote
+    neighbours: int = 20
+    # images of a batch on each replica
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"probe_every is {self.every}; it must not be negative.")
+        for name in ("neighbours", "batch_size"):
+            require(getattr(self, name) >= 1, f"probe.{name} is {getattr(self, name)}; it must be at least 1.")
+        require(
+            self.every == 0 or bool(self.data),
+            f"--probe_every {self.every} needs labelled images: give --probe_data (a folder for each class).",
+        )
+        require(
+            self.every > 0 or self.data is None,
+            f"--probe_data {self.data} is never probed: give the steps between probes as --probe_every.",
+        )
+        require(self.validation_data != "", "probe_validation_data is empty; give a folder (an unset shell variable?).")
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(RunConfig):
+    """Next-embedding pre-training (paper section 3.1)."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_block("probe.block", self.probe.block, self.model.num_layers)
+
+
+def require_block(name: str, block: int | None, num_layers: int) -> None:
+    """Refuse a block outside the trunk; None is its end."""
+    require(
+        block is None or 0 <= block < num_layers,
+        f"{name} is {block}; the trunk's {num_layers} blocks are counted from 0 to {num_layers - 1}.",
+    )

@@ -1,0 +1,65 @@
+"""What a linear probe configures besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_nepa.config.checks import require
+from megatron_nepa.config.finetuning import EvaluationConfig
+from megatron_nepa.config.pretraining import require_block
+from megatron_nepa.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class FrozenTrunkConfig:
+    """The trunk that is probed, and which of its features."""
+
+    # its weights: a checkpoint or OUTPUT_DIR of any run, or a released model's folder
+    path: str | None = None
+    # which weights of a run: its average (ema) or raw
+    weights: Literal["ema", "raw"] = "ema"
+    # block, counted from 0, whose output is probed; none takes the last one's after the final norm
+    block: int | None = None
+    # feature of an image: last, its last token, or mean, the mean of its patches
+    pooling: Literal["last", "mean"] = "last"
+    # dtype that the trunk computes in; features and head are fp32
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+    def __post_init__(self) -> None:
+        require(self.path != "", "trunk is empty; give a checkpoint (an unset shell variable?).")
+
+
+@dataclass(frozen=True)
+class ProbingConfig(RunConfig):
+    """A linear classifier on the features of a frozen trunk (paper appendix E.2)."""
+
+    trunk: FrozenTrunkConfig = field(default_factory=FrozenTrunkConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # dtype of the head; the trunk's is --trunk.dtype
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    # classify the validation images by so many nearest training images, write neighbours.json and end; none trains
+    knn: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_block("trunk.block", self.trunk.block, self.model.num_layers)
+        require(
+            self.init_from is None or self.evaluation.only,
+            f"--init_from {self.init_from} is no place for the trunk, which is not trained here: give it as --trunk.",
+        )
+        require(
+            self.dtype == "fp32", "the head of a probe is trained in fp32: choose the trunk's dtype by --trunk.dtype."
+        )
+        require(not self.compile, "--compile serves trunks that are trained, not the frozen one of a probe: drop it.")
+        require(self.knn is None or self.knn >= 1, f"knn is {self.knn}; it must be at least 1 neighbour.")
+        require(
+            self.knn is None or (self.evaluation.data is not None and not self.evaluation.only),
+            "--knn compares validation images with training images: give --data and --validation_data, and no "
+            "--evaluate_only.",
+        )
+        require(
+            self.evaluation.resize_size >= self.model.image_size,
+            f"evaluation.resize_size {self.evaluation.resize_size} is smaller than the crop of model.image_size "
+            f"{self.model.image_size}.",
+        )

@@ -1,0 +1,190 @@
+"""Linear probes and nearest neighbours on a frozen trunk (paper appendix E.2; He et al. 2022, appendix A.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nepa.checkpoint.release_folder import is_release
+from megatron_nepa.checkpoint.resume import find_checkpoint
+from megatron_nepa.config import AugmentationConfig, ConfigError, ProbingConfig, require
+from megatron_nepa.data.evaluation import EvaluationLoader
+from megatron_nepa.data.finetuning import FinetuningLoader
+from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.loader import Batch
+from megatron_nepa.data.share import Share
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
+from megatron_nepa.models.trunk import DTYPES, Trunk
+from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.tasks.classification import (
+    ClassificationEvaluator,
+    count_classes,
+    evaluation_steps,
+    labelled_sets,
+    soft_cross_entropy,
+)
+from megatron_nepa.tasks.features import extract_features, knn_accuracy
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.evaluation import load_weights, write_results
+from megatron_nepa.training.flops import forward_flops
+from megatron_nepa.training.learning_rates import LearningRates
+
+# MAE's probe sees random crops and flips alone
+CROPS_ONLY = AugmentationConfig(rand_augment=None, random_erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+
+
+class ProbingTask:
+    """A linear layer on the features of a trunk that stays as it is; what is trained and saved is the layer alone.
+
+    Args:
+        run: the config.
+        topology: this rank's place.
+        kernels: implementations of the trunk's fused operations.
+
+    Attributes:
+        run: the config, with the checkpoint that the trunk was found in: a run goes on with that one.
+
+    Raises:
+        ConfigError: for data that cannot serve, or a checkpoint that holds no such trunk.
+    """
+
+    metric_names = ("loss",)
+    reset_head = False
+
+    def __init__(self, run: ProbingConfig, topology: Topology, kernels: Kernels) -> None:
+        path = run.trunk.path
+        require(path is not None, "a probe needs a trained trunk: give its checkpoint as --trunk.")
+        assert path is not None
+        if not is_release(Path(path)):
+            path = str(find_checkpoint(path))
+        self.run = replace(run, trunk=replace(run.trunk, path=path))
+        self.topology = topology
+        self.index, self.validation = labelled_sets(run, topology)
+        self.num_images = len(self.index)
+        self.data_fingerprint = self.index.fingerprint()
+        self.flops_per_image = float(forward_flops(run.model))
+        self.features, self.origin = _frozen_features(self.run, topology, kernels)
+        self.evaluator = None
+        if self.validation is not None:
+            every = evaluation_steps(run, self.index)
+            self.evaluator = ProbingEvaluator(run, self.features, self.validation, topology, every)
+
+    def build_model(self, kernels: Kernels) -> nn.Module:
+        """The layer, drawn from the run's seed."""
+        width, topology = self.run.model.hidden_size, self.topology
+        return LinearProbe(width, count_classes(self.index), self.run.seed, topology.tensor, topology.data_group)
+
+    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
+        """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
+        run, topology = self.run, self.topology
+        return FinetuningLoader(
+            self.index,
+            run.data,
+            CROPS_ONLY,
+            run.model.image_size,
+            count_classes(self.index),
+            run.seed,
+            Share.of(run, topology),
+            topology.device,
+            DTYPES[run.trunk.dtype],
+            consumed_samples,
+            bad_image_log,
+        )
+
+    def learning_rates(self, total_steps: int) -> LearningRates:
+        """One rate."""
+        return LearningRates(self.run, total_steps)
+
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of one micro-batch."""
+        logits: Tensor = engine.forward(self.features(batch.images, batch.sample_index))
+        loss = soft_cross_entropy(logits, batch.labels, self.topology.tensor)
+        return loss, loss.detach().view(1)
+
+    def health(self) -> None:
+        """Nothing to watch besides the loss."""
+
+    def read_health(self, flat: Tensor) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+class ProbingEvaluator(ClassificationEvaluator):
+    """Accuracy of the trunk with its probe over a whole validation set, exact across ranks.
+
+    Args:
+        run: the config.
+        features: of the frozen trunk.
+        index: labelled images.
+        topology: this rank's place.
+        every: steps between evaluations.
+    """
+
+    def __init__(
+        self, run: ProbingConfig, features: TrunkFeatures, index: DatasetIndex, topology: Topology, every: int
+    ) -> None:
+        super().__init__(run, index, topology, every)
+        self.features = features
+
+    def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """Top-1 and top-5 accuracy as shares of 1, and the mean cross-entropy."""
+        return super().evaluate(ProbedTrunk(self.features, model), interrupted)
+
+
+@torch.no_grad()
+def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
+    """Classify the validation images by their nearest training images; every rank calls it.
+
+    Every image is resized and cropped as in an evaluation. The accuracies go to ``neighbours.json`` in the run's folder
+    and to the console.
+
+    Raises:
+        ConfigError: for fewer training images than neighbours.
+    """
+    run, topology = task.run, task.topology
+    assert run.knn is not None
+    assert task.validation is not None
+    require(
+        len(task.index) >= run.knn,
+        f"--knn {run.knn} neighbours are asked of the {len(task.index)} images of {task.index.root}: ask for "
+        f"{len(task.index)} or less.",
+    )
+    sets = []
+    for index in (task.index, task.validation):
+        loader = EvaluationLoader(
+            index,
+            run.data,
+            run.model.image_size,
+            run.evaluation.resize_size,
+            run.evaluation.squash,
+            run.evaluation.batch_size,
+            topology.data_rank,
+            topology.data_size,
+            topology.device,
+            DTYPES[run.trunk.dtype],
+        )
+        found = extract_features(task.features, loader, len(index), topology)
+        assert found is not None
+        sets.append(found)
+    results = knn_accuracy(sets[0], sets[1], run.knn, topology)
+    if topology.is_main:
+        write_results(Path(run.output_dir) / "neighbours.json", task.origin, results)
+    return results
+
+
+def _frozen_features(run: ProbingConfig, topology: Topology, kernels: Kernels) -> tuple[TrunkFeatures, str]:
+    trunk = Trunk(run.model, run.parallel, 0.0, run.seed, topology.tensor, kernels)
+    initialize_parameters(trunk, run.seed, run.model.init_std, topology.tensor)
+    features = TrunkFeatures(trunk, run.trunk.block, run.trunk.pooling).requires_grad_(False).eval()
+    features.to(topology.device, DTYPES[run.trunk.dtype])
+    assert run.trunk.path is not None
+    try:
+        return features, load_weights(features, run.trunk.path, run.trunk.weights, run.model, topology)
+    except ConfigError as error:  # name the flag that was given here
+        raise ConfigError(str(error).replace("--init_from", "--trunk")) from None

@@ -1,0 +1,92 @@
+"""Probing while pre-training: in the log, and without a trace in the run's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.tasks.pretraining_probe import halves
+from megatron_nepa.training.engine import TrainingEngine
+from tests.distributed.ranks import run_ranks
+from tests.runs import TINY, Killed, kill_in_step, make_images, pretrain, read_metrics
+from tests.tasks.labelled import make_labelled
+
+NAMES = {f"probe_{kind}{name}" for kind in ("", "ema_") for name in ("knn_top1", "knn_top5", "linear_top1")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probe")
+    make_images(folder / "images", 16)
+    make_labelled(folder / "labelled", 5, ("a", "b", "c", "d", "e", "f"))  # of three colours: two look alike
+    return folder
+
+
+def flags(folder: Path, output: Path, *more: str) -> list[str]:
+    return [*TINY, f"--data={folder / 'images'}", f"--output_dir={output}", "--steps=4", "--save_every=2", *more]
+
+
+def probing(folder: Path, every: int = 2) -> list[str]:
+    return [f"--probe_every={every}", f"--probe_data={folder / 'labelled'}", "--probe.neighbours=3"]
+
+
+def with_and_without(folder: Path, output: Path) -> None:
+    """A run without probes, and one that probes, killed and continued."""
+    assert pretrain(flags(folder, output / "without")) is None
+    whole = TrainingEngine.step
+    kill_in_step(4)
+    with pytest.raises(Killed):
+        pretrain(flags(folder, output / "one", *probing(folder)))
+    TrainingEngine.step = whole  # type: ignore[method-assign]
+    assert pretrain(flags(folder, output / "one", *probing(folder))) is None
+
+
+def test_a_run_computes_the_same_with_and_without_probes(folder: Path, tmp_path: Path) -> None:
+    run_ranks(1, with_and_without, folder, tmp_path)
+    run_ranks(2, pretrain, flags(folder, tmp_path / "two", *probing(folder)))
+    without, one, two = (read_metrics(tmp_path / name) for name in ("without", "one", "two"))
+    numbers = [(row["loss"], row["grad_norm"]) for row in without]
+    assert [(row["loss"], row["grad_norm"]) for row in one] == numbers
+    assert [row["step"] for row in one if row.keys() >= NAMES] == [2, 4]
+    assert not any(NAMES & row.keys() for row in without)
+    for ours, theirs in zip(one, two, strict=True):
+        assert {name: ours.get(name) for name in NAMES} == {name: theirs.get(name) for name in NAMES}
+    for name in ("probe_knn_top1", "probe_linear_top1"):
+        assert 1 / 6 < one[-1][name] < 1  # a number that could differ, better than a guess
+    assert (tmp_path / "one/figures/evaluation.png").is_file()
+
+
+def refusals(folder: Path, output: Path, cases: list[list[str]]) -> list[str | None]:
+    return [pretrain(flags(folder, output, *case)) for case in cases]
+
+
+def test_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    make_labelled(tmp_path / "other", 2, ("blue", "violet"))
+    make_labelled(tmp_path / "single", 1)
+    cases = {
+        "give --probe_data (a folder": ["--probe_every=2"],
+        "give the steps between probes as --probe_every": [f"--probe_data={folder / 'labelled'}"],
+        "has images without a label": ["--probe_every=2", f"--probe_data={folder / 'images'}"],
+        "the 18 training images": ["--probe_every=2", f"--probe_data={folder / 'labelled'}"],
+        "probe.block is 2": [*probing(folder), "--probe.block=2"],
+        "6 classes and the validation": [*probing(folder), f"--probe_validation_data={tmp_path / 'other'}"],
+        "has one image a class": ["--probe_every=2", f"--probe_data={tmp_path / 'single'}"],
+    }
+    found = run_ranks(1, refusals, folder, tmp_path / "run", list(cases.values()))[0]
+    for reason, message in zip(cases, found, strict=True):
+        assert message is not None, reason
+        assert message.startswith("ConfigError"), message
+        assert reason in message, message
+    assert not (tmp_path / "run").exists()
+
+
+def test_halves_share_every_class(tmp_path: Path) -> None:
+    index = scan_folder(make_labelled(tmp_path, per_class=5))
+    first, second = halves(index.select(np.random.default_rng(0).permutation(15)))
+    assert np.bincount(first.label).tolist() == [3, 3, 3]
+    assert np.bincount(second.label).tolist() == [2, 2, 2]
+    names = {half.names[i] for half in (first, second) for i in range(len(half))}
+    assert len(names) == 15

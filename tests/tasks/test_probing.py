@@ -1,0 +1,235 @@
+"""Probes of a frozen trunk: as a loop by hand, the same on any number of ranks, exact, and refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_nepa.checkpoint.weights import Weights, load_whole, stored_tensors, write_weights
+from megatron_nepa.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
+from megatron_nepa.data.finetuning import FinetuningLoader
+from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.data.share import Share
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.probe import LinearProbe, TrunkFeatures
+from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.topology import TensorGroup, build_topology
+from megatron_nepa.tasks.features import Features, knn_accuracy, linear_accuracy
+from megatron_nepa.tasks.probing import CROPS_ONLY
+from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.lars import build_lars
+from tests.distributed.ranks import run_ranks
+from tests.runs import Killed, call_script, kill_in_step, read_metrics
+from tests.tasks.labelled import TINY, make_labelled
+
+MODEL = ModelConfig(
+    image_size=32,
+    patch_size=8,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    mlp_hidden_size=48,
+    position_embedding="none",
+    layer_scale_init=0.5,
+)
+STEPS, SEED = 4, 1337
+FLAGS = [flag for flag in TINY if not flag.startswith("--augmentation")]
+FLAGS += [
+    "--trunk.dtype=fp32",
+    "--trunk.block=0",
+    "--trunk.pooling=mean",
+    f"--steps={STEPS}",
+    "--evaluation.every=2",
+    "--save_every=2",
+]
+CLASSES = ("a", "b", "c", "d", "e", "f")  # of three colours: two look alike
+
+
+def build_trunk(model: ModelConfig = MODEL) -> Trunk:
+    trunk = Trunk(model, ParallelConfig(), 0.0, 0, TensorGroup(), Kernels())
+    initialize_parameters(trunk, 3, 0.2, TensorGroup())
+    return trunk.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trunk's checkpoint, and labelled images: 24 to train on, 18 to validate, no multiple of 2 ranks x 4."""
+    folder = tmp_path_factory.mktemp("probing")
+    tensors = {f"trunk.{name}": value for name, value in build_trunk().state_dict().items()}
+    write_weights(Weights(MODEL, tensors, "a trunk drawn at random"), folder / "trunk")
+    make_labelled(folder / "train", 4, CLASSES)
+    make_labelled(folder / "validation", 3, CLASSES)
+    return folder
+
+
+def probe(folder: Path, output: Path, *more: str) -> str | None:
+    from examples.linear_probe import main
+
+    data = [f"--trunk={folder / 'trunk'}", f"--data={folder / 'train'}", f"--validation_data={folder / 'validation'}"]
+    return call_script(main, [*FLAGS, *data, f"--output_dir={output}", *more])
+
+
+def probe_all(folder: Path, output: Path, *grid: str) -> None:
+    """Train, killed in step 3 and continued; evaluate what was trained, classify by neighbours."""
+    whole = TrainingEngine.step
+    kill_in_step(3)
+    with pytest.raises(Killed):
+        probe(folder, output, *grid)
+    TrainingEngine.step = whole  # type: ignore[method-assign]
+    assert probe(folder, output, *grid) is None
+    assert probe(folder, output, "--evaluate_only", *grid) is None
+    assert probe(folder, output, "--knn=5", *grid) is None
+
+
+def head_of(output: Path) -> dict[str, Tensor]:
+    checkpoint = output / "checkpoints" / f"step_{STEPS:08d}"
+    stored = stored_tensors(checkpoint)
+    return load_whole(checkpoint, list(stored), stored)
+
+
+def train_by_hand(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """The same probe in plain torch: BatchNorm1d, a linear layer and MAE's rule, on features of the loader's images."""
+    features = TrunkFeatures(build_trunk(), 0, "mean")
+    share = Share(12, 12, 1, 0, 1, 0, 1)
+    data = DataConfig(horizontal_flip=True, num_threads=1)
+    loader = FinetuningLoader(
+        scan_folder(folder / "train"), data, CROPS_ONLY, 32, 6, SEED, share, torch.device("cpu"), torch.float32
+    )
+    drawn = LinearProbe(32, 6, SEED, TensorGroup())
+    norm, linear = nn.BatchNorm1d(32, affine=False, eps=1e-6), nn.Linear(32, 6)
+    linear.load_state_dict(drawn.classifier.state_dict())
+    velocity = {name: torch.zeros_like(value) for name, value in linear.named_parameters()}
+    losses = []
+    for step in range(STEPS):
+        batch = next(loader)
+        assert batch.labels is not None
+        assert set(batch.labels.unique().tolist()) == {0.0, 1.0}
+        logits = linear(norm(features(batch.images, batch.sample_index)))
+        loss = nn.functional.cross_entropy(logits, batch.labels.argmax(1))
+        linear.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        rate = 0.1 * 12 / 256 * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+        for name, param in linear.named_parameters():
+            change = param.grad
+            assert change is not None
+            if name == "weight":
+                change = change * 0.001 * param.norm() / change.norm()
+            velocity[name] = 0.9 * velocity[name] + change
+            param.data -= rate * velocity[name]
+    loader.close()
+    state = {f"master.classifier.{name}": value.detach() for name, value in linear.named_parameters()}
+    state |= {f"momentum_buffer.classifier.{name}": value.detach() for name, value in velocity.items()}
+    buffers = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    return losses, state | {f"buffer.norm.{name}": value for name, value in buffers.items() if value is not None}
+
+
+def test_the_shared_loop_trains_as_a_loop_by_hand_on_any_grid_killed_or_not(folder: Path, tmp_path: Path) -> None:
+    grids: dict[str, tuple[int, list[str]]] = {
+        "one": (1, ["--micro_batch_size=12"]),
+        "data": (2, ["--micro_batch_size=6"]),
+        "tensor": (2, ["--micro_batch_size=12", "--tensor_parallel_size=2", "--sequence_parallel"]),
+    }
+    schedule = ["--optimizer.warmup_ratio=0"]
+    for name, (ranks, grid) in grids.items():
+        run_ranks(ranks, probe_all, folder, tmp_path / name, *grid, *schedule)
+    losses, state = train_by_hand(folder)
+    one = tmp_path / "one"
+    for name in grids:
+        output = tmp_path / name
+        rows = read_metrics(output)
+        assert [row["loss"] for row in rows] == pytest.approx(losses, abs=2e-6)
+        found = head_of(output)
+        assert found.keys() == state.keys()
+        for key, value in state.items():
+            torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-4)
+
+        # the evaluation of the run, of its checkpoint, and the neighbours, exact
+        last = rows[-1]
+        assert [row["step"] for row in rows if "val_top1" in row] == [2, 4]
+        alone = json.loads((output / "evaluation.json").read_text())
+        best = json.loads((output / "checkpoints/best.json").read_text())
+        assert alone["top1"] == best["value"] == max(row["val_top1"] for row in rows if "val_top1" in row)
+        assert last["val_top1"] == read_metrics(one)[-1]["val_top1"]
+        neighbours = json.loads((output / "neighbours.json").read_text())
+        assert neighbours == json.loads((one / "neighbours.json").read_text())
+        assert neighbours["weights"].startswith("starting from the a trunk drawn at random")
+        assert neighbours["knn_top1"] * 18 == pytest.approx(round(neighbours["knn_top1"] * 18))
+        assert 1 / 6 < neighbours["knn_top1"] < 1  # a number that could differ, better than a guess
+
+
+def separable(seed: int, count: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    values = torch.randn(count, 16, generator=generator)
+    values[torch.arange(count), labels] += 12
+    return Features(1000 + 50 * values, labels)  # far from 0 and wide: the probe has to normalise
+
+
+def test_separable_features_are_classified_without_an_error() -> None:
+    train, validation = separable(0, 400), separable(1, 103)
+    head = LinearProbe(16, 4, SEED, TensorGroup())
+    optimizer = build_lars([{"params": [head.classifier.weight]}, {"params": [head.classifier.bias]}], 0.9)
+    for group in optimizer.param_groups:
+        group["lr"] = 10.0
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(train.values), train.labels).backward()
+        optimizer.step()
+    head.eval()
+    assert bool((head(validation.values).argmax(1) == validation.labels).all())
+    for found in run_ranks(2, accuracies, train, validation):
+        assert found == {"knn_top1": 1.0, "knn_top5": 1.0, "linear_top1": 1.0}
+
+
+def accuracies(train: Features, validation: Features) -> dict[str, float]:
+    topology = build_topology(torch.device("cpu"), 1)
+    return {**knn_accuracy(train, validation, 20, topology), **linear_accuracy(train, validation, topology)}
+
+
+def refusals(folder: Path, output: Path, cases: list[list[str]]) -> list[str | None]:
+    return [probe(folder, output, *case) for case in cases]
+
+
+def test_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train" / "a", tmp_path / "flat")
+    shutil.copytree(folder / "train" / "a", tmp_path / "one" / "red")
+    cases: dict[str, list[str]] = {
+        "has images without a label": [f"--data={tmp_path / 'flat'}"],
+        "are of one class": [f"--data={tmp_path / 'one'}"],
+        "trunk.block is 2; the trunk's 2 blocks are counted from 0 to 1": ["--trunk.block=2"],
+        "--trunk": ["--model.num_layers=3"],
+        "holds no checkpoint": [f"--trunk={tmp_path}"],
+        "give its checkpoint as --trunk": ["--trunk=none"],
+        "give it as --trunk": [f"--init_from={folder / 'trunk'}"],
+        "ask for 24 or less": ["--knn=25"],
+        "choose the trunk's dtype by --trunk.dtype": ["--dtype=bf16"],
+    }
+    found = run_ranks(1, refusals, folder, tmp_path / "run", list(cases.values()))[0]
+    for (reason, case), message in zip(cases.items(), found, strict=True):
+        assert message is not None, case
+        assert message.startswith(ConfigError.__name__), message
+        assert reason in message, message
+    assert not (tmp_path / "run").exists()
+
+
+def test_frozen_trunk_and_blocks() -> None:
+    """The last block's feature is the final norm's output, an earlier one's its stream; nothing gets a gradient."""
+    trunk = build_trunk()
+    images, index = torch.randn(2, 3, 32, 32), torch.arange(2)
+    output = trunk(images, index, (0,))
+    wanted: dict[Any, Tensor] = {None: output.output, 0: output.taps[0]}
+    for block, rows in wanted.items():
+        tokens = rows.view(2, 16, 32)
+        for pooling, value in (("last", tokens[:, -1]), ("mean", tokens.mean(1))):
+            found = TrunkFeatures(trunk, block, pooling)(images, index)  # type: ignore[arg-type]
+            assert not found.requires_grad
+            torch.testing.assert_close(found, value)
