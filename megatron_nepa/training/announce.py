@@ -69,5 +69,5 @@ def describe_end(directory: RunDirectory, progress: Progress, total_steps: int) 
         f"step {progress.step} of {total_steps} done\n"
         f"  checkpoint  {directory.checkpoints.latest()}\n"
         f"  metrics     {directory.metrics_path}\n"
-        f"  figures     {directory.figures_path}/loss.png, health.png"
+        f"  figures     {directory.figures_path}/{figures}"
     )
