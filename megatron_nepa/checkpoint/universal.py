@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_nepa.checkpoint.manifest import verify_files
 from megatron_nepa.checkpoint.release_format import MASK_TOKEN
 from megatron_nepa.checkpoint.resume import find_checkpoint
-from megatron_nepa.checkpoint.state import MOMENTS
+from megatron_nepa.checkpoint.state import MOMENTS, MOMENTUM
 from megatron_nepa.checkpoint.store import beside
 from megatron_nepa.checkpoint.weights import (
     ParameterForm,
@@ -68,6 +68,10 @@ def export_universal(source: Path, folder: Path) -> Path:
     require(manifest["has_optimizer"], f"{checkpoint} holds weights only: there is no optimizer's state to export.")
     progress, run, stored = manifest["progress"], manifest["run"], stored_tensors(checkpoint)
     names = names_of("master", stored)
+    require(
+        not names_of(*MOMENTUM, stored),
+        f"{checkpoint} is of a probe that LARS trained: universal checkpoints hold the state of Adam.",
+    )
     forms = trunk_layouts(ModelConfig(**run["model"]), MASK_TOKEN in names)
 
     partial = beside(folder)

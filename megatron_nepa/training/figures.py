@@ -74,8 +74,8 @@ RAW, AVERAGE = "raw weights", "their average"
 EVALUATION_PANELS = tuple(
     Panel(title, unit, ((key, RAW, BLUE), (key.replace("_", "_ema_", 1), AVERAGE, ORANGE)))
     for title, unit, key in (
-        ("Top-1 accuracy", "share of the validation images", "val_top1"),
-        ("Top-5 accuracy", "share of the validation images", "val_top5"),
+        ("Top-1 accuracy", "share of the images", "val_top1"),
+        ("Top-5 accuracy", "share of the images", "val_top5"),
         ("Validation loss", "cross-entropy", "val_loss"),
         ("mIoU", "mean over classes", "val_mean_iou"),
         ("Probe: nearest neighbours", "top-1 accuracy", "probe_knn_top1"),
