@@ -89,7 +89,7 @@ def _optional() -> Iterator[Row]:
         "flash-attn": ("flash_attn", "serves attention on GPUs", "attention runs through torch's SDPA"),
         "Apex": ("apex.optimizers", "its FusedAdam and FusedLayerNorm serve GPUs", "DeepSpeed's FusedAdam serves GPUs"),
         "wandb": ("wandb", "serves --wandb online and offline", "--wandb must stay disabled"),
-        "timm": ("timm", "serves fine-tuning's augmentation", "fine-tuning needs megatron_nepa[finetune]"),
+        "timm": ("timm", "serves fine-tuning's augmentation", "fine-tuning needs it: pip install timm torchvision"),
         "transformers": ("transformers", "serves benchmark.py train --baseline", "benchmark.py has no peer to time"),
     }
     for name, (module, with_it, without) in parts.items():
