@@ -120,7 +120,8 @@ def compute_maps(weights: Weights, pixels: Pixels, queries: Sequence[Patch], bid
     places = [y * columns + x for y, x in queries]
     recorder = AttentionRecorder([num_prefix + place for place in places])
     trunk = _build_trunk(replace(weights, model=model), replace(Kernels(), attention=recorder))
-    embedding, prediction, _, _ = trunk(to_tensor(pixels), torch.zeros(1, dtype=torch.int64))
+    output = trunk(to_tensor(pixels), torch.zeros(1, dtype=torch.int64))
+    embedding, prediction = output.embedding, output.output
     finite = bool(torch.isfinite(prediction).all() and torch.isfinite(embedding).all())
     require(finite, f"the {weights.origin} compute embeddings that are not finite: there is nothing to show.")
 

@@ -62,12 +62,15 @@ class NepaForPretraining(nn.Module):
     def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
         """Loss of a micro-batch; the arguments are those of :meth:`Trunk.forward`."""
         trunk = self.trunk
-        embedding, prediction, rows, period, _ = trunk(images, sample_index)
+        output = trunk(images, sample_index)
+        embedding, prediction, rows = output.embedding, output.output, output.rows
         target = embedding.detach() if self.objective.stop_gradient else embedding
         shift = int(self.objective.shift)
         # without the shift every patch predicts itself; the BOS token is no patch and stays out
         skip = int(trunk.config.bos_token and shift == 0)
-        share, health = trunk.kernels.cosine_loss(prediction, target, shift, skip, period, rows.first, rows.num_rows)
+        share, health = trunk.kernels.cosine_loss(
+            prediction, target, shift, skip, output.period, rows.first, rows.num_rows
+        )
         if trunk.sequence_parallel:
             loss_and_health = reduce_from_group(torch.cat((share[None], health)), trunk.tensor)
             share, health = loss_and_health[0], loss_and_health[1:].detach()
