@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_nepa.config import ConfigError
+from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.headers import UnreadableImageError
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.index_file import is_index, load_index
@@ -57,6 +57,12 @@ def main() -> None:
     """Index, and pack where asked; quarantined images are printed."""
     args = parse_arguments()
     try:
+        require(bool(args.source), "the source is empty; give a folder, a tar file or an index.")
+        require(args.workers is None or args.workers >= 1, f"--workers is {args.workers}; it must be at least 1.")
+        require(
+            args.resize is None or args.to_shards is not None,
+            "--resize scales the images of shards: give --to_shards, or drop it.",
+        )
         if args.to_shards is None:
             index = build_and_save_index(list_images_of(args), args.out, args.verify, args.device, args.workers)
         else:

@@ -154,6 +154,7 @@ def _build_trunk(weights: Weights, kernels: Kernels) -> Trunk:
         for name, value in weights.tensors.items()
         if name.startswith("trunk.") and name != MASK_TOKEN
     }
+    require(bool(state), f"the {weights.origin} hold no trunk, like a linear probe's checkpoint: give the trunk's own.")
     with torch.device("meta"):
         trunk = Trunk(weights.model, ParallelConfig(), 0.0, 0, TensorGroup(), kernels).eval()
     wanted = trunk.state_dict()

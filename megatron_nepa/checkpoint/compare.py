@@ -60,6 +60,11 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
         f"{first} and {second} have no embeddings in common: image_size, patch_size, hidden_size are "
         f"{a.image_size}, {a.patch_size}, {a.hidden_size} and {b.image_size}, {b.patch_size}, {b.hidden_size}.",
     )
+    for path, weights in zip((first, second), models, strict=True):
+        require(
+            any(name.startswith("trunk.") for name in weights.tensors),
+            f"{path} holds no trunk, like a linear probe's checkpoint: there is nothing to compare.",
+        )
     images = _sample_images(a)
     (embedding, loss), (other_embedding, other_loss) = (_run(weights, images) for weights in models)
     # a BOS token's output stands in the first place of each sample, if only one has it

@@ -46,7 +46,7 @@ _STRUCTURE = (
 def start_from(
     train: TrainState,
     path: str,
-    choice: Choice,
+    choice: Choice | None,
     model: ModelConfig,
     reset_head: bool = False,
     require_head: bool = False,
@@ -57,7 +57,7 @@ def start_from(
         train: a fresh run, of pre-training or of any task with a head.
         path: a checkpoint, an OUTPUT_DIR, what ``convert_checkpoint.py from_release`` wrote, or a released model's
             folder (config.json with model.safetensors or pytorch_model_ema.bin).
-        choice: the average or the raw weights, where there are both.
+        choice: the average or the raw weights, where there are both; None takes the average where there is one.
         model: of this run.
         reset_head: leave the head at its initial values, whatever the checkpoint holds.
         require_head: refuse a checkpoint without a head, as an evaluation must.
@@ -78,7 +78,8 @@ def start_from(
     misfits = _misfits(source, {name: value for name, value in taken.items() if name not in adapters})
     require(
         not misfits,
-        f"--init_from {path} holds another head: {'; '.join(misfits)}; give --reset_head to draw this one anew.",
+        f"--init_from {path} holds another head: {'; '.join(misfits)}; "
+        + ("evaluate it on its own classes." if require_head else "give --reset_head to draw this one anew."),
     )
     initial = [name for name in wanted if name not in taken]
     untrained = [name for name in initial if not _is_trunk(name)]
@@ -129,7 +130,7 @@ class _Source:
     read_into: Callable[[dict[str, Tensor]], None]
 
 
-def _of_checkpoint(train: TrainState, path: str, choice: Choice) -> _Source:
+def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Source:
     checkpoint = find_checkpoint(path)
     manifest = find_intact([checkpoint], train.topology).manifest
     kind = choose_kind(checkpoint, manifest, choice)
@@ -149,7 +150,7 @@ def _of_checkpoint(train: TrainState, path: str, choice: Choice) -> _Source:
     return _Source(path, describe_origin(checkpoint, manifest, kind), manifest["run"]["model"], shapes, read_into)
 
 
-def _of_release(train: TrainState, path: str, choice: Choice) -> _Source:
+def _of_release(train: TrainState, path: str, choice: Choice | None) -> _Source:
     # as of a conversion, where there is one kind only it is that one
     weights, notes = read_release(Path(path), "raw" if choice == "raw" else None)
     layouts = {name: layout_of(param) for name, param in train.module.named_parameters()}
@@ -190,6 +191,10 @@ def _require_same_trunk(
     differing = [
         f"{key} {there[key]} there, {value} here" for key, value in here.items() if there.get(key, value) != value
     ]
+    require(
+        bool(_trunk_names(source.shapes)),
+        f"--init_from {source.path} holds no trunk, like a linear probe's checkpoint: give the trunk's own.",
+    )
     require(
         not problems and source.model["num_heads"] == model.num_heads,
         f"--init_from {source.path} holds another trunk: {'; '.join(differing or problems)}.",

@@ -83,7 +83,10 @@ def choose_kind(checkpoint: Path, manifest: dict[str, Any], choice: Choice | Non
     """
     if choice == "raw" or not manifest["has_optimizer"] or (choice is None and not manifest["has_ema"]):
         return "master"
-    require(manifest["has_ema"], f"{checkpoint} holds no weight average: ask for its raw weights.")
+    require(
+        manifest["has_ema"],
+        f"{checkpoint} holds no weight average: ask for its raw weights (--init_weights raw, a tool's --weights raw).",
+    )
     return "ema"
 
 

@@ -92,7 +92,7 @@ class RunConfig:
         self.parallel.check_model(self.model)
         require(
             self.profile is None or len(self.profiled_steps) > 0,
-            f"--profile is {self.profile}; give it as START:STOP with 1 <= START <= STOP, such as 10:12.",
+            f"--profile is {self.profile!r}; give it as START:STOP with 1 <= START <= STOP, such as 10:12.",
         )
 
     @property

@@ -69,8 +69,8 @@ class FinetuningLoader:
         mixing = augmentation.mixup > 0 or augmentation.cutmix > 0
         require(
             not mixing or share.local_size % augmentation.mix_group == 0,
-            f"mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a rank decodes of "
-            "a micro-batch: choose a divisor of it.",
+            f"--augmentation.mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a "
+            "rank decodes of a micro-batch: choose an even divisor of them.",
         )
         self._label, self._share, self._seed, self._num_classes = label, share, seed, num_classes
         self._augmentation, self._flip, self._device, self._dtype = augmentation, config.horizontal_flip, device, dtype

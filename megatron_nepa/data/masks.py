@@ -45,7 +45,7 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
     except Exception as error:  # PIL raises a dozen types on damaged files
         raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
     if mode not in ("L", "P"):
-        raise UnreadableImageError(f"its mask {name} has pixels of mode {mode}, not one label each")
+        raise UnreadableImageError(f"has a mask {name} with pixels of mode {mode}, not one label each")
     height, width = values.shape
     expected = int(index.width[image]), int(index.height[image])
     if (width, height) != expected:

@@ -47,10 +47,14 @@ def write_shards(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a shard size below 1, an index of image and mask pairs, or a folder of other shards.
+        ConfigError: a shard size or shorter side below 1, an index of image and mask pairs, or a folder of other
+            shards.
         UnreadableImageError: an image vanished since it was indexed.
     """
     require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
+    require(
+        shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
+    )
     require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

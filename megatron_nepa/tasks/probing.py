@@ -186,5 +186,6 @@ def _frozen_features(run: ProbingConfig, topology: Topology, kernels: Kernels) -
     assert run.trunk.path is not None
     try:
         return features, load_weights(features, run.trunk.path, run.trunk.weights, run.model, topology)
-    except ConfigError as error:  # name the flag that was given here
-        raise ConfigError(str(error).replace("--init_from", "--trunk")) from None
+    except ConfigError as error:  # name the flags of a probe
+        message = str(error).replace("--init_from", "--trunk").replace("--init_weights", "--trunk.weights")
+        raise ConfigError(message) from None

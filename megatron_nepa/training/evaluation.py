@@ -68,7 +68,8 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
         store = CheckpointStore(output_dir / "checkpoints", run.keep_last)
         source = str(store.best() or find_checkpoint(run.output_dir))
     model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
-    origin = load_weights(model, source, run.init_weights, run.model, topology)
+    choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
+    origin = load_weights(model, source, choice, run.model, topology)
     with evaluation_mode(model):
         results = evaluator.evaluate(model, lambda: False)
     assert results is not None
@@ -77,13 +78,13 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     return results
 
 
-def load_weights(model: nn.Module, source: str, choice: Choice, config: ModelConfig, topology: Topology) -> str:
+def load_weights(model: nn.Module, source: str, choice: Choice | None, config: ModelConfig, topology: Topology) -> str:
     """Give a model that is not trained the weights of a checkpoint; every rank calls it.
 
     Args:
         model: of this rank, on its device.
         source: any checkpoint, as ``--init_from`` takes it.
-        choice: the average or the raw weights, where there are both.
+        choice: the average or the raw weights, where there are both; None takes the average where there is one.
         config: of the model.
         topology: this rank's place.
 

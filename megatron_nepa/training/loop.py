@@ -43,6 +43,10 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     directory = RunDirectory(run)
     found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
     total_steps = run.total_steps(task.num_images)
+    require(
+        run.profile is None or run.profiled_steps.start <= total_steps,
+        f"--profile {run.profile} begins after the last of the run's {total_steps} steps: choose earlier ones.",
+    )
     rates = task.learning_rates(total_steps)
     model = task.build_model(kernels)
     engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))

@@ -179,6 +179,17 @@ def test_another_patch_and_image_size_are_resampled_to(tmp_path: Path) -> None:
     assert "resampled to this patch and image size: trunk.embedding.weight, trunk.embedding.positions" in said
 
 
+def test_a_checkpoint_without_a_trunk_is_refused(classifier: Path, tmp_path: Path) -> None:
+    """A linear probe's, say."""
+    weights = read_weights(classifier, "raw")
+    head = {name: value for name, value in weights.tensors.items() if name.startswith("classifier.")}
+    write_weights(replace(weights, tensors=head), tmp_path / "head")
+    with pytest.raises(ConfigError, match="head holds no trunk"):
+        compare(classifier, tmp_path / "head", "raw")
+    (found,) = run_ranks(1, start_each, [(Case(model=RELEASABLE), tmp_path / "head", "raw", 10, {})])
+    assert f"--init_from {tmp_path / 'head'} holds no trunk" in found[0]
+
+
 def test_another_trunk_is_one_sentence_that_names_both_sides(
     saved: tuple[Path, dict[str, Tensor]], release: Path
 ) -> None:

@@ -148,6 +148,9 @@ def test_resized_shards(photographs: Path, tmp_path: Path) -> None:
     assert (abs(ratio - 1) < 0.02).all()
     with pytest.raises(ConfigError, match="holds shards of other images or another size"):
         write_shards(index, tmp_path, 10, progress=False)
+    with pytest.raises(ConfigError, match="the shorter side is -4"):
+        write_shards(index, tmp_path / "none", 20, shorter_side=-4, progress=False)
+    assert not (tmp_path / "none").exists()
 
 
 def test_imagenet_archive_of_archives(photographs: Path, tmp_path: Path) -> None:

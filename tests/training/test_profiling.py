@@ -58,6 +58,14 @@ def test_a_profile_that_names_no_steps_is_refused(text: str) -> None:
         PretrainingConfig(steps=5, profile=text)
 
 
+def test_a_profile_after_the_end_of_the_run_is_refused(tmp_path: Path) -> None:
+    flags = [*TINY, f"--data={make_images(tmp_path / 'images')}", f"--output_dir={tmp_path / 'run'}"]
+    (error,) = run_ranks(1, pretrain, [*flags, "--steps=3", "--profile=4:5"])
+    assert error is not None
+    assert "--profile 4:5 begins after the last of the run's 3 steps" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_both_ends_count() -> None:
     assert list(PretrainingConfig(steps=5, profile="2:4").profiled_steps) == [2, 3, 4]
     assert len(PretrainingConfig(steps=5).profiled_steps) == 0
