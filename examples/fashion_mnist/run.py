@@ -44,10 +44,11 @@ NETWORK = {
     "data.horizontal_flip": "true",
     "stall_timeout": 0,
 }
+GLOBAL_BATCH_SIZE = 128  # of pre-training
 PRETRAINING = {
     "recipe": "quickstart",
     "data.crop_scale_min": 0.5,
-    "global_batch_size": 128,
+    "global_batch_size": GLOBAL_BATCH_SIZE,
     "optimizer.base_lr": 2e-3,
     "optimizer.warmup_ratio": 0.1,
     "optimizer.ema_decay": 0.999,
@@ -103,6 +104,8 @@ class Training:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare, pre-train, fine-tune, report."""
     options = parse_arguments(arguments)
+    # the scripts run in the project's folder
+    options.data, options.output_dir = options.data.resolve(), options.output_dir.resolve()
     started = time.monotonic()
     prepare(options.source, options.data)
     pretrained = options.output_dir / "pretrained"
@@ -134,16 +137,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def pretrain(options: argparse.Namespace, folder: Path) -> None:
-    """Pre-train on all photographs, one process a core; a finished run is left as it is."""
+    """Pre-train on all photographs, one process a core (a power of two); a finished run is left as it is."""
+    ranks = 2 ** (min(options.jobs, 16).bit_length() - 1)
     flags = {
         **NETWORK,
         **PRETRAINING,
         "epochs": options.pretrain_epochs,
-        "micro_batch_size": PRETRAINING["global_batch_size"] // options.jobs,
+        "micro_batch_size": GLOBAL_BATCH_SIZE // ranks,
         "data": options.data / "train.index",
         "output_dir": folder,
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.jobs)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     run_script([*launcher, "pretrain_nepa.py"], flags, console=True)
 
 
