@@ -30,6 +30,9 @@ SHORT_NAMES = {
     "parallel.activation_checkpointing": "activation_checkpointing",
 }
 
+# what a flag of several values means where none is given
+BARE_VALUES = {"parallel.activation_checkpointing": "full"}
+
 
 Recipes = Mapping[str, Callable[[], Run]]
 
@@ -139,6 +142,8 @@ def _add_field(group: argparse._ArgumentGroup, cls: type, name: str, short: str 
         options.update(nargs="?", const=True, metavar="true|false")
     else:
         options["metavar"] = _metavar(annotation, key)
+    if name in BARE_VALUES:
+        options.update(nargs="?", const=BARE_VALUES[name])
     group.add_argument(*flags, **options)
 
 

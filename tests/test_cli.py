@@ -37,6 +37,12 @@ def test_release_recipes_have_the_published_parameter_counts(name: str, count: i
     assert sum(param.numel() for param in model.parameters()) == count
 
 
+@pytest.mark.parametrize(("value", "level"), [([], "full"), (["selective"], "selective"), (["none"], "none")])
+def test_activation_checkpointing_without_a_value_is_full(value: list[str], level: str) -> None:
+    run = parse("--activation_checkpointing", *value, "--steps", "3")
+    assert run.parallel.activation_checkpointing == level
+
+
 def test_flags_override_the_recipe() -> None:
     run = parse("--recipe", "nepa_l", "--tensor-parallel-size=2", "--sequence_parallel", "--model.drop_path", "0.2")
     assert run.model.num_layers == 24

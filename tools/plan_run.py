@@ -11,7 +11,7 @@ activation checkpointing) and prints the best first:
 
     TP, SP       tensor-parallel ranks of a replica; whether they share its token rows
     micro, x     images of a forward pass, and how many of those an optimizer step accumulates
-    ckpt         whether blocks are computed again in the backward pass, to keep less
+    ckpt         what blocks compute again in the backward pass, to keep less: nothing, what is cheap, everything
     GB           of one GPU at its peak, in bf16; "fits" compares it with what an 80 GB part can give to a run
     MFU          model FLOP/s over the GPUs' dense bf16 peak; computing blocks again lowers it
     images/s     "<" marks a bound only: the kernels are so short that the host launches them more slowly

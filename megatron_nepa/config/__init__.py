@@ -19,7 +19,13 @@ from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.config.pretraining import PretrainingConfig, ProbeConfig
 from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
 from megatron_nepa.config.run import Run, RunConfig, override
-from megatron_nepa.config.sections import DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_nepa.config.sections import (
+    ActivationCheckpointing,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_nepa.config.segmentation import (
     IGNORED,
     CropConfig,
@@ -31,6 +37,7 @@ from megatron_nepa.config.segmentation import (
 __all__ = [
     "IGNORED",
     "IMAGE_CHANNELS",
+    "ActivationCheckpointing",
     "AugmentationConfig",
     "ClassificationConfig",
     "ConfigError",

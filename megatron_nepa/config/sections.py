@@ -8,6 +8,8 @@ from typing import Literal
 from megatron_nepa.config.checks import require, require_finite
 from megatron_nepa.config.model import ModelConfig
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -32,8 +34,9 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     # shard the token rows between the tensor-parallel layers (Megatron's sequence parallelism)
     sequence_parallel: bool = False
-    # recompute each block's activations in the backward pass
-    activation_checkpointing: bool = False
+    # computed again in the backward pass: none; selective, what is cheap (a residual sum and norm, SwiGLU or GELU);
+    # full, whole blocks (so does the bare flag)
+    activation_checkpointing: ActivationCheckpointing = "none"
 
     def __post_init__(self) -> None:
         require(

@@ -3,6 +3,10 @@
 A block is written from seam to seam. ``residual_norm`` adds a finished branch to the stream and normalises the sum for
 the next branch in one pass, so a block receives its first norm already applied and applies the first norm of its
 successor.
+
+Selective activation checkpointing computes two cheap things again: the seam between the branches and the feed-forward
+layer's activation. It repeats no matrix product, no attention and no collective. QK-norm and RoPE stay: they work in
+place, so that they keep nothing of their own.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_nepa.config import ModelConfig
+from megatron_nepa.config import ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.recomputation import called, recomputed
 from megatron_nepa.parallel.collectives import sum_gradients
 from megatron_nepa.parallel.layers import ColumnParallelLinear, RowParallelLinear, parameter
 from megatron_nepa.parallel.topology import TensorGroup
@@ -71,18 +76,22 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU or GELU feed-forward layer (without its last bias)."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorGroup, sequence_parallel: bool, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorGroup, parallel: ParallelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.gated = config.mlp == "swiglu"
+        self.call_cheap = recomputed if parallel.activation_checkpointing == "selective" else called
         width, hidden = config.hidden_size, config.mlp_hidden_size
         sections = 2 if self.gated else 1
-        self.up = ColumnParallelLinear(width, sections * hidden, tensor, sequence_parallel, sections)
-        self.down = RowParallelLinear(hidden, width, tensor, sequence_parallel)
+        self.up = ColumnParallelLinear(width, sections * hidden, tensor, parallel.sequence_parallel, sections)
+        self.down = RowParallelLinear(hidden, width, tensor, parallel.sequence_parallel)
 
     def forward(self, normed: Tensor) -> Tensor:
         """[n, D] to [n, D]."""
         hidden = self.up(normed)  # [N, F], or [N, 2F] packed [gate, up]
+        return self.call_cheap(self._activate_and_project, hidden)
+
+    def _activate_and_project(self, hidden: Tensor) -> Tensor:
         hidden = self.kernels.swiglu(hidden) if self.gated else nn.functional.gelu(hidden)
         output: Tensor = self.down(hidden)
         return output
@@ -106,18 +115,19 @@ class _Replicated(NamedTuple):
 class Block(nn.Module):
     """Attention and feed-forward branches on a residual stream."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorGroup, sequence_parallel: bool, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorGroup, parallel: ParallelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.tensor = tensor
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel = parallel.sequence_parallel
+        self.call_cheap = recomputed if parallel.activation_checkpointing == "selective" else called
         self.kernels = kernels
         self.eps = config.layer_norm_eps
         width, scale = config.hidden_size, config.layer_scale_init
         self.norm1 = Norm(width)
-        self.attention = Attention(config, tensor, sequence_parallel, kernels)
+        self.attention = Attention(config, tensor, parallel.sequence_parallel, kernels)
         self.layer_scale1 = parameter((width,), constant=scale) if scale is not None else None
         self.norm2 = Norm(width)
-        self.feed_forward = FeedForward(config, tensor, sequence_parallel, kernels)
+        self.feed_forward = FeedForward(config, tensor, parallel, kernels)
         self.layer_scale2 = parameter((width,), constant=scale) if scale is not None else None
 
     def forward(
@@ -149,7 +159,9 @@ class Block(nn.Module):
         shared = self._replicated(next_norm_weight, next_norm_bias)
         residual_norm = self.kernels.residual_norm
         branch = self.attention(normed, shared.q_norm, shared.k_norm, angles, rope_scale, num_samples, period)
-        stream, normed = residual_norm(
+        # the last seam is kept: the next block's first one starts from its stream
+        stream, normed = self.call_cheap(
+            residual_norm,
             stream,
             branch,
             shared.attention_bias,

@@ -8,12 +8,12 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_nepa.config import ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.draws import drop_path_factors, patch_mask, rope_rescale_factor
 from megatron_nepa.models.patch_embedding import PatchEmbedding
+from megatron_nepa.models.recomputation import recomputed
 from megatron_nepa.models.rope import rope_angles
 from megatron_nepa.models.transformer import Block, Norm
 from megatron_nepa.parallel.collectives import sum_gradients
@@ -72,9 +72,7 @@ class Trunk(nn.Module):
         self.sequence_parallel = parallel.sequence_parallel
         self.activation_checkpointing = parallel.activation_checkpointing
         self.embedding = PatchEmbedding(config, mask_ratio > 0, tensor, self.sequence_parallel)
-        self.blocks = nn.ModuleList(
-            Block(config, tensor, self.sequence_parallel, kernels) for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, tensor, parallel, kernels) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size)
 
     def forward(self, images: Tensor, sample_index: Tensor, taps: Sequence[int] = ()) -> TrunkOutput:
@@ -118,9 +116,8 @@ class Trunk(nn.Module):
         tapped = []
         for i, block in enumerate(blocks):
             call: Callable[..., tuple[Tensor, Tensor]] = block
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # every draw is an argument, so there is no random state to restore
-                call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                call = partial(recomputed, block)
             stream, normed = call(
                 stream,
                 normed,

@@ -6,11 +6,11 @@ A tensor-parallel rank calls, in one micro-batch, with [N, D] all rows in bf16 (
 |---|---|---|---|
 | with sequence parallelism, a block: forward | 2 [N, D] | 2 [N, D] | |
 | backward | 4 [N, D] | 2 [N, D] | 1 of its replicated parameters |
-| forward again, under activation checkpointing | 2 [N, D] | 2 [N, D] | |
+| forward again, under full activation checkpointing | 2 [N, D] | 2 [N, D] | |
 | outside the blocks | | | 3: embedding, first norm, loss |
 | without it, a block: forward | | | 2 [N, D] |
 | backward | | | 2 [N, D], and 1 of an affine QK-norm |
-| forward again, under activation checkpointing | | | 2 [N, D] |
+| forward again, under full activation checkpointing | | | 2 [N, D] |
 | outside the blocks, where ranks share the images | 1 [N, D] | | 1: embedding |
 
 DeepSpeed's step adds all-reduces of single numbers, for the gradient norm and for what is not finite: 3 over either
@@ -108,7 +108,7 @@ def _tensor_collectives(model: ModelConfig, layout: Layout) -> list[Collective]:
         if calls:
             found.append(Collective(what, kind, "tensor", phase, calls, calls * of, behind))
 
-    again = layers * layout.activation_checkpointing
+    again = layers if layout.activation_checkpointing == "full" else 0
     if layout.sequence_parallel:
         for phase, blocks in (("forward", layers), ("recompute", again)):
             add("rows before qkv and up", "all_gather", phase, 2 * blocks, rows)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, ParallelConfig, Run
+from megatron_nepa.config import IMAGE_CHANNELS, ActivationCheckpointing, ModelConfig, ParallelConfig, Run
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Layout:
         sequence_parallel: whether they share its token rows too.
         zero_stage: 1 (ds_configs/zero1.json) or 2 (ds_configs/zero2.json).
         micro_batch_size: images of one forward pass of one replica.
-        activation_checkpointing: whether each block's forward pass is repeated in the backward pass.
+        activation_checkpointing: what of each block is computed again in the backward pass.
     """
 
     gpus: int
@@ -25,7 +25,7 @@ class Layout:
     sequence_parallel: bool = False
     zero_stage: int = 2
     micro_batch_size: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
 
     @property
     def data_parallel_size(self) -> int:
@@ -57,7 +57,9 @@ class Layout:
         """In a few words."""
         parts = [f"TP {self.tensor_parallel_size}{' + SP' if self.sequence_parallel else ''}"]
         parts += [f"ZeRO {self.zero_stage}", f"micro-batch {self.micro_batch_size}"]
-        return ", ".join(parts + (["activation checkpointing"] if self.activation_checkpointing else []))
+        if self.activation_checkpointing != "none":
+            parts.append(f"{self.activation_checkpointing} activation checkpointing")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)

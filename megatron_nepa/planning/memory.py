@@ -14,7 +14,10 @@ parallelism, else N), in bytes:
 
 A block keeps 16 n D of its rows (two norms' outputs, two branches, two fp32 streams; 12 n D without LayerScale),
 (8 N D + 2 F' N) / t inside its branches, F' being 3 F for SwiGLU and 2 F for GELU, and the statistics of QK-norm and
-attention. Under activation checkpointing it keeps its inputs, 6 n D, and one block at a time the rest.
+attention. Selective activation checkpointing drops the stream between the branches (4 n D, or 2 n D without
+LayerScale, where the first branch is then kept) and the hidden layer after its activation (2 N F / t), which one block
+at a time computes again. Under full activation checkpointing a block keeps its inputs, 6 n D, and one at a time the
+rest.
 
 Start-up is not planned: the weights are drawn in fp32, 4 P, before DeepSpeed casts them.
 """
@@ -101,7 +104,7 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> float:
     first_stream = (FP32 + 2 * FP32 / width) * rows * width  # input and statistics of the first norm
     inputs = (FP32 + BF16) * rows * width
     block = block_bytes(model, layout)
-    if layout.activation_checkpointing:
+    if layout.activation_checkpointing == "full":
         return images + model.num_layers * inputs + block - BF16 * rows * width
     return images + first_stream + model.num_layers * block
 
@@ -112,7 +115,11 @@ def block_bytes(model: ModelConfig, layout: Layout) -> float:
     all_rows, own_rows = layout.all_rows(model), layout.own_rows(model)
     branches = 2 * BF16 if model.layer_scale_init is not None else 0
     on_own_rows = (2 * BF16 + 2 * FP32 + branches) * own_rows * width
-    projections = (3 * width + width + (3 if model.mlp == "swiglu" else 2) * model.mlp_hidden_size) / size
+    hidden_layers = 3 if model.mlp == "swiglu" else 2
+    if layout.activation_checkpointing == "selective":
+        hidden_layers -= 1
+        on_own_rows -= (FP32 if model.layer_scale_init is not None else FP32 - BF16) * own_rows * width
+    projections = (3 * width + width + hidden_layers * model.mlp_hidden_size) / size
     statistics = FP32 * model.num_heads / size  # of attention
     if model.qk_norm == "plain":
         statistics += 2 * FP32 * model.num_heads / size
@@ -131,7 +138,7 @@ def _feed_forward_bytes(model: ModelConfig, layout: Layout) -> float:
 
     The down projection makes the hidden layer's gradient and its weight's; the up projection frees the hidden layer
     and makes its own. Under sequence parallelism the rows are whole there: the branch's gradient in the first, the
-    layer's input and its gradient in the second.
+    layer's input and its gradient in the second. Selective activation checkpointing has made the hidden layer again.
     """
     size, width, hidden = layout.tensor_parallel_size, model.hidden_size, model.mlp_hidden_size
     rows = layout.all_rows(model)
@@ -139,4 +146,5 @@ def _feed_forward_bytes(model: ModelConfig, layout: Layout) -> float:
     gates = 2 if model.mlp == "swiglu" else 1
     down = whole + BF16 * hidden * (rows + width) / size
     up = 2 * whole + BF16 * hidden * (gates * width - rows) / size
-    return max(down, up)
+    again = BF16 * rows * hidden / size if layout.activation_checkpointing == "selective" else 0
+    return max(down, up) + again

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
-from megatron_nepa.config import ModelConfig, RunConfig, require
+from megatron_nepa.config import ActivationCheckpointing, ModelConfig, RunConfig, require
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, optimizer_seconds, outer_work
 from megatron_nepa.planning.hardware import GPUS_PER_NODE, Gpu
@@ -120,7 +121,7 @@ def step_time(
     forward = layers * _seconds(block, "forward") + _seconds(outside, "forward")
     backward = sum(layers * work.seconds for work in block if work.phase != "forward")
     backward += sum(work.seconds for work in outside if work.phase != "forward")
-    recompute = layers * _seconds(block, "forward") * layout.activation_checkpointing
+    recompute = layers * _recompute_seconds(block, layout)
     gradients = gradient_seconds(model, layout, gpu)
 
     column_parallel = [work for work in block if work.name in ("qkv", "up")]
@@ -148,11 +149,21 @@ def _seconds(work: list[Work], phase: str) -> float:
     return sum(each.seconds for each in work if each.phase == phase)
 
 
+def _recompute_seconds(block: list[Work], layout: Layout) -> float:
+    """Kernels of a block that run again in the backward pass: see :class:`~megatron_nepa.models.transformer.Block`."""
+    if layout.activation_checkpointing == "none":
+        return 0.0
+    if layout.activation_checkpointing == "full":
+        return _seconds(block, "forward")
+    shares = {"SwiGLU": 1.0, "GELU": 1.0, "residual and norm": 0.5}  # one of the two seams
+    return sum(shares.get(work.name, 0.0) * work.seconds for work in block if work.phase == "forward")
+
+
 def find_plans(run: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     """Every layout of the grid, those that fit first and the fastest of them first.
 
     The grid: tensor-parallel sizes 1 to 8, with and without sequence parallelism; ZeRO 1 and 2; micro-batches that are
-    powers of two, or all of a replica's batch; with and without activation checkpointing.
+    powers of two, or all of a replica's batch; every level of activation checkpointing.
 
     Raises:
         ConfigError: where no layout of that many GPUs divides the model and the global batch.
@@ -181,5 +192,5 @@ def layouts(run: RunConfig, gpus: int) -> Iterator[Layout]:
         for micro_batch in micro_batches:
             for sequence_parallel in (False, True) if size > 1 else (False,):
                 for stage in (1, 2):
-                    for checkpointing in (False, True):
+                    for checkpointing in get_args(ActivationCheckpointing):
                         yield Layout(gpus, size, sequence_parallel, stage, micro_batch, checkpointing)

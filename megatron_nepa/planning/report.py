@@ -18,7 +18,7 @@ from megatron_nepa.planning.requirements import Requirements
 def format_table(plans: list[Plan], needs: list[Requirements]) -> str:
     """A line a plan, best first."""
     head = (
-        f"{'TP':>3} {'SP':<3}{'ZeRO':>5}{'micro':>6}{'x':>5} {'ckpt':<5}{'GB':>6} {'fits':<5}{'step ms':>10}"
+        f"{'TP':>3} {'SP':<3}{'ZeRO':>5}{'micro':>6}{'x':>5} {'ckpt':<10}{'GB':>6} {'fits':<5}{'step ms':>10}"
         f"{'images/s':>11}{'MFU':>7}{'days':>8}{'GPU-hours':>11}{'waits':>7}"
     )
     lines = [head]
@@ -28,7 +28,7 @@ def format_table(plans: list[Plan], needs: list[Requirements]) -> str:
         waits = (time.tensor_collectives + time.data_collectives) / time.total
         lines.append(
             f"{layout.tensor_parallel_size:>3} {_mark(layout.sequence_parallel):<3}{layout.zero_stage:>5}"
-            f"{layout.micro_batch_size:>6}{plan.accumulation_steps:>5} {_mark(layout.activation_checkpointing):<5}"
+            f"{layout.micro_batch_size:>6}{plan.accumulation_steps:>5} {layout.activation_checkpointing:<10}"
             f"{plan.memory.total / 1e9:>6.1f} {'yes' if plan.fits else 'NO':<5}{time.total * 1e3:>10.1f}"
             f"{rate:>11}{plan.mfu:>7.1%}{need.days:>8.2f}{need.gpu_hours:>11,.0f}{waits:>7.1%}"
         )
@@ -122,7 +122,8 @@ def command(run: RunConfig, plan: Plan) -> str:
     if layout.tensor_parallel_size > 1:
         flags.append(f"--tensor_parallel_size {layout.tensor_parallel_size}")
     flags += ["--sequence_parallel"] * layout.sequence_parallel
-    flags += ["--activation_checkpointing"] * layout.activation_checkpointing
+    if layout.activation_checkpointing != "none":
+        flags.append(f"--activation_checkpointing {layout.activation_checkpointing}")
     flags += ["--dtype bf16"] * (run.dtype != "bf16")
     return " ".join(flags)
 

@@ -1,8 +1,8 @@
 """Floating-point operations of the model, and of the device at its best: throughput in TFLOP/s and MFU.
 
 Model FLOPs follow PaLM (Chowdhery et al., 2022, appendix B): matrix products only, 2 per multiply-add, and a training
-step costs three forward passes. Activation checkpointing repeats the blocks' forward pass, which takes time but adds no
-model FLOPs: it lowers the MFU, as it should.
+step costs three forward passes. Full activation checkpointing repeats the blocks' forward pass, which takes time but
+adds no model FLOPs: it lowers the MFU, as it should. Selective activation checkpointing repeats no matrix product.
 """
 
 from __future__ import annotations

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_nepa.checkpoint.state import collect_state
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_nepa.config import (
+    ActivationCheckpointing,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.layers import layout_of
@@ -47,7 +54,7 @@ class Grid:
     sequence_parallel: bool = False
     zero_stage: int = 2
     micro_batch_size: int = 4
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
     overlap_comm: bool = False
 
     @property

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_nepa.config import ObjectiveConfig
 from tests.distributed.cases import MODEL, Case, Outcome, differences, train_case
@@ -49,7 +50,7 @@ def sp(**grid: Any) -> dict[str, Any]:
         ("prime", sp(tensor_size=2, micro_batch_size=1)),
         ("prime", sp(tensor_size=4, micro_batch_size=2, zero_stage=1)),
         ("even", sp(tensor_size=4, micro_batch_size=1)),
-        ("prime", sp(tensor_size=2, activation_checkpointing=True)),
+        ("prime", sp(tensor_size=2, activation_checkpointing="full")),
         # both
         ("prime", {"data_size": 2, "tensor_size": 2, "zero_stage": 1, "micro_batch_size": 1}),
         ("even", sp(data_size=2, tensor_size=2)),
@@ -67,11 +68,24 @@ def test_a_grid_computes_what_one_rank_computes(name: str, grid: dict[str, Any])
     assert differences(found, serial(name)) == []
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    kept = run_ranks(1, train_case, PRIME.on())[0]
-    recomputed = run_ranks(1, train_case, PRIME.on(activation_checkpointing=True))[0]
+@pytest.mark.parametrize(
+    ("name", "level", "grid"),
+    [
+        ("prime", "full", {}),
+        ("prime", "selective", {}),
+        ("even", "selective", {"tensor_size": 2}),
+        ("prime", "selective", sp(tensor_size=2, micro_batch_size=1)),
+    ],
+)
+def test_activation_checkpointing_changes_nothing(name: str, level: str, grid: dict[str, Any]) -> None:
+    case = CASES[name].on(**grid)
+    kept = run_ranks(case.grid.world_size, train_case, case)[0]
+    recomputed = run_ranks(case.grid.world_size, train_case, CASES[name].on(**grid, activation_checkpointing=level))[0]
     assert kept.losses == recomputed.losses
     assert kept.grad_norms == recomputed.grad_norms
+    for gradient, expected in ((recomputed.gradients, kept.gradients), (recomputed.state, kept.state)):
+        assert gradient.keys() == expected.keys()
+        assert all(torch.equal(gradient[key], value) for key, value in expected.items())
 
 
 def test_bf16_grids_err_no_more_than_one_bf16_rank() -> None:

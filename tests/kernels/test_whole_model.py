@@ -26,7 +26,7 @@ RELEASE = replace(
 )
 
 
-def build(config, kernels, dtype=torch.float32, checkpointing=False):
+def build(config, kernels, dtype=torch.float32, checkpointing="none"):
     parallel = ParallelConfig(activation_checkpointing=checkpointing)
     model = NepaForPretraining(config, ObjectiveConfig(), parallel, 0, TensorGroup(), kernels)
     generator = torch.Generator().manual_seed(1)
@@ -46,7 +46,7 @@ def step(model, dtype=torch.float32):
     return output.loss.detach(), output.health, gradients
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
 def test_triton_equals_reference(config, checkpointing):
     loss, health, gradients = step(build(config, select_kernels("triton", "cpu"), checkpointing=checkpointing))
@@ -84,9 +84,10 @@ def test_flash_attention_equals_sdpa(monkeypatch, causal):
         torch.testing.assert_close(gradients[name], gradient, msg=name)
 
 
-def test_torch_compile_finds_no_graph_break():
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_torch_compile_finds_no_graph_break(checkpointing):
     kernels = select_kernels("triton", "cpu")
-    block = build(replace(RELEASE, drop_path=0.0), kernels).trunk.blocks[0]
+    block = build(replace(RELEASE, drop_path=0.0), kernels, checkpointing=checkpointing).trunk.blocks[0]
     config = block.attention
     stream, normed = torch.randn(20, 64), torch.randn(20, 64, requires_grad=True)
     weight, bias, angles = torch.ones(64), torch.zeros(64), torch.randn(10, config.head_size // 2)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import ObjectiveConfig, ParallelConfig
+from megatron_nepa.config import ActivationCheckpointing, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
 from tests.distributed.cases import MODEL, sample_images, spread_vectors
 
 
-def loss_and_gradients(compiled: bool, checkpointing: bool) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(compiled: bool, checkpointing: ActivationCheckpointing) -> tuple[float, dict[str, Tensor]]:
     parallel = ParallelConfig(activation_checkpointing=checkpointing)
     model = NepaForPretraining(replace(MODEL, num_layers=2), ObjectiveConfig(), parallel, 0, TensorGroup(), Kernels())
     spread_vectors(model)
@@ -29,8 +29,8 @@ def loss_and_gradients(compiled: bool, checkpointing: bool) -> tuple[float, dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_equal_eager_ones(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_blocks_equal_eager_ones(checkpointing: ActivationCheckpointing) -> None:
     torch._dynamo.reset()
     eager_loss, eager = loss_and_gradients(False, checkpointing)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -34,17 +34,20 @@ def count_step(run: PretrainingConfig, layout: Layout) -> Counted:
 
 FAST = [
     ("nepa_b", Layout(8, micro_batch_size=64), 2, 2),
-    ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32, activation_checkpointing=True), 1, 2),
+    ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32, activation_checkpointing="full"), 1, 2),
+    ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32, activation_checkpointing="selective"), 1, 2),
     ("nepa_l_release", Layout(8, 2, zero_stage=1, micro_batch_size=16), 2, 2),
 ]
 SLOW = [
     ("nepa_b", Layout(8, zero_stage=1, micro_batch_size=64), 2, 4),
+    ("nepa_b", Layout(8, micro_batch_size=64, activation_checkpointing="selective"), 2, 12),
+    ("nepa_l_release", Layout(8, 2, micro_batch_size=32, activation_checkpointing="selective"), 1, 6),
     ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32), 2, 4),
     ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32), 1, 40),
     ("nepa_7b", Layout(64, 4, micro_batch_size=16), 2, 4),
-    ("nepa_7b", Layout(256, micro_batch_size=8, activation_checkpointing=True), 2, 12),
+    ("nepa_7b", Layout(256, micro_batch_size=8, activation_checkpointing="full"), 2, 12),
     ("nepa_l_release", Layout(8, 2, True, micro_batch_size=32), 1, 4),
-    ("nepa_l_release", Layout(8, 2, True, zero_stage=1, micro_batch_size=1, activation_checkpointing=True), 1, 6),
+    ("nepa_l_release", Layout(8, 2, True, zero_stage=1, micro_batch_size=1, activation_checkpointing="full"), 1, 6),
     ("nepa_7b", Layout(2, micro_batch_size=1), 1, 3),
 ]
 
