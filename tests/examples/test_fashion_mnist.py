@@ -50,7 +50,7 @@ def test_images_labels_and_fractions(source: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_the_data_set_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="install Debian.s package"):
+    with pytest.raises(ConfigError, match=r"install Debian.s package"):
         data.prepare(tmp_path / "nowhere", tmp_path / "data")
     write_idx(source / "train-labels-idx1-ubyte.gz", np.zeros(7, np.uint8))
     with pytest.raises(ConfigError, match=r"\(7,\) values, not the \(1000,\)"):
