@@ -69,7 +69,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             xlabel="labels used for training",
             ylabel="test accuracy, %",
         )
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)
         save_figure(figure, path)
 
 
