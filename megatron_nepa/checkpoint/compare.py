@@ -60,6 +60,13 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
         f"{first} and {second} have no embeddings in common: image_size, patch_size, hidden_size are "
         f"{a.image_size}, {a.patch_size}, {a.hidden_size} and {b.image_size}, {b.patch_size}, {b.hidden_size}.",
     )
+    structure = ("num_layers", "num_heads", "mlp", "mlp_hidden_size", "rope", "causal")
+    differing = [
+        f"{name} {getattr(a, name)} and {getattr(b, name)}"
+        for name in structure
+        if getattr(a, name) != getattr(b, name)
+    ]
+    require(not differing, f"{first} and {second} are other models, whatever their outputs: {'; '.join(differing)}.")
     for path, weights in zip((first, second), models, strict=True):
         require(
             any(name.startswith("trunk.") for name in weights.tensors),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
@@ -46,6 +47,9 @@ def build_and_save_index(
     Raises:
         ConfigError: ``out`` exists, or no image can be used.
     """
+    require(
+        device != "cuda" or torch.cuda.is_available(), "there is no CUDA device to decode on: leave out --device cuda."
+    )
     target = Path(out)
     require(not target.exists(), f"{target} exists already: remove it, or choose another name for the index.")
     partial = target.with_name(target.name + ".partial")

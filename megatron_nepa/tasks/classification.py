@@ -47,6 +47,7 @@ class ClassificationTask:
         self.reset_head = run.reset_head
         index, validation = labelled_sets(run, topology)
         self.index = index
+        self.classes = index.classes
         self.num_classes = run.head.num_classes or count_classes(index)
         self.num_images = len(index)
         self.data_fingerprint = index.fingerprint()

@@ -33,6 +33,7 @@ class PretrainingTask:
     """
 
     metric_names = ("loss", "prediction_norm", "target_norm")
+    classes = ()
     reset_head = False
 
     def __init__(self, run: PretrainingConfig, topology: Topology) -> None:

@@ -66,6 +66,7 @@ class ProbingTask:
         self.run = replace(run, trunk=replace(run.trunk, path=path))
         self.topology = topology
         self.index, self.validation = labelled_sets(run, topology)
+        self.classes = self.index.classes
         self.num_images = len(self.index)
         self.data_fingerprint = self.index.fingerprint()
         self.flops_per_image = float(forward_flops(run.model))

@@ -54,6 +54,7 @@ class SegmentationTask:
         index = validation if evaluation.only else _pairs(run, data.path, "training", allowed, topology)
         assert index is not None
         self.index = index
+        self.classes = index.classes
         self.num_images = len(index)
         self.data_fingerprint = index.fingerprint()
         self.flops_per_image = float(train_flops(run.model) + decoder_train_flops(run))

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from megatron_nepa.checkpoint.initial import start_from
+from megatron_nepa.checkpoint.manifest import read_manifest
 from megatron_nepa.checkpoint.masters import Masters
+from megatron_nepa.checkpoint.release_folder import is_release
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import TrainState
 from megatron_nepa.checkpoint.store import CheckpointStore
 from megatron_nepa.checkpoint.weights import Choice
-from megatron_nepa.config import ModelConfig, RunConfig
+from megatron_nepa.config import ModelConfig, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -67,6 +69,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     if source is None:
         store = CheckpointStore(output_dir / "checkpoints", run.keep_last)
         source = str(store.best() or find_checkpoint(run.output_dir))
+    _require_same_classes(source, task.classes)
     model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
     choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
     origin = load_weights(model, source, choice, run.model, topology)
@@ -76,6 +79,18 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     if topology.is_main:
         write_results(output_dir / "evaluation.json", origin, results)
     return results
+
+
+def _require_same_classes(source: str, classes: tuple[str, ...]) -> None:
+    if is_release(Path(source)):
+        return
+    trained = read_manifest(find_checkpoint(source))["run"].get("classes", [])
+    differing = [(i, *pair) for i, pair in enumerate(zip(trained, classes, strict=False)) if pair[0] != pair[1]]
+    require(
+        not (trained and classes) or (len(trained) == len(classes) and not differing),
+        f"{source} was trained to tell {len(trained)} classes apart and the validation images have {len(classes)}"
+        + (f"; number {differing[0][0]} is {differing[0][1]} there, {differing[0][2]} here." if differing else "."),
+    )
 
 
 def load_weights(model: nn.Module, source: str, choice: Choice | None, config: ModelConfig, topology: Topology) -> str:

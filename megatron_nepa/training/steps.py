@@ -63,6 +63,7 @@ class TrainingLoop:
         self.flops_per_step = task.flops_per_image * run.global_batch_size / self.topology.world_size
         self.peak_flops = peak_flops
         self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
+        self.description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
         self.saver = CheckpointSaver(directory.checkpoints, self.topology, run.async_save)
         self.save_time = SaveTime(
             checkpoint_bytes(engine.module, self.topology.tensor.size, has_ema=engine.ema is not None)
@@ -217,7 +218,7 @@ class TrainingLoop:
         """Write a checkpoint, or with ``async_save`` begin to unless ``wait``; every rank calls it."""
         self.stall.at("saving the checkpoint", progress.step)
         try:
-            path = self.saver.save(self.engine.train_state, progress, self.engine.zero_stage, self.run.to_dict())
+            path = self.saver.save(self.engine.train_state, progress, self.engine.zero_stage, self.description)
         except SaveError as error:
             raise TrainingError(str(error)) from error
         self.conclude_save(wait)

@@ -56,6 +56,7 @@ class Task(Protocol):
         data_fingerprint: equal for equal training data, or None where there are no files.
         flops_per_image: model FLOPs of one training step on one image.
         evaluator: measures the model while it is trained, or None.
+        classes: names of what the head tells apart, by number; () where there are none. Checkpoints hold them.
         reset_head: whether a head in ``run.init_from`` that does not fit the model's is left out.
     """
 
@@ -64,6 +65,7 @@ class Task(Protocol):
     data_fingerprint: str | None
     flops_per_image: float
     evaluator: Evaluator | None
+    classes: tuple[str, ...]
     reset_head: bool
 
     def build_model(self, kernels: Kernels) -> nn.Module:

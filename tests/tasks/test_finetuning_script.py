@@ -78,6 +78,11 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
     assert alone["top1"] == best["value"]
     assert best["checkpoint"] in alone["weights"]
 
+    # not on images of other classes, though their number is the same
+    other = make_labelled(tmp_path / "other_classes", 1, ("blue", "green", "yellow"))
+    refused = run_ranks(1, finetune, [*flags, "--evaluate_only", f"--validation_data={other}"])[0]
+    assert re.search("3 classes apart .* have 3; number 2 is red there, yellow here", refused)
+
     # the same weights, raw: another number of the log
     raw = [f"--init_from={tmp_path / 'run/checkpoints/step_00000006'}", "--init_weights=raw"]
     assert run_ranks(1, finetune, [*flags_of(labelled, tmp_path / "other"), "--evaluate_only", *raw]) == [None]
