@@ -192,7 +192,7 @@ def _require_same_trunk(
         f"{key} {there[key]} there, {value} here" for key, value in here.items() if there.get(key, value) != value
     ]
     require(
-        bool(_trunk_names(source.shapes)),
+        bool(_trunk_names(source.shapes)) or not _trunk_names(wanted),  # a probe's model is its head alone
         f"--init_from {source.path} holds no trunk, like a linear probe's checkpoint: give the trunk's own.",
     )
     require(

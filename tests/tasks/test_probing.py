@@ -85,7 +85,8 @@ def probe_all(folder: Path, output: Path, *grid: str) -> None:
         probe(folder, output, *grid)
     TrainingEngine.step = whole  # type: ignore[method-assign]
     assert probe(folder, output, *grid) is None
-    assert probe(folder, output, "--evaluate_only", *grid) is None
+    said = probe(folder, output, "--evaluate_only", *grid)
+    assert said is None, said
     assert probe(folder, output, "--knn=5", *grid) is None
 
 
