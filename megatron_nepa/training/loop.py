@@ -84,15 +84,15 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
     loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)
     try:
-        progress, stopped_by = loop.run_from(progress)
+        progress, stopped = loop.run_from(progress)
     finally:
         loader.close()
         if log is not None:
             log.close()
-    if stopped_by is not None:
+    if stopped is not None:
         # leave together: a launcher takes the first status that is not 0 for a failure and kills the others
         dist.barrier(topology.host_group)
-        raise RunStopped(f"stopped by {stopped_by} after step {progress.step}")
+        raise RunStopped(stopped)
     if topology.is_main:
         try:
             if directory.metrics_path.is_file():

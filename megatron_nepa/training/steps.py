@@ -74,7 +74,7 @@ class TrainingLoop:
         self.profiler = StepProfiler(profiled, directory.profile_path, self.topology.device)
 
     def run_from(self, progress: Progress) -> tuple[Progress, str | None]:
-        """Train to the end of the run or until it is asked to stop; where it stands then, and who asked."""
+        """Train to the end of the run or until it is asked to stop; where it stands then, and what stopped it."""
         run, topology = self.run, self.topology
         if self.log is not None:
             self.log.warn(self.save_time.warning())
@@ -110,10 +110,11 @@ class TrainingLoop:
                     if results is not None and is_best:
                         self.mark_best(path, results)
                 if stopped_by is not None and not is_last:
-                    self.message(
+                    stopped = (
                         f"stopped by {stopped_by} after step {progress.step}; the same command continues from there"
                     )
-                    return progress, stopped_by
+                    self.message(stopped)
+                    return progress, stopped
         return progress, None
 
     def step(self, progress: Progress) -> tuple[Progress, bool]:
