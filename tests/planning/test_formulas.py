@@ -19,7 +19,7 @@ from megatron_nepa.planning.compute import block_work, outer_work
 from megatron_nepa.planning.hardware import GPUS, ring_of
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.plan import find_plans, predict
-from megatron_nepa.planning.requirements import requirements
+from megatron_nepa.planning.requirements import IMAGES_PER_CORE, requirements
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.training.flops import forward_flops
@@ -139,7 +139,7 @@ def test_requirements_follow_from_the_step() -> None:
     assert need.days * 86400 * plan.images_per_second == pytest.approx(need.images)
     assert need.gpu_hours == pytest.approx(need.days * 24 * 16)
     assert need.images_per_node == pytest.approx(plan.images_per_second / 2)
-    assert need.cores_per_node == pytest.approx(need.images_per_node / 240)
+    assert need.cores_per_node == pytest.approx(need.images_per_node / IMAGES_PER_CORE)
     assert need.checkpoint_bytes == 16 * count_parameters(run.model).local
 
 
