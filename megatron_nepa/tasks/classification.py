@@ -118,18 +118,7 @@ class ClassificationEvaluator:
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Top-1 and top-5 accuracy as shares of 1, and the mean cross-entropy; every image counts once."""
         run, topology = self.run, self.topology
-        loader = EvaluationLoader(
-            self.index,
-            run.data,
-            run.model.image_size,
-            run.evaluation.resize_size,
-            run.evaluation.squash,
-            run.evaluation.batch_size,
-            topology.data_rank,
-            topology.data_size,
-            topology.device,
-            DTYPES[run.dtype],
-        )
+        loader = evaluation_loader(run, self.index, topology, DTYPES[run.dtype])
         sums = torch.zeros(4, dtype=torch.float64, device=topology.device)  # images, top-1, top-5, cross-entropy
         for batch in loader:
             if interrupted():
@@ -201,6 +190,24 @@ def labelled_index(data: DataConfig, path: str | None, topology: Topology, flag:
 def evaluation_steps(run: ClassificationConfig | ProbingConfig, index: DatasetIndex) -> int:
     """Steps between evaluations: the config's, or those of an epoch over ``index``."""
     return run.evaluation.every or max(1, round(len(index) / run.global_batch_size))
+
+
+def evaluation_loader(
+    run: ClassificationConfig | ProbingConfig, index: DatasetIndex, topology: Topology, dtype: torch.dtype
+) -> EvaluationLoader:
+    """This rank's share of a set, resized and cropped as ``run.evaluation`` says."""
+    return EvaluationLoader(
+        index,
+        run.data,
+        run.model.image_size,
+        run.evaluation.resize_size,
+        run.evaluation.squash,
+        run.evaluation.batch_size,
+        topology.data_rank,
+        topology.data_size,
+        topology.device,
+        dtype,
+    )
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor | None, tensor: TensorGroup) -> Tensor:

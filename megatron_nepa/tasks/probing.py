@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from megatron_nepa.checkpoint.release_folder import is_release
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.config import AugmentationConfig, ConfigError, ProbingConfig, require
-from megatron_nepa.data.evaluation import EvaluationLoader
 from megatron_nepa.data.finetuning import FinetuningLoader
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.loader import Batch
@@ -25,6 +24,7 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.classification import (
     ClassificationEvaluator,
     count_classes,
+    evaluation_loader,
     evaluation_steps,
     labelled_sets,
     soft_cross_entropy,
@@ -158,18 +158,7 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
     )
     sets = []
     for index in (task.index, task.validation):
-        loader = EvaluationLoader(
-            index,
-            run.data,
-            run.model.image_size,
-            run.evaluation.resize_size,
-            run.evaluation.squash,
-            run.evaluation.batch_size,
-            topology.data_rank,
-            topology.data_size,
-            topology.device,
-            DTYPES[run.trunk.dtype],
-        )
+        loader = evaluation_loader(run, index, topology, DTYPES[run.trunk.dtype])
         found = extract_features(task.features, loader, len(index), topology)
         assert found is not None
         sets.append(found)

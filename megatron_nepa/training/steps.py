@@ -63,6 +63,8 @@ class TrainingLoop:
         self.flops_per_step = task.flops_per_image * run.global_batch_size / self.topology.world_size
         self.peak_flops = peak_flops
         self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
+        evaluator = task.evaluator
+        self.best = best_metric(evaluator, engine.ema is not None) if evaluator is not None else None
         self.description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
         self.saver = CheckpointSaver(directory.checkpoints, self.topology, run.async_save)
         self.save_time = SaveTime(
@@ -188,21 +190,17 @@ class TrainingLoop:
 
     def is_best(self, results: dict[str, float]) -> bool:
         """Whether the results are better than those of the best checkpoint; the same on every rank."""
-        assert self.task.evaluator is not None
-        name = best_metric(self.task.evaluator, self.engine.ema is not None)
-        if name is None:
+        if self.best is None:
             return False
         former = on_all_ranks(self.topology, self.checkpoints.best_value)[0]
-        return former is None or results[name] > former
+        return former is None or results[self.best] > former
 
     def mark_best(self, path: Path, results: dict[str, float]) -> None:
         """Keep a checkpoint as the best one."""
-        assert self.task.evaluator is not None
-        name = best_metric(self.task.evaluator, self.engine.ema is not None)
-        assert name is not None
+        assert self.best is not None
         if self.topology.is_main:
-            self.checkpoints.mark_best(path, name, results[name])
-        self.message(f"best so far: {name} {results[name]:.4f}")
+            self.checkpoints.mark_best(path, self.best, results[self.best])
+        self.message(f"best so far: {self.best} {results[self.best]:.4f}")
 
     def write_log(self, progress: Progress, results: dict[str, float]) -> None:
         """Write the rows since the last call, with what was measured at the last step; every rank calls it."""
