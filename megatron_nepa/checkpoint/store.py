@@ -81,6 +81,10 @@ class CheckpointStore:
             partial.finish()
         return partial.final
 
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint after a step stands, or would."""
+        return self.folder / f"step_{step:08d}"
+
     def newest_first(self) -> list[Path]:
         """The checkpoint that ``latest`` names, there or not, and the older ones; all where it names none."""
         found = sorted((path for path in self.folder.glob("step_*") if path.is_dir()), reverse=True)
@@ -165,7 +169,7 @@ class PartialCheckpoint:
         self.store = store
         self.topology = topology
         self.step = progress.step
-        self.final = store.folder / f"step_{progress.step:08d}"
+        self.final = store.path_of(progress.step)
         self.path = beside(self.final)
         self.description = {
             "progress": asdict(progress),

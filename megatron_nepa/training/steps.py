@@ -17,7 +17,7 @@ from megatron_nepa.training.errors import RankTrainingError, TrainingError
 from megatron_nepa.training.evaluation import best_metric, evaluate_engine
 from megatron_nepa.training.exit_codes import EXIT_TRAINING_FAILED
 from megatron_nepa.training.learning_rates import LearningRates
-from megatron_nepa.training.log import RunLog
+from megatron_nepa.training.log import RunLog, read_metrics
 from megatron_nepa.training.lost_rank import LostRankWatch
 from megatron_nepa.training.memory import memory_gb
 from megatron_nepa.training.metrics import MetricWindow
@@ -27,7 +27,7 @@ from megatron_nepa.training.profiling import StepProfiler
 from megatron_nepa.training.run_directory import RunDirectory
 from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
 from megatron_nepa.training.stall import StallWatch
-from megatron_nepa.training.task import Evaluator, Loader, Task
+from megatron_nepa.training.task import Loader, Task
 
 
 class TrainingLoop:
@@ -58,10 +58,12 @@ class TrainingLoop:
         log: RunLog | None,
     ) -> None:
         self.run, self.task, self.engine, self.loader, self.rates = run, task, engine, loader, rates
-        self.checkpoints, self.total_steps, self.log = directory.checkpoints, total_steps, log
+        self.directory, self.checkpoints = directory, directory.checkpoints
+        self.total_steps, self.log = total_steps, log
         self.topology = engine.topology
         self.flops_per_step = task.flops_per_image * run.global_batch_size / self.topology.world_size
         self.peak_flops = peak_flops
+        self.step_seconds = 0.0  # of the last one
         self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
         evaluator = task.evaluator
         self.best = best_metric(evaluator, engine.ema is not None) if evaluator is not None else None
@@ -82,8 +84,9 @@ class TrainingLoop:
             self.log.warn(self.save_time.warning())
         lost = LostRankWatch(topology, EXIT_TRAINING_FAILED, orderly=(TrainingError,))
         with self.stop, lost, self.stall, self.profiler:
+            stopped_by = self.make_up_evaluation(progress)
             self.last_end = time.perf_counter()
-            while progress.step < self.total_steps:
+            while stopped_by is None and progress.step < self.total_steps:
                 self.profiler.before(progress.step + 1)
                 progress, applied = self.step(progress)
                 profile = self.profiler.after(progress.step)
@@ -95,10 +98,8 @@ class TrainingLoop:
                 is_last = progress.step == self.total_steps
                 failed = progress.skipped_in_a_row >= run.max_skipped_steps
                 results = None
-                evaluator = self.task.evaluator
-                due = evaluator is not None and (is_last or progress.step % evaluator.every == 0)
-                if evaluator is not None and due and stopped_by is None and not failed:
-                    results = self.evaluate(progress, evaluator)
+                if self.is_due(progress.step) and stopped_by is None and not failed:
+                    results = self.evaluate(progress)
                     stopped_by = self.stop.agreed(topology.host_group, topology.world_size)
                 is_best = results is not None and self.is_best(results)
                 saves = is_last or is_best or stopped_by is not None or progress.step % run.save_every == 0
@@ -111,13 +112,11 @@ class TrainingLoop:
                     path = self.save(progress, wait=is_last or is_best or stopped_by is not None)
                     if results is not None and is_best:
                         self.mark_best(path, results)
-                if stopped_by is not None and not is_last:
-                    stopped = (
-                        f"stopped by {stopped_by} after step {progress.step}; the same command continues from there"
-                    )
-                    self.message(stopped)
-                    return progress, stopped
-        return progress, None
+            if stopped_by is None or (progress.step == self.total_steps and not self.lacks_evaluation(progress.step)):
+                return progress, None
+        stopped = f"stopped by {stopped_by} after step {progress.step}; the same command continues from there"
+        self.message(stopped)
+        return progress, stopped
 
     def step(self, progress: Progress) -> tuple[Progress, bool]:
         """One optimizer step, and its row for the log; False where a gradient was not finite."""
@@ -174,9 +173,48 @@ class TrainingLoop:
         self.window.add(row, torch.cat((metrics, result.grad_norm.view(1))))
         return progress, result.applied
 
-    def evaluate(self, progress: Progress, evaluator: Evaluator) -> dict[str, float] | None:
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after a step are evaluated."""
+        evaluator = self.task.evaluator
+        return evaluator is not None and step > 0 and (step == self.total_steps or step % evaluator.every == 0)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether a step was due for an evaluation of which metrics.jsonl holds no result; every rank calls it."""
+        evaluator = self.task.evaluator
+        if evaluator is None or not self.is_due(step):
+            return False
+        prefix, path = evaluator.prefix, self.directory.metrics_path
+
+        def lacking() -> bool:
+            rows = read_metrics(path) if path.is_file() else []
+            return not any(row["step"] == step and any(key.startswith(prefix) for key in row) for row in rows)
+
+        # the main rank writes the file: the others may not see its newest row yet
+        return on_all_ranks(self.topology, lambda: self.topology.is_main and lacking())[0]
+
+    def make_up_evaluation(self, progress: Progress) -> str | None:
+        """Evaluate the weights that a run continues from where a signal kept that from being done; what stopped it.
+
+        The results get a row of their own in metrics.jsonl, whose row of the step is written.
+        """
+        if not self.lacks_evaluation(progress.step):
+            return None
+        self.message(f"evaluating step {progress.step}, which has no result yet")
+        results = self.evaluate(progress)
+        if results is not None:
+            if self.log is not None:
+                self.log.write([{"step": progress.step, **results}])
+            if self.is_best(results):
+                path = self.checkpoints.path_of(progress.step)
+                if not on_all_ranks(self.topology, path.is_dir)[0]:  # continued from another folder's
+                    self.save(progress, wait=True)
+                self.mark_best(path, results)
+        return self.stop.agreed(self.topology.host_group, self.topology.world_size)
+
+    def evaluate(self, progress: Progress) -> dict[str, float] | None:
         """Results by their names in the log; None where a signal cut the evaluation short."""
-        topology = self.topology
+        topology, evaluator = self.topology, self.task.evaluator
+        assert evaluator is not None
 
         def interrupted() -> bool:
             self.stall.at("evaluating", progress.step)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from megatron_nepa.tasks.classification import ClassificationEvaluator
 from tests.distributed.ranks import run_ranks
 from tests.runs import make_images, pretrain, read_metrics, signal_in_step
 from tests.tasks.labelled import TINY, finetune, make_labelled
@@ -54,6 +57,20 @@ def finetune_stopped(flags: list[str], step: int) -> str | None:
     return finetune(flags)
 
 
+def finetune_stopped_evaluating(flags: list[str], pass_number: int) -> str | None:
+    """Stopped by a signal during a pass over the validation images, of which an evaluation takes two."""
+    real, calls = ClassificationEvaluator.evaluate, [0]
+
+    def signalled(self: ClassificationEvaluator, model: nn.Module, interrupted: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == pass_number:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, model, interrupted)
+
+    ClassificationEvaluator.evaluate = signalled  # type: ignore[method-assign]
+    return finetune(flags)
+
+
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     timed = re.compile("_ms|per_|mfu|memory")
     return [{key: value for key, value in row.items() if not timed.search(key)} for row in rows]
@@ -94,9 +111,21 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
 def test_a_stopped_run_continues_bit_for_bit(labelled: dict[str, Path], tmp_path: Path) -> None:
     whole, stopped = flags_of(labelled, tmp_path / "whole"), flags_of(labelled, tmp_path / "stopped")
     assert run_ranks(1, finetune, whole) == [None]
-    assert "RunStopped" in run_ranks(1, finetune_stopped, stopped, 3)[0]
+    assert "after step 3;" in run_ranks(1, finetune_stopped, stopped, 3)[0]
+    assert "after step 4;" in run_ranks(1, finetune_stopped, stopped, 1)[0]  # which was due for an evaluation
+    assert "after step 6;" in run_ranks(1, finetune_stopped_evaluating, stopped, 3)[0]  # the last one
     assert run_ranks(1, finetune, stopped) == [None]
-    assert without_times(read_metrics(tmp_path / "stopped")) == without_times(read_metrics(tmp_path / "whole"))
+    rows: dict[int, dict[str, Any]] = {}
+    for row in without_times(read_metrics(tmp_path / "stopped")):
+        rows.setdefault(row["step"], {}).update(row)  # an evaluation that was made up has a row of its own
+    assert list(rows.values()) == without_times(read_metrics(tmp_path / "whole"))
+    best = "checkpoints/best.json"
+    assert (tmp_path / "stopped" / best).read_text() == (tmp_path / "whole" / best).read_text()
+
+    # what was evaluated is not evaluated again
+    written = read_metrics(tmp_path / "stopped")
+    assert run_ranks(1, finetune, stopped) == [None]
+    assert read_metrics(tmp_path / "stopped") == written
 
 
 def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, Path], tmp_path: Path) -> None:
