@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_nepa.checkpoint.release_config import model_from_release, model_to_release
-from megatron_nepa.checkpoint.release_format import add_missing_qk_norm, fold_layer_scale, from_release, to_release
+from megatron_nepa.checkpoint.release_format import (
+    add_missing_qk_norm,
+    fold_layer_scale,
+    from_release,
+    require_releasable,
+    to_release,
+)
 from megatron_nepa.checkpoint.store import beside
 from megatron_nepa.checkpoint.weights import Choice, Weights
 from megatron_nepa.config import ConfigError, require
@@ -66,6 +72,7 @@ def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[st
         ConfigError: where ``folder`` exists, or the released format cannot hold the model.
     """
     require(not folder.exists(), f"{folder} exists: choose another name for the result.")
+    require_releasable(weights.tensors)
     tensors, model = fold_layer_scale(weights.tensors, weights.model) if fold else (weights.tensors, weights.model)
     num_labels = tensors["classifier.bias"].shape[0] if "classifier.bias" in tensors else None
     config = model_to_release(model, num_labels, pooled="fc_norm.weight" in tensors)

@@ -6,7 +6,7 @@ release's names (``fc_norm.*``, ``classifier.*``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from megatron_nepa.config import ConfigError, ModelConfig
 
 _PREFIX = "vit_nepa."
 _HEAD = ("fc_norm", "classifier")
+_MOST_NAMES = 4  # of tensors in a message
 # ours, of the objective: the release has none, and a model without masking needs none
 MASK_TOKEN = "trunk.embedding.mask_token"
 
@@ -64,8 +65,8 @@ def from_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     missing, left_over = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
     if missing or left_over:
         raise ConfigError(
-            f"the released checkpoint does not fit this model: missing {missing or 'nothing'}, "
-            f"left over {left_over or 'nothing'}."
+            f"the released checkpoint does not fit this model: missing {_listed(missing)}, left over "
+            f"{_listed(left_over)}."
         )
     result = {name: torch.cat([state[part] for part in parts]) for name, parts in names.items()}
     if config.bos_token:
@@ -83,8 +84,8 @@ def to_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     missing, left_over = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys() - {MASK_TOKEN})
     if missing or left_over:
         raise ConfigError(
-            f"the checkpoint does not fit the released format: missing {missing or 'nothing'}, "
-            f"left over {left_over or 'nothing'}."
+            f"the checkpoint does not fit the released format: missing {_listed(missing)}, left over "
+            f"{_listed(left_over)}."
         )
     result = {}
     for name, parts in names.items():
@@ -128,6 +129,28 @@ def fold_layer_scale(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[
             result[weight] = result[weight] * factor[:, None]
             result[bias] = result[bias] * factor
     return result, replace(config, layer_scale_init=None)
+
+
+def require_releasable(names: Iterable[str]) -> None:
+    """Refuse a checkpoint of a task that the release's format has no place for.
+
+    Raises:
+        ConfigError: for a probe, which has no trunk, and for a head other than a classifier's, such as a segmenter's.
+    """
+    modules = {name.partition(".")[0] for name in names}
+    if "trunk" not in modules:
+        raise ConfigError("the checkpoint holds no trunk, like a linear probe's: convert the trunk's own checkpoint.")
+    heads = sorted(modules - {"trunk", *_HEAD})
+    if heads:
+        raise ConfigError(
+            f"the checkpoint has a head ({', '.join(f'{head}.*' for head in heads)}) that the released format cannot "
+            "hold, like a segmenter's: write one safetensors with consolidate instead."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"{names[:_MOST_NAMES]}{more}" if names else "nothing"
 
 
 def _head_names(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from megatron_nepa.checkpoint.compare import compare
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.store import CheckpointStore, Progress
-from megatron_nepa.checkpoint.weights import read_weights, write_weights
+from megatron_nepa.checkpoint.weights import Weights, read_weights, write_weights
 from megatron_nepa.config import ConfigError
 from tests.checkpoint.faults import record_messages
 from tests.distributed.cases import MODEL, Case, Grid, build_engine, build_run, join_state
@@ -165,6 +165,22 @@ def test_keys_that_do_not_fit_are_listed(release: Path, tmp_path: Path) -> None:
         read_release(copy_release(release, tmp_path / "a", state))
     with pytest.raises(ConfigError, match='"hidden_act": "gelu"; this model serves gelu without a gate'):
         read_release(copy_release(release, tmp_path / "b", state, hidden_act="gelu"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["norm.running_mean", "classifier.weight"], "holds no trunk, .*: convert the trunk's own checkpoint"),
+        (["trunk.norm.weight", "decoder.head.weight", "decoder.neck.weight"], r"a head \(decoder\.\*\) .* consolidate"),
+    ],
+    ids=["probe", "segmenter"],
+)
+def test_the_checkpoints_of_other_tasks_are_refused_by_kind(names: list[str], message: str, tmp_path: Path) -> None:
+    weights = Weights(RELEASABLE, dict.fromkeys(names, torch.ones(2)), "a run of another task")
+    with pytest.raises(ConfigError, match=message) as error:
+        write_release(weights, tmp_path / "release", fold=True)
+    assert len(str(error.value)) < 200
+    assert not (tmp_path / "release").exists()
 
 
 class Bomb:
