@@ -74,8 +74,8 @@ def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
     if train.classes and validation.classes:
         missing = sorted(set(train.classes) - set(validation.classes))
         unknown = sorted(set(validation.classes) - set(train.classes))
-        differing = [f"{len(missing)} classes are missing in the latter ({missing[0]}, ...)"] if missing else []
-        differing += [f"{len(unknown)} classes are unknown to the former ({unknown[0]}, ...)"] if unknown else []
+        differing = [f"{_some(missing)} missing in the latter"] if missing else []
+        differing += [f"{_some(unknown)} unknown to the former"] if unknown else []
         require(
             not differing,
             f"the training images in {train.root} have {len(train.classes)} classes and the validation images in "
@@ -95,6 +95,10 @@ def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
             f"the validation images in {validation.root} have label {found}, but the training images in {train.root} "
             f"only labels up to {most}.",
         )
+
+
+def _some(classes: list[str]) -> str:
+    return f"class {classes[0]} is" if len(classes) == 1 else f"{len(classes)} classes ({classes[0]}, ...) are"
 
 
 def _devkit_classes(meta: Path) -> dict[str, str]:
