@@ -8,12 +8,14 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.claim import claimed
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.index_file import save_index
 from megatron_nepa.data.verify import Checked, Verify, check_images
@@ -45,7 +47,7 @@ def build_and_save_index(
         The index, whose ``quarantine`` names what was left out and why.
 
     Raises:
-        ConfigError: ``out`` exists, or no image can be used.
+        ConfigError: ``out`` exists, another process is writing it, or no image can be used.
     """
     require(
         device != "cuda" or torch.cuda.is_available(), "there is no CUDA device to decode on: leave out --device cuda."
@@ -53,45 +55,37 @@ def build_and_save_index(
     target = Path(out)
     require(not target.exists(), f"{target} exists already: remove it, or choose another name for the index.")
     partial = target.with_name(target.name + ".partial")
-    _open_partial(partial, listing, verify)
-    rows = np.arange(len(listing))
-    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    done = {int(file.stem) for file in partial.glob("*.npz")}
-    missing = [chunk for chunk in chunks if int(chunk[0]) not in done]
+    mismatch = f"{partial} was begun with other images or another --verify: remove it to start afresh."
+    with claimed(partial / "listing.json", _identity(listing, verify), mismatch):
+        rows = np.arange(len(listing))
+        chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+        done = {int(file.stem) for file in partial.glob("*.npz")}
+        missing = [chunk for chunk in chunks if int(chunk[0]) not in done]
 
-    with tqdm(
-        total=len(listing), initial=len(listing) - sum(map(len, missing)), unit=" images", disable=not progress
-    ) as bar:
-        for checked in check_images(listing, missing, verify, device, workers or os.cpu_count() or 1):
-            _save_chunk(partial, checked)
-            bar.update(len(checked.rows))
+        with tqdm(
+            total=len(listing), initial=len(listing) - sum(map(len, missing)), unit=" images", disable=not progress
+        ) as bar:
+            for checked in check_images(listing, missing, verify, device, workers or os.cpu_count() or 1):
+                _save_chunk(partial, checked)
+                bar.update(len(checked.rows))
 
-    index = _assemble(partial, listing)
-    if not len(index):
-        name, reason = index.quarantine[0]
-        raise ConfigError(
-            f"none of the {len(listing)} images of {listing.root} can be used; the first, {name}: {reason}."
-        )
-    save_index(index, target)
-    shutil.rmtree(partial)
+        index = _assemble(partial, listing)
+        if not len(index):
+            name, reason = index.quarantine[0]
+            raise ConfigError(
+                f"none of the {len(listing)} images of {listing.root} can be used; the first, {name}: {reason}."
+            )
+        save_index(index, target)
+        shutil.rmtree(partial)
     return index
 
 
-def _open_partial(partial: Path, listing: DatasetIndex, verify: Verify) -> None:
-    """Make the folder of finished chunks, or refuse one that another listing left there."""
+def _identity(listing: DatasetIndex, verify: Verify) -> dict[str, Any]:
+    """What the finished chunks belong to."""
     identity = hashlib.blake2b(f"{verify} {listing.root.resolve()} {listing.shards}".encode(), digest_size=16)
     for array in (listing.names.text, listing.label, listing.offset, listing.masks.text):
         identity.update(np.ascontiguousarray(array).data)
-    facts = {"listing": identity.hexdigest(), "chunk": _CHUNK}
-    file = partial / "listing.json"
-    partial.mkdir(parents=True, exist_ok=True)
-    if file.is_file():
-        require(
-            json.loads(file.read_text()) == facts,
-            f"{partial} was begun with other images or another --verify: remove it to start afresh.",
-        )
-    else:
-        file.write_text(json.dumps(facts))
+    return {"listing": identity.hexdigest(), "chunk": _CHUNK}
 
 
 def _save_chunk(partial: Path, checked: Checked) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_nepa.config import require
+from megatron_nepa.data.claim import claimed
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.sources import CLASSES_FILE
 from megatron_nepa.data.storage import ImageStore
@@ -48,7 +49,7 @@ def write_shards(
 
     Raises:
         ConfigError: a shard size or shorter side below 1, an index of image and mask pairs, or a folder of other
-            shards.
+            shards or that another process is writing.
         UnreadableImageError: an image vanished since it was indexed.
     """
     require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
@@ -57,16 +58,17 @@ def write_shards(
     )
     require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     facts = {"images": index.fingerprint(), "shard_size": shard_size, "shorter_side": shorter_side}
-    begun = target / _FACTS_FILE
-    require(
-        not begun.exists() or json.loads(begun.read_text()) == facts,
-        f"{target} holds shards of other images or another size: remove them, or choose another folder.",
-    )
-    begun.write_text(json.dumps(facts))
-    if index.classes:
-        (target / CLASSES_FILE).write_text(json.dumps(index.classes))
+    mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
+    with claimed(target / _FACTS_FILE, facts, mismatch):
+        if index.classes:
+            (target / CLASSES_FILE).write_text(json.dumps(index.classes))
+        _write_missing(index, target, shard_size, shorter_side, workers or os.cpu_count() or 1, progress)
+
+
+def _write_missing(
+    index: DatasetIndex, target: Path, shard_size: int, shorter_side: int | None, workers: int, progress: bool
+) -> None:
     store = ImageStore(index)
     starts = range(0, len(index), shard_size)
     paths = [target / f"shard_{number:06d}.tar" for number in range(len(starts))]
@@ -78,7 +80,7 @@ def write_shards(
         return len(rows)
 
     # threads: reading, decoding, scaling and encoding all run outside Python's lock
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         tasks = [pool.submit(write, start, path) for start, path in missing]
         with tqdm(total=len(tasks), unit=" shards", disable=not progress) as bar:
             try:

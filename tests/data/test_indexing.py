@@ -20,7 +20,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data import verify
+from megatron_nepa.data import indexing, verify
+from megatron_nepa.data.claim import claimed
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.index_file import load_index, save_index
@@ -288,6 +289,19 @@ def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monke
     index = build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
     assert sum(asked) == 27
     assert index.fingerprint() == scan_folder(photographs).fingerprint()
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_two_commands_do_not_write_the_same_index(photographs: Path, tmp_path: Path) -> None:
+    listing = list_source(photographs)
+    facts = indexing._identity(listing, "header")
+    with (
+        claimed(tmp_path / "index.partial/listing.json", facts, ""),
+        pytest.raises(ConfigError, match=r"another process is writing .*index\.partial: wait for its end"),
+    ):
+        build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
+    (tmp_path / "index.partial/listing.json").write_text("")  # killed before it wrote what it had begun with
+    build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
