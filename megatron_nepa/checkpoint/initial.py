@@ -133,7 +133,7 @@ class _Source:
 def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Source:
     checkpoint = find_checkpoint(path)
     manifest = find_intact([checkpoint], train.topology).manifest
-    kind = choose_kind(checkpoint, manifest, choice)
+    kind = choose_kind(checkpoint, manifest, choice, "--init_weights")
     stored = stored_tensors(checkpoint)
     # a frozen parameter has no average: it is its own
     keys = {name: f"master.{name}" for name in names_of("master", stored)}

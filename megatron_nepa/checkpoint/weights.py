@@ -75,8 +75,16 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
     return Weights(model, tensors, origin, {name: state[key] for name, key in buffer_keys.items()})
 
 
-def choose_kind(checkpoint: Path, manifest: dict[str, Any], choice: Choice | None) -> Literal["ema", "master"]:
+def choose_kind(
+    checkpoint: Path, manifest: dict[str, Any], choice: Choice | None, flag: str = "--weights"
+) -> Literal["ema", "master"]:
     """Under which prefix the chosen weights lie in a checkpoint; one that holds weights only has just one kind.
+
+    Args:
+        checkpoint: its folder.
+        manifest: the checkpoint's.
+        choice: average (ema) or raw; None takes the average where there is one.
+        flag: by which the user chooses, for the message.
 
     Raises:
         ConfigError: where the average is asked of a run that kept none.
@@ -85,7 +93,7 @@ def choose_kind(checkpoint: Path, manifest: dict[str, Any], choice: Choice | Non
         return "master"
     require(
         manifest["has_ema"],
-        f"{checkpoint} holds no weight average: ask for its raw weights (--init_weights raw, a tool's --weights raw).",
+        f"{checkpoint} holds no weight average: take its raw weights with {flag} raw.",
     )
     return "ema"
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron_nepa.tasks.classification import ClassificationEvaluator
 from tests.distributed.ranks import run_ranks
-from tests.runs import make_images, pretrain, read_metrics, signal_in_step
+from tests.runs import call_script, make_images, pretrain, read_metrics, signal_in_step
 from tests.tasks.labelled import TINY, finetune, make_labelled
 
 TRUNK = [flag for flag in TINY if flag.startswith(("--model", "--dtype", "--data.num"))]
@@ -126,6 +126,38 @@ def test_a_stopped_run_continues_bit_for_bit(labelled: dict[str, Path], tmp_path
     written = read_metrics(tmp_path / "stopped")
     assert run_ranks(1, finetune, stopped) == [None]
     assert read_metrics(tmp_path / "stopped") == written
+
+
+def runs_without_an_average(flags: list[str], output_dir: Path) -> list[str | None]:
+    """Train and evaluate such a run; start another from it, probe it, and classify by its raw weights' neighbours."""
+    from examples.linear_probe import main
+
+    other = f"--output_dir={output_dir / 'other'}"
+    probe = [flag for flag in flags if not flag.startswith(("--augmentation", "--optimizer"))]
+    probe += [f"--trunk={output_dir}", "--trunk.dtype=fp32", other]
+    return [
+        finetune(flags),
+        finetune([*flags, "--evaluate_only"]),
+        finetune([*flags, other, f"--init_from={output_dir}"]),
+        call_script(main, probe),
+        call_script(main, [*probe, "--trunk.weights=raw", "--knn=3"]),
+    ]
+
+
+def test_a_run_without_an_average(labelled: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*flags_of(labelled, run), "--steps=1", "--optimizer.ema_warmup=false", "--optimizer.ema_decay=0"]
+    trained, evaluated, started, probed, neighbours = run_ranks(1, runs_without_an_average, flags, run)[0]
+    assert trained is evaluated is neighbours is None
+    row = read_metrics(run)[-1]
+    assert not any(key.startswith("val_ema") for key in row)
+    assert json.loads((run / "checkpoints/best.json").read_text())["metric"] == "val_top1"
+    alone = json.loads((run / "evaluation.json").read_text())
+    assert "the raw weights of" in alone["weights"]
+    assert alone["loss"] == pytest.approx(row["val_loss"], abs=1e-9)
+    assert alone["top1"] == row["val_top1"]
+    assert str(started).endswith("step_00000001 holds no weight average: take its raw weights with --init_weights raw.")
+    assert str(probed).endswith("step_00000001 holds no weight average: take its raw weights with --trunk.weights raw.")
 
 
 def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, Path], tmp_path: Path) -> None:
