@@ -36,7 +36,9 @@ def choose_queries(wishes: Sequence[str], pixels: Pixels, patch_size: int, name:
     for wish in wishes:
         match = re.fullmatch(r"(\d+),(\d+)", wish)
         if match is None:
-            raise ConfigError(f"query {wish} is none of auto, grid, grid:N and y,x (in patches, from 0).")
+            raise ConfigError(
+                f"the query is {' '.join(wishes)!r}; give auto, grid or grid:N alone, or patches as y,x (from 0)."
+            )
         y, x = int(match[1]), int(match[2])
         require(
             y < rows and x < columns,

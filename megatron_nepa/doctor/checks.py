@@ -61,8 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     groups = options.only.split(",")
-    for name in groups:
-        require(name in GROUPS, f"--only {name} is unknown; there are {', '.join(GROUPS)}.")
+    require(
+        all(name in GROUPS for name in groups),
+        f"--only takes groups of {', '.join(GROUPS)} with commas between them, not {options.only!r}.",
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined: they are checked there

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.benchmarks.contenders import Operation
+from megatron_nepa.config import ConfigError
 from megatron_nepa.doctor import checks, decoding, installation, operations, parallel
 from megatron_nepa.doctor.report import Row, guarded, lines
 from megatron_nepa.kernels.attention import attention_sdpa
@@ -161,6 +162,12 @@ def test_the_exit_status_says_whether_something_failed(
     monkeypatch.setitem(checks.GROUPS, "decoding", check("failed"))
     assert checks.main(["--only", "decoding", "--json"]) == 1
     assert json.loads(capsys.readouterr().out.partition("\n1 ok\n")[2])[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize("groups", ["", "decoding,", "decoder"])
+def test_unknown_groups_are_refused(groups: str) -> None:
+    with pytest.raises(ConfigError, match=f"installation, operations, .* not '{groups}'"):
+        checks.main(["--only", groups])
 
 
 @pytest.mark.slow
