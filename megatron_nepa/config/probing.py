@@ -63,3 +63,8 @@ class ProbingConfig(RunConfig):
             f"evaluation.resize_size {self.evaluation.resize_size} is smaller than the crop of model.image_size "
             f"{self.model.image_size}.",
         )
+
+    @property
+    def trunk_dtype(self) -> Literal["bf16", "fp32"]:
+        """The frozen trunk's."""
+        return self.trunk.dtype

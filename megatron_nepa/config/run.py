@@ -108,6 +108,11 @@ class RunConfig:
         """Peak learning rate after linear scaling (paper appendix D)."""
         return self.optimizer.base_lr * self.global_batch_size / 256
 
+    @property
+    def trunk_dtype(self) -> Literal["bf16", "fp32"]:
+        """Dtype that the trunk computes in, where nearly all of the time goes."""
+        return self.dtype
+
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches of one optimizer step on each of ``data_parallel_size`` replicas."""
         per_pass = self.micro_batch_size * data_parallel_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,8 @@ def init_distributed(device_type: str | None = None) -> torch.device:
     Args:
         device_type: "cuda" or "cpu"; None takes CUDA where it is available.
     """
+    # torch's notice of new names: releases without them are served as well
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
         in_slurm_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ

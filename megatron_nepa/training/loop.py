@@ -66,7 +66,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     )
     directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
-    peak = device_peak_flops(topology.device, DTYPES[run.dtype])
+    peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])
     log = None
     if topology.is_main:
         directory.record(

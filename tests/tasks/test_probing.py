@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,34 @@ def test_the_shared_loop_trains_as_a_loop_by_hand_on_any_grid_killed_or_not(fold
         assert neighbours["weights"].startswith("starting from the a trunk drawn at random")
         assert neighbours["knn_top1"] * 18 == pytest.approx(round(neighbours["knn_top1"] * 18))
         assert 1 / 6 < neighbours["knn_top1"] < 1  # a number that could differ, better than a guess
+
+
+def dtypes_of_a_probe(folder: Path, output: Path) -> dict[str, torch.dtype]:
+    """For which dtype a probe's kernels were chosen, and its peak was looked up; torch's notices are errors."""
+    from megatron_nepa import job
+    from megatron_nepa.training import loop
+
+    found: dict[str, torch.dtype] = {}
+    select, peak = job.select_kernels, loop.device_peak_flops
+
+    def selected(*arguments: Any, dtype: torch.dtype, **more: Any) -> Any:
+        found["kernels"] = dtype
+        return select(*arguments, dtype=dtype, **more)
+
+    def looked_up(device: torch.device, dtype: torch.dtype) -> Any:
+        found["peak"] = dtype
+        return peak(device, dtype)
+
+    job.select_kernels, loop.device_peak_flops = selected, looked_up  # type: ignore[assignment]
+    warnings.filterwarnings("error", r".*torch\.distributed", FutureWarning)
+    assert probe(folder, output, "--knn=5") is None
+    assert probe(folder, output, "--steps=1", "--trunk.dtype=bf16") is None
+    return found
+
+
+def test_kernels_and_mfu_are_of_the_trunks_dtype(folder: Path, tmp_path: Path) -> None:
+    found = run_ranks(1, dtypes_of_a_probe, folder, tmp_path / "run")[0]
+    assert found == {"kernels": torch.bfloat16, "peak": torch.bfloat16}
 
 
 def separable(seed: int, count: int) -> Features:
