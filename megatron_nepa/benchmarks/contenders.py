@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.kernels.attention import attention_candidates, attention_sdpa
+from megatron_nepa.kernels.attention_products import attention_products
 from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
 from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference
 from megatron_nepa.kernels.residual_norm import residual_norm_reference
@@ -94,7 +95,9 @@ def operations(model: ModelConfig, batch: int, device: torch.device, dtype: torc
 
     inputs = {"qkv": new(batch, tokens, 3, heads, dim), "causal": model.causal}
     contenders = {"sdpa": attention_sdpa}
-    if fused:
+    if not fused:
+        contenders |= {"products": attention_products, "products, compiled": torch.compile(attention_products)}
+    else:
         contenders |= {each.__name__: each for each in attention_candidates(dim, dtype, deterministic=False)}
     # forward: q, k, v, out; backward: those and the gradient of out in, the gradients of q, k and v out
     yield Operation("attention", inputs, ["qkv"], 12 * unit, contenders)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_nepa.config import require
+from megatron_nepa.kernels.attention_products import MAX_TOKENS, attention_products
 from megatron_nepa.kernels.timing import milliseconds
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ def choose_attention(
     causal: bool,
     deterministic: bool,
 ) -> Attention:
-    """The attention of a run: SDPA on a CPU, on a GPU the fastest back-end, timed once.
+    """The attention of a run: on a GPU the fastest back-end, timed once; on a CPU SDPA, or products for short bf16 ones.
+
+    A CPU's choice is not timed, so that a run which continues computes as before, bit for bit.
 
     Args:
         device: where the run computes.
@@ -109,7 +112,8 @@ def choose_attention(
         The back-end; every rank of an initialised ``torch.distributed`` gets rank 0's choice.
     """
     if device.type != "cuda":
-        return attention_sdpa
+        short = shape is not None and shape[1] <= MAX_TOKENS
+        return attention_products if short and dtype == torch.bfloat16 else attention_sdpa
     candidates = attention_candidates(64 if shape is None else shape[3], dtype, deterministic)
     if shape is None:
         return candidates[0]

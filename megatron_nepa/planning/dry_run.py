@@ -24,6 +24,7 @@ from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.planning.communication import Collective
 from megatron_nepa.planning.counting import Recorder, Traffic
 from megatron_nepa.planning.layout import Layout
+from megatron_nepa.planning.memory import BUCKET_NUMBERS
 from megatron_nepa.planning.plan import Plan
 from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
 from megatron_nepa.training.engine import TrainingEngine
@@ -144,7 +145,7 @@ def _give_fake_parameters(model: nn.Module) -> None:
 
 def _zero_options(stage: int) -> dict[str, Any]:
     """The sizes that ds_configs/zero1.json and zero2.json set."""
-    sizes: dict[str, Any] = {"reduce_bucket_size": 100_000_000, "allgather_bucket_size": 200_000_000}
+    sizes: dict[str, Any] = {"reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": 200_000_000}
     return sizes | ({"overlap_comm": True, "contiguous_gradients": True} if stage == 2 else {})
 
 

@@ -30,7 +30,7 @@ from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.planning.layout import Layout, count_parameters
 
 BF16, FP32 = 2, 4
-BUCKET_NUMBERS = 100_000_000  # reduce_bucket_size of ds_configs; overlap_comm fills one while the other is sent
+BUCKET_NUMBERS = 25_000_000  # reduce_bucket_size of ds_configs; overlap_comm fills one while the other is sent
 JOINED_NUMBERS = 500_000_000  # DeepSpeed's own bucket of ZeRO 1 with fp32 accumulation
 
 
@@ -85,8 +85,11 @@ def plan_memory(model: ModelConfig, layout: Layout, accumulation_steps: int, has
         # made when a bucket is first reduced
         forward = replace(forward, accumulation=FP32 * owned if accumulation_steps > 1 else 0)
         buckets = 2 * BF16 * BUCKET_NUMBERS
-        # of a full bucket, the largest part with one owner is copied, to bf16 and to fp32
-        copies = (BF16 + FP32) * min(BUCKET_NUMBERS, owned)
+        # of a full bucket, or of a matrix that is larger than one, the largest part with one owner is copied, to bf16
+        # and to fp32; the matrix's own gradient lies beside it
+        matrix = _largest_matrix(model, layout)
+        copies = (BF16 + FP32) * min(max(BUCKET_NUMBERS, matrix), owned)
+        copies += BF16 * matrix if matrix > BUCKET_NUMBERS else 0
         passed = min(1, BUCKET_NUMBERS / numbers)  # share of the backward pass, and of the activations
         end = replace(state, accumulation=FP32 * owned, workspace=copies, buckets=buckets)
         end = replace(end, activations=activations * (1 - passed), loss=forward.loss)
@@ -94,6 +97,11 @@ def plan_memory(model: ModelConfig, layout: Layout, accumulation_steps: int, has
     # by then the first gradient of a matrix is there, and with it ZeRO 2's buckets
     matrices = replace(forward, workspace=_feed_forward_bytes(model, layout), buckets=buckets)
     return max(seam, matrices, end, key=lambda memory: memory.total)
+
+
+def _largest_matrix(model: ModelConfig, layout: Layout) -> float:
+    up = model.mlp_hidden_size * (2 if model.mlp == "swiglu" else 1)
+    return model.hidden_size * max(up, 3 * model.hidden_size) / layout.tensor_parallel_size
 
 
 def activation_bytes(model: ModelConfig, layout: Layout) -> float:

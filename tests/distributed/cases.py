@@ -56,6 +56,7 @@ class Grid:
     micro_batch_size: int = 4
     activation_checkpointing: ActivationCheckpointing = "none"
     overlap_comm: bool = False
+    reduce_bucket_size: int = 25_000_000
 
     @property
     def world_size(self) -> int:
@@ -122,7 +123,10 @@ def build_engine(case: Case, mutation: Mutation | None = None, kernels: Kernels 
     topology = build_topology(torch.device("cpu"), grid.tensor_size)
     config = read_ds_config(None)
     config["zero_optimization"]["stage"] = grid.zero_stage
-    config["zero_optimization"]["overlap_comm"] = grid.overlap_comm
+    config["zero_optimization"] |= {
+        "overlap_comm": grid.overlap_comm,
+        "reduce_bucket_size": grid.reduce_bucket_size,
+    }
     if grid.zero_stage == 0:
         del config["data_types"]
     model = case.build(run, topology, kernels or Kernels())

@@ -41,6 +41,8 @@ def sp(**grid: Any) -> dict[str, Any]:
         ("prime", {"data_size": 2, "zero_stage": 0}),
         ("prime", {"data_size": 2, "zero_stage": 1, "micro_batch_size": 1}),
         ("prime", {"data_size": 2, "zero_stage": 2, "overlap_comm": True}),
+        # buckets of a few parameters, some larger than a bucket
+        ("prime", {"data_size": 2, "zero_stage": 2, "overlap_comm": True, "reduce_bucket_size": 10_000}),
         # tensor parallel: images shared out, and (micro-batch 1) not
         ("prime", {"tensor_size": 2, "zero_stage": 0}),
         ("prime", {"tensor_size": 2, "micro_batch_size": 1}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron_nepa.planning.communication import plan_collectives
 from megatron_nepa.planning.counting import Recorder, Traffic
 from megatron_nepa.planning.dry_run import Counted, build_without_memory, dry_run, expected_traffic, join_fake_group
 from megatron_nepa.planning.layout import Layout
-from megatron_nepa.planning.memory import plan_memory
+from megatron_nepa.planning.memory import BUCKET_NUMBERS, plan_memory
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from tests.distributed.cases import MODEL, Case, build_engine, local_samples, sample_images
 from tests.distributed.ranks import run_ranks
@@ -50,6 +52,12 @@ SLOW = [
     ("nepa_l_release", Layout(8, 2, True, zero_stage=1, micro_batch_size=1, activation_checkpointing="full"), 1, 6),
     ("nepa_7b", Layout(2, micro_batch_size=1), 1, 3),
 ]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_buckets_are_those_of_the_configs(name: str) -> None:
+    config = json.loads((Path(__file__).parents[2] / f"ds_configs/{name}.json").read_text())
+    assert config["zero_optimization"]["reduce_bucket_size"] == BUCKET_NUMBERS
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""Attention written as products: equal to SDPA, as exact in bf16, and keeping no more than qkv."""
+
+import pytest
+import torch
+
+from megatron_nepa.kernels.attention import attention_sdpa
+from megatron_nepa.kernels.attention_products import MAX_TOKENS, attention_products
+from megatron_nepa.kernels.dispatch import select_kernels
+
+BF16 = torch.bfloat16
+
+
+def output_and_gradient(attention, qkv, causal, upstream):
+    qkv = qkv.detach().requires_grad_()
+    out = attention(qkv, causal)
+    (grad,) = torch.autograd.grad(out, qkv, upstream.to(qkv.dtype))
+    assert out.is_contiguous()
+    return out.detach(), grad
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 17, 32])
+def test_products_equal_sdpa(causal, tokens):
+    qkv, upstream = torch.randn(2, tokens, 3, 2, 8).double(), torch.randn(2, tokens, 2, 8).double()
+    found = output_and_gradient(attention_products, qkv, causal, upstream)
+    torch.testing.assert_close(found, output_and_gradient(attention_sdpa, qkv, causal, upstream))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_is_about_as_exact_as_sdpas(causal):
+    """Rounding the scores must not cost more than the rounding that SDPA has as well."""
+    torch.manual_seed(0)
+    qkv, upstream = torch.randn(2, 257, 3, 4, 64).to(BF16), torch.randn(2, 257, 4, 64).to(BF16)
+    exact = output_and_gradient(attention_sdpa, qkv.double(), causal, upstream)
+    for found, sdpa, truth in zip(
+        output_and_gradient(attention_products, qkv, causal, upstream),
+        output_and_gradient(attention_sdpa, qkv, causal, upstream),
+        exact,
+        strict=True,
+    ):
+        assert (found - truth).norm() < 2 * (sdpa - truth).norm()
+        assert (found - truth).norm() < 0.006 * truth.norm()
+
+
+def test_only_qkv_is_kept():
+    kept = []
+    qkv = torch.randn(2, 33, 3, 2, 8, dtype=BF16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: qkv):
+        attention_products(qkv, True)
+    assert set(kept) <= {qkv.shape}
+
+
+def test_a_cpu_takes_products_for_short_bf16_sequences_alone():
+    def choice(tokens, dtype, kernels="auto"):
+        return select_kernels(kernels, "cpu", attention_shape=(2, tokens, 3, 64), dtype=dtype).attention
+
+    assert choice(257, BF16) is attention_products
+    assert choice(MAX_TOKENS + 1, BF16) is attention_sdpa
+    assert choice(257, torch.float32) is attention_sdpa
+    assert choice(257, BF16, "reference") is attention_sdpa
