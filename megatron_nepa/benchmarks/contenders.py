@@ -96,7 +96,8 @@ def operations(model: ModelConfig, batch: int, device: torch.device, dtype: torc
     inputs = {"qkv": new(batch, tokens, 3, heads, dim), "causal": model.causal}
     contenders = {"sdpa": attention_sdpa}
     if not fused:
-        contenders |= {"products": attention_products, "products, compiled": torch.compile(attention_products)}
+        compiled = torch.compile(attention_products, fullgraph=True)
+        contenders |= {"products": attention_products, "compiled": compiled}
     else:
         contenders |= {each.__name__: each for each in attention_candidates(dim, dtype, deterministic=False)}
     # forward: q, k, v, out; backward: those and the gradient of out in, the gradients of q, k and v out
