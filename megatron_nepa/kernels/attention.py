@@ -97,7 +97,7 @@ def choose_attention(
     causal: bool,
     deterministic: bool,
 ) -> Attention:
-    """The attention of a run: on a GPU the fastest back-end, timed once; on a CPU SDPA, or products for short bf16 ones.
+    """The attention of a run: on a GPU the fastest back-end, timed once; on a CPU SDPA, or products in bf16.
 
     A CPU's choice is not timed, so that a run which continues computes as before, bit for bit.
 
