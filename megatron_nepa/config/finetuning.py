@@ -58,6 +58,8 @@ class AugmentationConfig:
     workers: int = 4
 
     def __post_init__(self) -> None:
+        require_finite(self, "augmentation.")
+        require(self.rand_augment != "", "augmentation.rand_augment is empty; give a policy, or none to switch it off.")
         require(0 <= self.random_erasing <= 1, f"random_erasing is {self.random_erasing}; it must lie in [0, 1].")
         require(
             self.mixup >= 0 and self.cutmix >= 0, f"mixup {self.mixup} and cutmix {self.cutmix} must not be negative."

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from megatron_nepa.config.checks import require
+from megatron_nepa.config.checks import require, require_finite
 from megatron_nepa.config.model import ModelConfig
 from megatron_nepa.config.sections import DataConfig, OptimizerConfig, ParallelConfig
 
@@ -68,7 +68,8 @@ class RunConfig:
     kernels: Literal["auto", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("output_dir", "resume"):
+        require_finite(self, "")
+        for name in ("output_dir", "resume", "init_from"):
             require(getattr(self, name) != "", f"{name} is empty; give a folder (an unset shell variable?).")
         for name in ("global_batch_size", "micro_batch_size", "save_every", "log_every", "max_skipped_steps"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")

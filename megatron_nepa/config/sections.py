@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_nepa.config.checks import require, require_finite
 from megatron_nepa.config.model import ModelConfig
 
+MAX_THREADS = 1024  # of one rank's decoder, which ends the process where the system refuses one
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
@@ -86,7 +87,10 @@ class DataConfig:
             0.0 < self.crop_scale_min <= 1.0,
             f"data.crop_scale_min is {self.crop_scale_min}; it must lie in (0, 1].",
         )
-        require(self.num_threads >= 1, f"data.num_threads is {self.num_threads}; it must be at least 1.")
+        require(
+            1 <= self.num_threads <= MAX_THREADS,
+            f"data.num_threads is {self.num_threads}; it must lie in 1 to {MAX_THREADS}.",
+        )
         require(
             0.0 <= self.hw_decoder_load <= 1.0,
             f"data.hw_decoder_load is {self.hw_decoder_load}; it must lie in [0, 1].",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_nepa.config.checks import require
+from megatron_nepa.config.checks import require, require_finite
 from megatron_nepa.config.finetuning import FinetuningConfig, ValidationConfig
 
 # label of the pixels that count for nothing
@@ -44,6 +44,7 @@ class CropConfig:
     cat_max_ratio: float = 0.75
 
     def __post_init__(self) -> None:
+        require_finite(self, "crops.")
         for name in ("shorter_side", "longer_side"):
             side = getattr(self, name)
             require(side is None or side >= 1, f"crops.{name} is {side}; it must be at least 1.")
@@ -52,6 +53,7 @@ class CropConfig:
             f"crops.ratio_min is {self.ratio_min} and crops.ratio_max {self.ratio_max}; they must be a rising range "
             "of positive numbers.",
         )
+        require(0 < self.cat_max_ratio <= 1, f"crops.cat_max_ratio is {self.cat_max_ratio}; it must lie in (0, 1].")
 
     def scale(self, crop_size: int) -> tuple[int, int]:
         """The longer and the shorter side that an image is scaled into, for square crops of ``crop_size``."""

@@ -21,7 +21,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from megatron_nepa.config import AugmentationConfig, require
+from megatron_nepa.config import AugmentationConfig, ConfigError, require
 from megatron_nepa.data.order import IntArray
 from megatron_nepa.data.workers import worker_pool
 from megatron_nepa.parallel.random import derive_key
@@ -49,11 +49,21 @@ class RandAugmenter:
     Args:
         config: its rand_augment and workers.
         seed: the run's seed.
+
+    Raises:
+        ConfigError: for a policy that timm does not know.
     """
 
     def __init__(self, config: AugmentationConfig, seed: int) -> None:
         require(config.rand_augment is not None, "rand_augment is none: there is nothing to apply.")
         self._policy, self._seed, self._workers = str(config.rand_augment), seed, config.workers
+        try:
+            _transform(self._policy, 1)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"augmentation.rand_augment {self._policy} is no policy of timm's RandAugment, such as "
+                "rand-m9-mstd0.5-inc1."
+            ) from error
         self._pool: ProcessPoolExecutor | None = worker_pool(config.workers) if config.workers else None
 
     def submit(self, images: Pixels, samples: IntArray) -> list[Future[Pixels]]:

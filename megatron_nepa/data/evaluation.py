@@ -57,7 +57,7 @@ class OnePassLoader:
         index: the images.
         config: its num_threads and hw_decoder_load.
         geometry: of stored widths and heights, [n] each.
-        batch_size: images of a batch.
+        batch_size: images of a batch, at most.
         data_rank, data_size: which of how many ranks this is; image i is evaluated by rank i mod data_size.
         device: where images are decoded and delivered.
         dtype: of the images.
@@ -80,7 +80,8 @@ class OnePassLoader:
         interpolation: Interpolation,
     ) -> None:
         self._index, self._geometry = index, geometry
-        self._batch_size, self._data_rank, self._data_size = batch_size, data_rank, data_size
+        self._batch_size = min(batch_size, -(-len(index) // data_size))  # no more than a rank's images
+        self._data_rank, self._data_size = data_rank, data_size
         self._device, self._dtype, self._interpolation = device, dtype, interpolation
         self._options = DecoderOptions.of(config, index, device)
 

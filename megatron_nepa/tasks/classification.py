@@ -147,7 +147,9 @@ def labelled_sets(
         ConfigError: for images without labels, of one class, or whose classes do not fit each other.
     """
     evaluation = run.evaluation
-    validation = None if evaluation.data is None else labelled_index(run.data, evaluation.data, topology)
+    validation = (
+        None if evaluation.data is None else labelled_index(run.data, evaluation.data, topology, "--validation_data")
+    )
     if evaluation.only:  # needs no training data
         assert validation is not None
         return validation, validation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -52,18 +53,24 @@ _LINKED = (
     LinkedField("optimizer.clip_grad", "--optimizer.clip_grad", ("gradient_clipping",), is_real=True),
 )
 
+# DeepSpeed ignores a name that it does not know: one that is nearly one of these is refused
+_KNOWN = {*DEFAULT_CONFIG, *_OWNED, *(link.keys[0] for link in _LINKED), "gradient_accumulation_steps"}
+
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed config; None gives the default, ZeRO 2 with fp32 accumulation."""
     if path is None:
         return json.loads(json.dumps(DEFAULT_CONFIG))
     file = Path(path)
-    require(file.is_file(), f"--ds_config {path} is not a file.")
+    require(file.is_file(), f"--ds_config {path or repr(path)} is not a file.")
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ds_config {path} is not valid JSON: {error}.") from None
     require(isinstance(config, dict), f"--ds_config {path} holds {type(config).__name__}, not a JSON object.")
+    for key in config.keys() - _KNOWN:
+        meant = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.85)
+        require(not meant, f'"{key}" in {path} would be ignored: did you mean "{"".join(meant)}"?')
     for keys in _SECTIONS:
         section = _lookup(config, keys)
         require(

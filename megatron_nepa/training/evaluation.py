@@ -18,7 +18,7 @@ from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import TrainState
 from megatron_nepa.checkpoint.store import CheckpointStore
 from megatron_nepa.checkpoint.weights import Choice
-from megatron_nepa.config import ModelConfig, RunConfig, require
+from megatron_nepa.config import ConfigError, ModelConfig, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -115,12 +115,19 @@ def load_weights(model: nn.Module, source: str, choice: Choice | None, config: M
 
 
 def write_results(path: Path, origin: str, results: dict[str, float]) -> None:
-    """Write results and whose they are as JSON, in one piece, and print them; the main rank calls it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps({"weights": origin, **results}, indent=1) + "\n")
-    partial.replace(path)
+    """Print results and whose they are, and write them as JSON in one piece; the main rank calls it.
+
+    Raises:
+        ConfigError: where the file cannot be written.
+    """
     print(origin, *(f"  {name} {value:.6g}" for name, value in results.items()), sep="\n", flush=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"weights": origin, **results}, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); the results stand above.") from None
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ _FREE_FIELDS = {
     "data.num_threads",
     "data.hw_decoder_load",
 }
+_MOST_NAMED = 6  # of them in a message
 _PACKAGES = (
     "megatron_nepa",
     "torch",
@@ -114,15 +115,15 @@ class RunDirectory:
         def claim() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError("another run is writing there") from None
 
         try:
             on_main_rank(topology, claim)
         except RankError as error:
-            raise ConfigError(
-                f"--output_dir {self.path} cannot be claimed ({error}): another run may be writing there; stop it, or "
-                "choose another folder."
-            ) from None
+            raise ConfigError(f"--output_dir {self.path} cannot be claimed ({error}): choose another folder.") from None
 
     def record(self, facts: dict[str, Any]) -> None:
         """Clear what a killed save left in the folder, and write config.json.
@@ -159,10 +160,12 @@ class RunDirectory:
             for key in sorted(theirs.keys() | ours.keys())
             if theirs.get(key) != ours.get(key)
         ]
+        more = f"; and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
         require(
             not differing,
-            f"--output_dir {self.path} holds another run ({'; '.join(differing)}): choose another folder "
-            "(--resume PATH starts it from a checkpoint of this one), or remove this one.",
+            f"--output_dir {self.path} holds another run ({'; '.join(differing[:_MOST_NAMED])}"
+            f"{more}): choose another folder (--resume PATH starts it from a checkpoint of this one), or "
+            "remove this one.",
         )
         require(
             recorded.get("data_fingerprint") == data_fingerprint,

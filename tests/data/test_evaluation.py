@@ -47,7 +47,7 @@ def test_every_image_once(photographs: Path, data_size: int, batch_size: int) ->
         batches.add(len(result))
         assert len(result) == len(loader)
         for batch in result:
-            assert len(batch.images) == len(batch.labels) == len(batch.valid) == batch_size
+            assert len(batch.images) == len(batch.labels) == len(batch.valid) == min(batch_size, -(-37 // data_size))
             assert (batch.labels.numpy() == index.label[batch.image_index.numpy()]).all()
             seen += batch.image_index[batch.valid].tolist()
     assert len(batches) == 1

@@ -91,6 +91,9 @@ def test_randaugment_is_timms() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, SIZE, SIZE, 3), dtype=np.uint8)
     samples = np.arange(100, 124)
+    for policy in ("nonsense", "rand-q9"):
+        with pytest.raises(ConfigError, match=f"rand_augment {policy} is no policy"):
+            RandAugmenter(replace(CONFIG, rand_augment=policy), SEED)
     (future,) = RandAugmenter(CONFIG, SEED).submit(images, samples)
     options = {"translate_const": int(SIZE * 0.45), "img_mean": (128,) * 3, "interpolation": Image.Resampling.BICUBIC}
     transform = rand_augment_transform("rand-m9-mstd0.5-inc1", options)
