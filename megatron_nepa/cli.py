@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Union
 
 from megatron_nepa.config import ConfigError, Run, RunConfig, override
@@ -71,6 +72,13 @@ def parse_command_line(arguments: Sequence[str], description: str, recipes: Reci
         raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, recipes)}; recipes: {', '.join(recipes)}.")
     given = {name: value for name, value in values.items() if value is not _NOT_GIVEN}
     return CommandLine(override(recipes[recipe](), given), ds_config, frozenset(given))
+
+
+def path_argument(text: str) -> Path:
+    """A tool's argument that names a file or folder; an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty (an unset shell variable?)")
+    return Path(text)
 
 
 def sections_of(run: type[RunConfig]) -> dict[str, type]:

@@ -25,7 +25,8 @@ from megatron_nepa.checkpoint.inspect import describe
 from megatron_nepa.checkpoint.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.universal import export_universal, import_universal, is_universal
 from megatron_nepa.checkpoint.weights import consolidate, read_weights, write_weights
-from megatron_nepa.config import ConfigError
+from megatron_nepa.cli import path_argument
+from megatron_nepa.config import ConfigError, require
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -70,6 +71,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Compare two checkpoints of either format on photographs, classifiers by logits; status 1 where they differ."""
+    require(args.tolerance >= 0, f"--tolerance is {args.tolerance}; it must not be negative.")
     found = compare(args.first, args.second, args.weights)
     equal = found.largest_difference <= args.tolerance
     print(f"A  loss {found.losses[0]:.9f}  {found.origins[0]}")
@@ -90,7 +92,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help_text = (command.__doc__ or "").strip()
         added = commands.add_parser(name, help=help_text, description=help_text)
         for path in paths:
-            added.add_argument(path, type=Path)
+            added.add_argument(path, type=path_argument)
         added.set_defaults(command=command)
         return added
 
@@ -120,6 +122,8 @@ def main() -> None:
         status = args.command(args)
     except ConfigError as error:
         sys.exit(f"convert_checkpoint: {error}")
+    except OSError as error:
+        sys.exit(f"convert_checkpoint: {error.filename or args.command.__name__}: {error.strerror or error}.")
     sys.exit(status)
 
 

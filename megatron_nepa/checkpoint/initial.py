@@ -42,6 +42,8 @@ _STRUCTURE = (
     "bos_token",
 )
 
+_MOST_NAMED = 4  # tensors in a message
+
 
 def start_from(
     train: TrainState,
@@ -133,8 +135,13 @@ class _Source:
 def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Source:
     checkpoint = find_checkpoint(path)
     manifest = find_intact([checkpoint], train.topology).manifest
-    kind = choose_kind(checkpoint, manifest, choice, "--init_weights")
     stored = stored_tensors(checkpoint)
+    wanted = [name for name, _ in train.module.named_parameters()]
+    require(
+        bool(_trunk_names(names_of("master", stored))) or not _trunk_names(wanted),  # a probe's model is its head alone
+        f"--init_from {path} holds no trunk, like a linear probe's checkpoint: give the trunk's own.",
+    )
+    kind = choose_kind(checkpoint, manifest, choice, "--init_weights")
     # a frozen parameter has no average: it is its own
     keys = {name: f"master.{name}" for name in names_of("master", stored)}
     keys |= {name: f"{kind}.{name}" for name in names_of(kind, stored)}
@@ -192,12 +199,12 @@ def _require_same_trunk(
         f"{key} {there[key]} there, {value} here" for key, value in here.items() if there.get(key, value) != value
     ]
     require(
-        bool(_trunk_names(source.shapes)) or not _trunk_names(wanted),  # a probe's model is its head alone
-        f"--init_from {source.path} holds no trunk, like a linear probe's checkpoint: give the trunk's own.",
+        bool(_trunk_names(wanted)) or not _trunk_names(source.shapes),
+        f"--init_from {source.path} holds a trunk, not the layer of a probe: give a probe's checkpoint.",
     )
     require(
         not problems and source.model["num_heads"] == model.num_heads,
-        f"--init_from {source.path} holds another trunk: {'; '.join(differing or problems)}.",
+        f"--init_from {source.path} holds another trunk: {'; '.join(differing or problems[:_MOST_NAMED])}.",
     )
 
 

@@ -21,7 +21,7 @@ from megatron_nepa.checkpoint.release_format import (
     to_release,
 )
 from megatron_nepa.checkpoint.store import beside
-from megatron_nepa.checkpoint.weights import Choice, Weights
+from megatron_nepa.checkpoint.weights import Choice, Weights, trunk_layouts
 from megatron_nepa.config import ConfigError, require
 
 _CONFIG, _RAW, _EMA = "config.json", "model*.safetensors", "pytorch_model_ema.bin"
@@ -48,14 +48,24 @@ def read_release(folder: Path, choice: Choice | None = None, fold: bool = False)
     """
     require(is_release(folder), f"{folder} is no released model: it needs {_CONFIG}, and {_RAW} or {_EMA}.")
     try:
-        config = model_from_release(json.loads((folder / _CONFIG).read_text()))
-    except json.JSONDecodeError as error:
+        values = json.loads((folder / _CONFIG).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder / _CONFIG} is no JSON: {error}.") from None
+    try:
+        config = model_from_release(values)
+    except (TypeError, AttributeError) as error:  # a field of another type, or no object at all
+        raise ConfigError(f"{folder / _CONFIG} describes no released model: {error}.") from None
     kind = choice or ("ema" if (folder / _EMA).is_file() else "raw")
     state = _read_average(folder / _EMA) if kind == "ema" else _read_safetensors(folder)
     state, added = add_missing_qk_norm(state, config)
     notes = [f"QK-norm weights that are not in the file start as ones: {', '.join(added)}"] if added else []
     tensors = {name: value.float() for name, value in from_release(state, config).items()}
+    misfits = [
+        f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(form.shape)} by {_CONFIG}"
+        for name, form in trunk_layouts(config, masked=False).items()
+        if tensors[name].shape != form.shape
+    ]
+    require(not misfits, f"{folder} contradicts itself: {'; '.join(misfits[:1])}.")
     if fold:
         tensors, config = fold_layer_scale(tensors, config)
         notes.append("LayerScale is folded: train with --model.layer_scale_init none")

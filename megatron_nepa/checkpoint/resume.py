@@ -94,18 +94,20 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
         f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value
     ]
     require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
-    require(
-        manifest["has_ema"] or train.ema is None,
-        f"{checkpoint} holds no weight average: set --optimizer.ema_decay 0, or start from another checkpoint.",
-    )
     state = empty_state(train)
     quiet_torch_checkpoint()
     reader = HuggingFaceStorageReader(str(checkpoint))
     missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
+    average = {key for key in missing if key.startswith("ema.")}
+    missing -= average
     require(
         not missing,
-        f"{checkpoint} is of another task, it holds no {min(missing, default='')}: start from its weights with "
-        "--init_from instead of --resume.",
+        f"{checkpoint} is of another task, it holds no {min(missing, default='').partition('.')[2]}: start from its "
+        "weights with --init_from instead of --resume.",
+    )
+    require(
+        not average,
+        f"{checkpoint} holds no weight average: set --optimizer.ema_decay 0, or start from another checkpoint.",
     )
     dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
     restore_state(train, state)

@@ -183,6 +183,27 @@ def test_the_checkpoints_of_other_tasks_are_refused_by_kind(names: list[str], me
     assert not (tmp_path / "release").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "config.json describes no released model"),
+        ('{"hidden_size": "wide"}', "config.json describes no released model"),
+        ('{"hidden_size": 64', "config.json is no JSON"),
+    ],
+)
+def test_a_config_json_that_describes_nothing(text: str, message: str, release: Path, tmp_path: Path) -> None:
+    copy_release(release, tmp_path / "a", load_file(release / "model.safetensors"))
+    (tmp_path / "a/config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_release(tmp_path / "a")
+
+
+def test_a_config_json_of_another_width(release: Path, tmp_path: Path) -> None:
+    folder = copy_release(release, tmp_path / "a", load_file(release / "model.safetensors"), intermediate_size=20)
+    with pytest.raises(ConfigError, match=r"feed_forward.up.weight is \(.*\) in the file, \(.*\) by config.json"):
+        read_release(folder)
+
+
 class Bomb:
     """Creates a file when it is unpickled."""
 
@@ -274,3 +295,8 @@ def test_the_tool(
     for arguments in (["to_release", source, f"{tmp_path}/raw"], ["from_release", source, f"{tmp_path}/new"]):
         status, _ = call(*arguments)
         assert str(status).startswith("convert_checkpoint: ")
+    (tmp_path / "file").write_text("")
+    status, _ = call("to_release", source, f"{tmp_path}/file/below")
+    assert status == f"convert_checkpoint: {tmp_path}/file/.below.partial: Not a directory."
+    assert "must not be negative" in call("verify", source, source, "--tolerance=nan")[0]
+    assert call("inspect", "")[0] == 2

@@ -163,7 +163,7 @@ def resume_as_classifier(checkpoint: Path) -> str:
 
 def test_a_run_of_another_task_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
     error = run_ranks(1, resume_as_classifier, saved[0] / "step_00000007")[0]
-    assert "is of another task, it holds no ema.classifier.bias: start from its weights with --init_from" in error
+    assert "is of another task, it holds no classifier.bias: start from its weights with --init_from" in error
 
 
 def test_another_patch_and_image_size_are_resampled_to(tmp_path: Path) -> None:
