@@ -21,7 +21,7 @@ from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.index_file import is_index, load_index
 from megatron_nepa.data.indexing import build_and_save_index
 from megatron_nepa.data.labels import with_labels
-from megatron_nepa.data.shards import write_shards
+from megatron_nepa.data.shards import check_shards, write_shards
 from megatron_nepa.data.sources import list_source
 
 
@@ -57,11 +57,16 @@ def main() -> None:
     """Index, and pack where asked; quarantined images are printed."""
     args = parse_arguments()
     try:
-        require(bool(args.source), "the source is empty; give a folder, a tar file or an index.")
+        for name in ("source", "out", "to_shards", "labels", "devkit_meta"):
+            require(getattr(args, name) != "", f"{name} is empty; give a path (an unset shell variable?).")
         require(args.workers is None or args.workers >= 1, f"--workers is {args.workers}; it must be at least 1.")
         require(
             args.resize is None or args.to_shards is not None,
             "--resize scales the images of shards: give --to_shards, or drop it.",
+        )
+        require(
+            args.devkit_meta is None or args.labels is not None,
+            "--devkit_meta explains the numbers of --labels: give both, or drop it.",
         )
         if args.to_shards is None:
             index = build_and_save_index(list_images_of(args), args.out, args.verify, args.device, args.workers)
@@ -81,6 +86,7 @@ def main() -> None:
 
 def list_images_of(args: argparse.Namespace) -> DatasetIndex:
     """The images of the source, with the labels of --labels where that is given."""
+    require(not is_index(args.source), f"{args.source} is an index already: give --to_shards to pack its images.")
     listing = list_source(args.source, args.split)
     return listing if args.labels is None else with_labels(listing, args.labels, args.devkit_meta)
 
@@ -90,7 +96,9 @@ def pack(args: argparse.Namespace) -> DatasetIndex:
     if is_index(args.source):
         index = load_index(args.source)
     else:
-        index = build_and_save_index(list_images_of(args), f"{args.out}.source", args.verify, args.device, args.workers)
+        listing = list_images_of(args)
+        check_shards(listing, args.shard_size, args.resize)  # indexing may take hours
+        index = build_and_save_index(listing, f"{args.out}.source", args.verify, args.device, args.workers)
     write_shards(index, args.to_shards, args.shard_size, args.resize, args.workers)
     return build_and_save_index(list_source(args.to_shards), args.out, "header", args.device, args.workers)
 

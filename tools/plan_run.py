@@ -34,8 +34,8 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError, PretrainingConfig, require
 from megatron_nepa.planning.hardware import GPUS, Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=IMAGENET_IMAGES, help="of the data (1,281,167: ImageNet)")
     parser.add_argument("--top", type=int, default=10, help="plans that are printed (10)")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON, in bytes and seconds")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw images/s from 8 to 4,096 GPUs")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE.png", help="draw images/s from 8 to 4,096 GPUs")
     parser.add_argument("--dry_run", action="store_true", help="count memory and collectives of the best plan's step")
     parser.add_argument("--validate", action="store_true", help="print predictions beside published runs, and end")
     return parser.parse_args(arguments)

@@ -30,23 +30,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron_nepa.analysis.visualize import View, visualize, visualize_evolution
+from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMG", help="image files")
+    parser.add_argument("images", nargs="+", type=path_argument, metavar="IMG", help="image files")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, help="the model; of an OUTPUT_DIR its newest checkpoint")
+    model.add_argument("--checkpoint", type=path_argument, help="the model; of an OUTPUT_DIR its newest checkpoint")
     model.add_argument(
-        "--evolution", type=Path, metavar="OUTPUT_DIR", help="a run: one row for each of its checkpoints"
+        "--evolution", type=path_argument, metavar="OUTPUT_DIR", help="a run: one row for each of its checkpoints"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the results; overwrites nothing"
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder of the results; overwrites nothing"
     )
     parser.add_argument(
         "--query",

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_nepa.config import ConfigError, ModelConfig, require
 
 Pixels = NDArray[np.uint8]
+_MOST_PATCHES = 10_000  # a head's attention is then 400 MB
 
 
 def load_image(path: Path, model: ModelConfig, size: int | None = None, square: bool = False) -> Pixels:
@@ -30,8 +31,8 @@ def load_image(path: Path, model: ModelConfig, size: int | None = None, square: 
         [H, W, 3].
 
     Raises:
-        ConfigError: where there is no such image, ``size`` is below a patch, or the model's learned positions do not
-            fit the result.
+        ConfigError: where there is no such image, ``size`` is below a patch or gives too many, or the model's
+            learned positions do not fit the result.
     """
     patch = model.patch_size
     shorter = model.image_size if size is None else size
@@ -49,6 +50,11 @@ def load_image(path: Path, model: ModelConfig, size: int | None = None, square: 
         f"{path} becomes {rows * patch} x {columns * patch}: give --square and no --size.",
     )
     require(rows * columns > 1, f"{path} is a single patch at size {shorter}, with no next one: choose a larger size.")
+    require(
+        rows * columns <= _MOST_PATCHES,
+        f"{path} becomes {rows} x {columns} patches at size {shorter}, whose attention takes too much memory: choose a "
+        f"smaller size, of at most {_MOST_PATCHES:,} patches.",
+    )
     return np.array(image.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
 
 

@@ -140,7 +140,7 @@ def choose_layers(wish: str, num_layers: int) -> list[int]:
     for part in wish.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"layers {wish} is neither all nor a list such as 0,3,8-11.")
+            raise ConfigError(f"layers {wish!r} is neither all nor a list such as 0,3,8-11.")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     require(
         max(layers) < num_layers,
@@ -159,8 +159,8 @@ def choose_checkpoints(run: Path, steps: Sequence[int] = ()) -> dict[int, Path]:
     found = {int(path.name.removeprefix("step_")): path for path in CheckpointStore(folder, 0).newest_first()}
     there = sorted(step for step, path in found.items() if path.is_dir())
     require(bool(there), f"{run} holds no checkpoints: give the OUTPUT_DIR of a run.")
-    missing = [step for step in steps if step not in there]
-    require(not missing, f"{run} has no checkpoint of step {missing[:1]}; there are {', '.join(map(str, there))}.")
+    for step in steps:
+        require(step in there, f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, there))}.")
     if not steps:
         places = np.linspace(0, len(there) - 1, min(len(there), _MOST_ROWS)).round().astype(int)
         steps = [there[place] for place in places]

@@ -87,16 +87,17 @@ def load_index(path: str | Path) -> DatasetIndex:
             PackedNames(*(np.load(folder / f"{name}{part}.npy", mmap_mode="r") for part in ("", "_ends")))
             for name in _NAMES
         )
-    except (OSError, ValueError, KeyError) as error:
+        return DatasetIndex(
+            root=folder.resolve().parent / facts["root"],
+            names=names,
+            masks=masks,
+            classes=tuple(facts["classes"]),
+            shards=tuple(facts["shards"]),
+            quarantine=tuple((name, reason) for name, reason in facts["quarantine"]),
+            **columns,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"the index {folder} is damaged ({error}): index the data again.") from error
-    return DatasetIndex(
-        root=folder.resolve().parent / facts["root"],
-        names=names,
-        masks=masks,
-        classes=tuple(facts["classes"]),
-        shards=tuple(facts["shards"]),
-        quarantine=tuple((name, reason) for name, reason in facts["quarantine"]),
-        **columns,
-    )
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"the index {folder} is damaged ({reason}): index the data again.") from error

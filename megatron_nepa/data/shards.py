@@ -52,11 +52,7 @@ def write_shards(
             shards or that another process is writing.
         UnreadableImageError: an image vanished since it was indexed.
     """
-    require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
-    require(
-        shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
-    )
-    require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
+    check_shards(index, shard_size, shorter_side)
     target = Path(folder)
     facts = {"images": index.fingerprint(), "shard_size": shard_size, "shorter_side": shorter_side}
     mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
@@ -64,6 +60,19 @@ def write_shards(
         if index.classes:
             (target / CLASSES_FILE).write_text(json.dumps(index.classes))
         _write_missing(index, target, shard_size, shorter_side, workers or os.cpu_count() or 1, progress)
+
+
+def check_shards(index: DatasetIndex, shard_size: int, shorter_side: int | None) -> None:
+    """Refuse, before any work, what :func:`write_shards` cannot do.
+
+    Raises:
+        ConfigError: a shard size or shorter side below 1, or an index of image and mask pairs.
+    """
+    require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
+    require(
+        shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
+    )
+    require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
 
 
 def _write_missing(

@@ -102,7 +102,7 @@ def _list_tars(root: Path, tars: list[str]) -> DatasetIndex:
     numbered = any(member.number >= 0 for member in members)
     named = (root / CLASSES_FILE).is_file()
     if numbered:
-        classes = tuple(json.loads((root / CLASSES_FILE).read_text())) if named else ()
+        classes = _read_classes(root / CLASSES_FILE) if named else ()
     else:
         classes = tuple(sorted({member.group for member in members} - {""}))
     of_group = {group: i for i, group in enumerate(classes)}
@@ -116,6 +116,18 @@ def _list_tars(root: Path, tars: list[str]) -> DatasetIndex:
         size=np.array([member.size for member in members], np.int64),
         quarantine=tuple(quarantine),
     )
+
+
+def _read_classes(file: Path) -> tuple[str, ...]:
+    try:
+        classes = json.loads(file.read_text())
+    except ValueError:
+        classes = None
+    require(
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes),
+        f"{file} is no JSON list of class names: repair it, or remove it to have classes without names.",
+    )
+    return tuple(classes)
 
 
 def _walk_tar(

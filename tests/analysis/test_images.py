@@ -79,5 +79,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         load_image(tmp_path / "cut.png", MODEL)
     with pytest.raises(ConfigError, match="size 13 is less than one patch of 14 pixels"):
         load_image(save(tmp_path, 100, 100), MODEL, 13)
+    with pytest.raises(ConfigError, match=r"becomes 7143 x 7143 patches at size 100000, .* at most 10,000"):
+        load_image(save(tmp_path, 100, 100), MODEL, 100_000)
     with pytest.raises(ConfigError, match="is a single patch at size 14"):
         load_image(save(tmp_path, 100, 100), MODEL, 14)

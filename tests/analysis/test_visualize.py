@@ -149,7 +149,7 @@ def test_bad_input_is_one_sentence(place: Place, call: Any, tmp_path: Path) -> N
         "cannot be read as safetensors": [place.image, "--checkpoint", tmp_path / "text.safetensors", "--out", out],
         "was not written by consolidate": [place.image, "--checkpoint", tmp_path / "other.safetensors", "--out", out],
         "holds no checkpoints: give the OUTPUT_DIR": [place.image, "--evolution", tmp_path, "--out", out],
-        "no checkpoint of step [40]; there are 10, 20, 30": [
+        "no checkpoint of step 40; there are 10, 20, 30": [
             *[place.image, "--evolution", place.run, "--out", out, "--steps", 10, 40]
         ],
         "several images are called wide": [tmp_path / "wide.png", *good],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def test_index_file_round_trip(photographs: Path, tmp_path: Path) -> None:
     assert torch.equal(first_images(opened), first_images(scan_folder(photographs)))
     with pytest.raises(ConfigError, match="exists already"):
         save_index(index, tmp_path / "two" / "index")
+    facts = tmp_path / "two" / "index" / "index.json"
+    whole = facts.read_text()
+    for text in ("[1]", '{"version": 1}'):
+        facts.write_text(text)
+        with pytest.raises(ConfigError, match="index is damaged"):
+            load_index(facts.parent)
+    facts.write_text(whole)
     (tmp_path / "two" / "index" / "width.npy").unlink()
     with pytest.raises(ConfigError, match=r"is damaged \(.*width.npy"):
         build_index(DataConfig(path=str(tmp_path / "two" / "index")))
@@ -338,6 +346,26 @@ def _alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_tool_refuses_before_it_works(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is indexed, or written elsewhere, for a command that cannot end well."""
+    tool = runpy.run_path(str(TOOL))
+    index = tmp_path / "index"
+    save_index(scan_folder(photographs), index)
+    out = ["--out", str(tmp_path / "new")]
+    cases = {
+        "out is empty": [photographs, "--out", ""],
+        "to_shards is empty": [photographs, *out, "--to_shards", ""],
+        "give --to_shards to pack its images": [index, *out],
+        "explains the numbers of --labels": [photographs, *out, "--devkit_meta", "meta.mat"],
+        "the shard size is 0": [photographs, *out, "--to_shards", tmp_path / "shards", "--shard_size", "0"],
+    }
+    for message, arguments in cases.items():
+        monkeypatch.setattr("sys.argv", ["index_dataset.py", *map(str, arguments)])
+        with pytest.raises(SystemExit, match=message):
+            tool["main"]()
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
 def test_the_tool_says_what_is_wrong(tmp_path: Path) -> None:
