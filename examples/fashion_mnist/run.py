@@ -3,9 +3,9 @@
     python examples/fashion_mnist/run.py
 
 Pre-trains a small NEPA on the 60,000 training photographs without their labels; fine-tunes it on 1 %, 10 % and 100 % of
-the labels; and trains the same network from scratch on the same labels for as many steps: three seeds each, evaluated
-on the 10,000 test photographs. Writes results.json, table.md and accuracy.png to --output_dir. The same command
-continues where it was stopped.
+the labels; and trains the same network from scratch on the same labels for as many steps (more where there are more
+labels): three seeds each, evaluated on the 10,000 test photographs. Writes results.json, table.md and accuracy.png to
+--output_dir. The same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -31,41 +31,48 @@ from megatron_nepa.config import ConfigError  # noqa: E402
 from megatron_nepa.training.log import read_metrics  # noqa: E402
 
 SEEDS = (0, 1, 2)
+STEPS = (300, 1500, 4000)  # of a fine-tuning or training, for each of PERCENTS
 NETWORK = {
     "model.image_size": SIDE,
     "model.patch_size": 7,
-    "model.hidden_size": 128,
-    "model.num_layers": 6,
-    "model.num_heads": 4,
-    "model.mlp_hidden_size": 344,
-    "model.layer_scale_init": 0.1,
+    "model.hidden_size": 96,
+    "model.num_layers": 4,
+    "model.num_heads": 3,
+    "model.mlp_hidden_size": 256,
+    # the clothes are centred, so that it matters where a patch lies: RoPE alone tells distances
+    "model.position_embedding": "learned",
+    "model.bos_token": "false",
+    # with the usual 0.02 and LayerScale the branches of so narrow a network start near 0: it learns more slowly
+    "model.init_std": 0.05,
+    "model.layer_scale_init": "none",
     "dtype": "fp32",
     "data.num_threads": 1,
-    "data.horizontal_flip": "true",
+    "data.horizontal_flip": "false",
     "stall_timeout": 0,
 }
 GLOBAL_BATCH_SIZE = 128  # of pre-training
 PRETRAINING = {
     "recipe": "quickstart",
-    "data.crop_scale_min": 0.5,
+    "data.crop_scale_min": 1,
     "global_batch_size": GLOBAL_BATCH_SIZE,
-    "optimizer.base_lr": 2e-3,
+    "optimizer.base_lr": 4e-3,  # 2e-3 after scaling by the batch
     "optimizer.warmup_ratio": 0.1,
-    "optimizer.ema_decay": 0.999,
+    "optimizer.ema_decay": 0,
     "save_every": 500,
     "keep_last": 1,
     "log_every": 20,
 }
-FINETUNING = {
+FINETUNING = {  # and training from scratch
     "recipe": "imagenet_ft_b",
-    "data.crop_scale_min": 0.6,
-    "base_lr": 12e-3,  # the better of 6e-3 and 12e-3 at 1 % of the labels, for both kinds of start
-    "head.pooling": "mean",
+    "data.crop_scale_min": 0.9,
     "model.causal": "false",
-    "model.position_embedding": "none",
-    "model.bos_token": "true",
+    "model.drop_path": 0,
+    "model.freeze_patch_embedding": "false",
+    "head.pooling": "mean",
+    "layer_decay.rate_end": "none",
     "global_batch_size": 64,
     "micro_batch_size": 64,
+    "optimizer.base_lr": 12e-3,  # 3e-3 after scaling by the batch
     "optimizer.warmup_ratio": 0.1,
     "optimizer.ema_decay": 0,
     "augmentation.rand_augment": "none",
@@ -79,12 +86,9 @@ FINETUNING = {
     "keep_last": 1,
     "log_every": 50,
 }
-FROM_PRETRAINED = {"layer_decay.rate": 0.75, "layer_decay.rate_end": "none", "init_weights": "raw"}
-FROM_SCRATCH = {
-    "layer_decay.rate": 1.0,
-    "layer_decay.rate_end": "none",
-    "model.freeze_patch_embedding": "false",
-}
+# with the learning rate, the best of three settings each, at 1 % of the labels on 5,000 held-out training photographs
+FROM_PRETRAINED = {"layer_decay.rate": 0.65, "init_weights": "raw"}
+FROM_SCRATCH = {"layer_decay.rate": 1}
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=Path("runs/fashion_mnist/data"), help="where JPEG files are kept")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/fashion_mnist"), help="runs and results")
-    parser.add_argument("--pretrain_epochs", type=float, default=8, help="passes over the 60,000 photographs (8)")
-    parser.add_argument("--steps", type=int, default=400, help="of 64 images, of each fine-tuning and training (400)")
+    parser.add_argument("--pretrain_epochs", type=float, default=18, help="passes over the 60,000 photographs (18)")
+    steps = f"of 64 images, of a training on {', '.join(map(str, PERCENTS))} %% of the labels {STEPS}"
+    parser.add_argument("--steps", type=int, nargs=len(PERCENTS), default=STEPS, help=steps)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=cores, help=f"trainings at a time, one core each ({cores})")
     return parser.parse_args(arguments)
@@ -158,7 +163,7 @@ def finetune(options: argparse.Namespace, training: Training, pretrained: Path) 
         **NETWORK,
         **FINETUNING,
         **(FROM_PRETRAINED if training.pretrained else FROM_SCRATCH),
-        "steps": options.steps,
+        "steps": options.steps[PERCENTS.index(training.percent)],
         "seed": training.seed,
         "data": options.data / ("train.index" if training.percent == 100 else f"train_{training.percent}.index"),
         "validation_data": options.data / "test.index",
