@@ -86,7 +86,7 @@ FINETUNING = {  # and training from scratch
     "keep_last": 1,
     "log_every": 50,
 }
-# with the learning rate, the best of three settings each, at 1 % of the labels on 5,000 held-out training photographs
+# with the learning rate, the best of four settings each, at 1 % of the labels on 5,000 held-out training photographs
 FROM_PRETRAINED = {"layer_decay.rate": 0.65, "init_weights": "raw"}
 FROM_SCRATCH = {"layer_decay.rate": 1}
 
