@@ -105,7 +105,8 @@ class CheckpointStore:
 
     def best_value(self) -> float | None:
         """What the best checkpoint was measured to reach, or None."""
-        return None if self.best() is None else float(self._best_entry()["value"])
+        value = self._best_entry().get("value")
+        return value if self.best() is not None and isinstance(value, int | float) else None
 
     def mark_best(self, path: Path, metric: str, value: float) -> None:
         """Keep a checkpoint beyond ``keep_last``, until a better one is marked; the main rank calls it.

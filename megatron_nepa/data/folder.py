@@ -75,7 +75,7 @@ def list_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
     except OSError as error:
         raise ConfigError(f"the data folder {root} cannot be read: {error.strerror}.") from error
     loose = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
-    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if _is_followed(entry.path)]
     images = {folder: _walk(root, folder) for folder in folders}
     classes = tuple(folder for folder in folders if images[folder])
     if loose and classes:
@@ -94,10 +94,23 @@ def list_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
 
 def _walk(root: Path, folder: str) -> Sequence[str]:
     found = []
-    for where, _, files in os.walk(root / folder, followlinks=True):
+    for where, folders, files in os.walk(root / folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(os.path.join(where, name))]
         relative = os.path.relpath(where, root)
         found += [os.path.join(relative, file) for file in files if _is_image(file)]
     return sorted(found)
+
+
+def _is_followed(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.basename(path).startswith(".") and not _leads_back(path)
+
+
+def _leads_back(path: str) -> bool:
+    """Whether a symbolic link points to a folder that it lies in, whose images would be listed again and again."""
+    if not os.path.islink(path):
+        return False
+    target, inside = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+    return os.path.commonpath((target, inside)) == target
 
 
 def _is_image(name: str) -> bool:

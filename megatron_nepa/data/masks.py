@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_nepa.config import IGNORED, ConfigError, MaskConfig, require
 from megatron_nepa.data.evaluation import Side
@@ -43,7 +43,8 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
         with Image.open(io.BytesIO((index.root / name).read_bytes())) as mask:
             mode, values = mask.mode, np.array(mask, np.uint8)
     except Exception as error:  # PIL raises a dozen types on damaged files
-        raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error  # PIL names no file here
+        raise UnreadableImageError(f"its mask {name} cannot be read ({reason})") from error
     if mode not in ("L", "P"):
         raise UnreadableImageError(f"has a mask {name} with pixels of mode {mode}, not one label each")
     height, width = values.shape

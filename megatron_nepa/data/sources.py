@@ -105,6 +105,11 @@ def _list_tars(root: Path, tars: list[str]) -> DatasetIndex:
         classes = _read_classes(root / CLASSES_FILE) if named else ()
     else:
         classes = tuple(sorted({member.group for member in members} - {""}))
+    most = max(member.number for member in members)
+    require(
+        not classes or most < len(classes),
+        f"the tar files of {root} hold the label {most}, but {CLASSES_FILE} names {len(classes)} classes, from 0.",
+    )
     of_group = {group: i for i, group in enumerate(classes)}
     labels = [member.number if numbered else of_group.get(member.group, -1) for member in members]
     listing = _listing(root, [member.name for member in members], labels, classes)

@@ -137,12 +137,13 @@ class RunDirectory:
         partial.replace(self.config_path)
 
     def _require_writable(self) -> None:
-        existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
-        require(existing.is_dir(), f"--output_dir {self.path}: {existing} is a file; give a folder.")
-        require(
-            os.access(existing, os.W_OK | os.X_OK),
-            f"--output_dir {self.path}: {existing} cannot be written; give another folder.",
-        )
+        for folder in (self.path, self.checkpoints.folder):
+            existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+            require(existing.is_dir(), f"--output_dir {self.path}: {existing} is a file; give a folder.")
+            require(
+                os.access(existing, os.W_OK | os.X_OK),
+                f"--output_dir {self.path}: {existing} cannot be written; give another folder.",
+            )
 
     def _refuse_another_run(self, data_fingerprint: str | None) -> None:
         if not self.config_path.is_file():

@@ -47,6 +47,16 @@ def test_flat_folder_and_place_independence(photographs: Path, tmp_path: Path) -
     assert scan_folder(copy).fingerprint() != scan_folder(photographs).fingerprint()
 
 
+def test_a_link_that_leads_back_is_not_followed(photographs: Path, tmp_path: Path) -> None:
+    """A link to another place is, as it always was."""
+    for name in ("ant", "bee"):
+        shutil.copytree(photographs / name, tmp_path / "data" / name)
+    (tmp_path / "data/cow").symlink_to(photographs / "cow")
+    (tmp_path / "data/all").symlink_to(tmp_path / "data")
+    (tmp_path / "data/ant/up").symlink_to("..")
+    assert scan_folder(tmp_path / "data").fingerprint() == scan_folder(photographs).fingerprint()
+
+
 def test_names_survive_packing() -> None:
     """Non-ASCII, undecodable and empty names come back as they were."""
     names = ["a.jpg", "", "ä/Übung 1.png", os.fsdecode(b"\xff\xfe.jpg"), "z"]

@@ -108,7 +108,7 @@ def test_truncate_moves_later_rows_aside(tmp_path: Path) -> None:
     truncate_metrics(path, 3)
     assert not path.exists()
     lines = [json.dumps({"step": step, "loss": -0.1 * step}) for step in range(1, 6)]
-    path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    path.write_text("\n".join(lines) + '\n{"step": "x"}\n{"step": 6, "lo')
     truncate_metrics(path, 3)
     assert path.read_text().splitlines() == lines[:3]
     replaced = tmp_path / "metrics.replaced.jsonl"
