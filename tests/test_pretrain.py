@@ -185,6 +185,12 @@ def test_two_runs_cannot_write_one_folder(images: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_training(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/config.json").mkdir(parents=True)
+    errors = run_ranks(2, pretrain, flags(images, tmp_path / "run", "--steps=2"))
+    assert all(f"--output_dir {tmp_path}/run cannot be written (rank 0: " in error for error in errors)
+
+
 def test_old_checkpoints_are_removed(images: Path, tmp_path: Path) -> None:
     arguments = flags(images, tmp_path / "run", "--steps=4", "--save_every=1", "--keep_last=2")
     assert run_ranks(1, pretrain, arguments) == [None]

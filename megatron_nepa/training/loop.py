@@ -19,7 +19,7 @@ from megatron_nepa.training.engine import TrainingEngine
 from megatron_nepa.training.errors import RunStopped
 from megatron_nepa.training.figures import draw_figures
 from megatron_nepa.training.flops import device_peak_flops
-from megatron_nepa.training.log import RunLog, truncate_metrics
+from megatron_nepa.training.log import RunLog
 from megatron_nepa.training.run_directory import RunDirectory
 from megatron_nepa.training.steps import TrainingLoop
 from megatron_nepa.training.task import Task
@@ -67,17 +67,15 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
     peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])
+    facts = {
+        "data_fingerprint": task.data_fingerprint,
+        "ds_config": ds_config,
+        "kernels": kernels.describe(),
+        "peak_flops": peak.flops,
+    }
+    directory.record(topology, facts, progress.step)
     log = None
     if topology.is_main:
-        directory.record(
-            {
-                "data_fingerprint": task.data_fingerprint,
-                "ds_config": ds_config,
-                "kernels": kernels.describe(),
-                "peak_flops": peak.flops,
-            }
-        )
-        truncate_metrics(directory.metrics_path, progress.step)
         log = RunLog(directory.path, run, total_steps, progress.step)
         log.message(describe_start(run, engine, topology, kernels, found, progress, peak.source))
         log.warn(start)

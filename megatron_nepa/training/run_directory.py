@@ -18,6 +18,7 @@ from megatron_nepa.checkpoint.resume import Found, find_checkpoint, find_intact
 from megatron_nepa.checkpoint.store import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.log import truncate_metrics
 
 # settings that change where or how fast a run computes, never what; anything else makes it another run
 _FREE_FIELDS = {
@@ -125,16 +126,32 @@ class RunDirectory:
         except RankError as error:
             raise ConfigError(f"--output_dir {self.path} cannot be claimed ({error}): choose another folder.") from None
 
-    def record(self, facts: dict[str, Any]) -> None:
-        """Clear what a killed save left in the folder, and write config.json.
+    def record(self, topology: Topology, facts: dict[str, Any], step: int) -> None:
+        """Clear what a killed run left in the folder, write config.json and cut the metrics back; every rank calls it.
 
-        It holds the run's config, ``facts``, versions and the git commit.
+        Args:
+            topology: this rank's place.
+            facts: that config.json holds besides the run's config, versions and the git commit.
+            step: which the run goes on from.
+
+        Raises:
+            ConfigError: where the folder cannot be written.
         """
-        self.checkpoints.remove_partial()
-        content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
-        partial = self.config_path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1))
-        partial.replace(self.config_path)
+
+        def write() -> None:
+            self.checkpoints.remove_partial()
+            content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
+            partial = self.config_path.with_suffix(".partial")
+            partial.write_text(json.dumps(content, indent=1))
+            partial.replace(self.config_path)
+            truncate_metrics(self.metrics_path, step)
+
+        try:
+            on_main_rank(topology, write)
+        except RankError as error:
+            raise ConfigError(
+                f"--output_dir {self.path} cannot be written ({error}): make room, or choose another folder."
+            ) from None
 
     def _require_writable(self) -> None:
         for folder in (self.path, self.checkpoints.folder):
