@@ -118,7 +118,7 @@ def init_distributed(device_type: str | None = None) -> torch.device:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"] if in_slurm_step else "1"
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"] if in_slurm_step else "0"
     world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    # DeepSpeed reduces through shared memory where it takes all ranks for one node's
+    # DeepSpeed's count of this node's ranks on a CPU
     os.environ.setdefault("LOCAL_SIZE", str(ranks_of_this_node()))
     is_joined = dist.is_initialized()
     if not is_joined and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):

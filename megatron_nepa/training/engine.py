@@ -71,7 +71,7 @@ class TrainingEngine:
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         model.to(topology.device)
         with quiet_deepspeed():
-            build_extensions(["ShareMemCommBuilder", *optimizer_extensions(topology.device, offload)], topology)
+            build_extensions(optimizer_extensions(topology.device, offload), topology)
         if groups is None:
             groups = LearningRates(run, total_steps=1).groups(model)
         optimizer = build_optimizer(groups, run.optimizer, topology.device, offload)
@@ -178,6 +178,9 @@ def _initialize(
         from deepspeed.runtime.config import DeepSpeedConfigError
         from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+        # its reduction through shared memory serves inference alone: compiling it takes half a minute, and every rank
+        # that opens it leaves 64 MB in /dev/shm
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         try:
             engine, _, _, _ = deepspeed.initialize(
