@@ -247,7 +247,8 @@ def run(options: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     require(options.threads <= len(cores), f"--threads {options.threads} is more than the {len(cores)} cores at hand.")
     os.sched_setaffinity(0, cores[: options.threads])  # a contender that starts more threads gets no more cores
-    folder = Path(options.data) if options.data else sample_images()
+    folder = sample_images() if options.data is None else Path(options.data)
+    require(options.data is None or (options.data and folder.is_dir()), f"--data {options.data!r} is not a folder.")
     report = benchmark(folder, options.batch, options.threads, options.rounds, options.batches)
     if options.json:
         print(json.dumps(asdict(report) | {"machine": platform.processor() or platform.machine()}))

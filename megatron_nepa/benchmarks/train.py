@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,11 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
     """
     for name in ("timed_steps", "rounds", "accumulation"):
         require(getattr(options, name) >= 1, f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    target = None if options.json is None else Path(options.json)
+    require(
+        target is None or (target.parent.is_dir() and os.access(target.parent, os.W_OK) and not target.is_dir()),
+        f"--json {options.json!r} cannot be written; give a file in a folder that is there.",
+    )
     setting = build_setting(training_flags, options.accumulation)
     run, device, world_size = setting.run, setting.topology.device, setting.topology.world_size
     require(world_size == 1 or not options.baseline, "--baseline compares on one device; start one process.")
@@ -89,8 +95,8 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
     if setting.topology.is_main:
         for line in report.lines():
             print(line)
-        if options.json:
-            write_beside(Path(options.json), json.dumps(report.to_dict(), indent=2) + "\n")
+        if target is not None:
+            write_beside(target, json.dumps(report.to_dict(), indent=2) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
     return report

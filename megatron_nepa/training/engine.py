@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -201,8 +200,6 @@ def quiet_deepspeed() -> Iterator[None]:
         raise ConfigError("deepspeed is not installed: pip install deepspeed.")
     import deepspeed.utils
 
-    # torch's notice to DeepSpeed's authors, once a process: releases without the new name are served as well
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger = deepspeed.utils.logger
     level = logger.level
     logger.setLevel(logging.WARNING)

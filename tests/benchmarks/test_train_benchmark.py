@@ -226,9 +226,17 @@ def test_the_tool_compares_in_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_mistake_is_one_sentence() -> None:
-    command = [sys.executable, ROOT / "tools" / "benchmark.py", "train", "--recipe", "nepa_x"]
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--recipe", "nepa_x"], "there is no recipe 'nepa_x'"),
+        (["train", "--json", "no/folder/report.json"], "--json 'no/folder/report.json' cannot be written"),
+        (["data", "--data", ""], "--data '' is not a folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], words: str) -> None:
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", *arguments]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "there is no recipe 'nepa_x'" in result.stderr
+    assert words in result.stderr
     assert "Traceback" not in result.stderr
