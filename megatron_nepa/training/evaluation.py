@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,10 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     if source is None:
         store = CheckpointStore(output_dir / "checkpoints", run.keep_last)
         source = str(store.best() or find_checkpoint(run.output_dir))
-    _require_same_classes(source, task.classes)
+    if not is_release(Path(source)):
+        trained = read_manifest(find_checkpoint(source))["run"]
+        _require_same_classes(source, trained.get("classes", []), task.classes)
+        _require_same_features(source, trained.get("trunk"), run.to_dict().get("trunk"))
     model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
     choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
     origin = load_weights(model, source, choice, run.model, topology)
@@ -81,16 +85,25 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     return results
 
 
-def _require_same_classes(source: str, classes: tuple[str, ...]) -> None:
-    if is_release(Path(source)):
-        return
-    trained = read_manifest(find_checkpoint(source))["run"].get("classes", [])
+def _require_same_classes(source: str, trained: list[str], classes: tuple[str, ...]) -> None:
     differing = [(i, *pair) for i, pair in enumerate(zip(trained, classes, strict=False)) if pair[0] != pair[1]]
     require(
         not (trained and classes) or (len(trained) == len(classes) and not differing),
         f"{source} was trained to tell {len(trained)} classes apart and the validation images have {len(classes)}"
         + (f"; number {differing[0][0]} is {differing[0][1]} there, {differing[0][2]} here." if differing else "."),
     )
+
+
+def _require_same_features(source: str, trained: dict[str, Any] | None, features: dict[str, Any] | None) -> None:
+    """A probe's layer means nothing on another block, or other weights, than it was trained on."""
+    if trained is None or features is None:
+        return
+    differing = [
+        f"--trunk.{key} {trained[key]}, not {features[key]}"
+        for key in ("weights", "block", "pooling")
+        if trained[key] != features[key]
+    ]
+    require(not differing, f"the probe in {source} was trained with {', '.join(differing)}.")
 
 
 def load_weights(model: nn.Module, source: str, choice: Choice | None, config: ModelConfig, topology: Topology) -> str:

@@ -91,6 +91,17 @@ def probe_all(folder: Path, output: Path, *grid: str) -> None:
     assert probe(folder, output, "--knn=5", *grid) is None
 
 
+def evaluate_another_block(folder: Path, output: Path) -> list[str | None]:
+    assert probe(folder, output) is None
+    return [probe(folder, output, "--evaluate_only", flag) for flag in ("--trunk.block=1", "--trunk.pooling=last")]
+
+
+def test_a_layer_is_evaluated_on_the_features_that_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
+    block, pooling = run_ranks(1, evaluate_another_block, folder, tmp_path / "run")[0]
+    assert str(block).endswith("was trained with --trunk.block 0, not 1.")
+    assert str(pooling).endswith("was trained with --trunk.pooling mean, not last.")
+
+
 def head_of(output: Path) -> dict[str, Tensor]:
     checkpoint = output / "checkpoints" / f"step_{STEPS:08d}"
     stored = stored_tensors(checkpoint)
