@@ -1,4 +1,8 @@
-"""megatron_nepa: NEPA pre-training of causal Vision Transformers at scale."""
+"""megatron_nepa: NEPA pre-training of causal Vision Transformers at scale.
+
+Docstrings cite the method's paper ("paper", https://sihanxu.github.io/nepa) and its authors' code ("release",
+https://github.com/SihanXU/nepa).
+"""
 
 import os
 

@@ -2,7 +2,7 @@
 
 The authors' trunk is transformers' DINOv3 ViT (the same RoPE, LayerScale and feed-forward layers) with causal attention
 and QK-norm, trained by the HF Trainer: fp32 weights under bf16 autocast, torch's AdamW, clipping at 1.0, and an fp32
-copy of the weights as their average (release sections 2 and 4.1). With equal weights it computes this project's loss.
+copy of the weights as their average. With equal weights it computes this project's loss.
 """
 
 from __future__ import annotations

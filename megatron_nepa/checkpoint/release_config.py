@@ -1,4 +1,4 @@
-"""The release's config.json (release section 2.1) against :class:`ModelConfig`."""
+"""The release's config.json against :class:`ModelConfig`."""
 
 from __future__ import annotations
 

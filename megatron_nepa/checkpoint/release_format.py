@@ -1,4 +1,4 @@
-"""Names and layout of the authors' released tensors (release section 3) against ours.
+"""Names and layout of the authors' released tensors against ours.
 
 Ours are the parameters of :class:`~megatron_nepa.models.nepa.NepaForPretraining`; a classifier's head keeps the
 release's names (``fc_norm.*``, ``classifier.*``).

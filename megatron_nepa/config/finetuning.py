@@ -11,7 +11,7 @@ from megatron_nepa.config.run import RunConfig
 
 @dataclass(frozen=True)
 class LayerDecayConfig:
-    """Learning rates that fall from the head to the patch embedding (paper table 5; release section 4.2)."""
+    """Learning rates that fall from the head to the patch embedding (paper table 5; the release's scripts)."""
 
     # factor between the learning rates of neighbouring layers; 1 gives all layers the same
     rate: float = 1.0
@@ -38,7 +38,7 @@ class LayerDecayConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """What fine-tuning does to a crop (release section 4.2)."""
+    """What fine-tuning does to a crop (as in the release)."""
 
     # timm's RandAugment policy; none switches it off
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
@@ -60,17 +60,19 @@ class AugmentationConfig:
     def __post_init__(self) -> None:
         require_finite(self, "augmentation.")
         require(self.rand_augment != "", "augmentation.rand_augment is empty; give a policy, or none to switch it off.")
-        require(0 <= self.random_erasing <= 1, f"random_erasing is {self.random_erasing}; it must lie in [0, 1].")
+        for name in ("mixup", "cutmix", "workers"):
+            require(getattr(self, name) >= 0, f"augmentation.{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("random_erasing", "cutmix_share"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"augmentation.{name} is {share}; it must lie in [0, 1].")
         require(
-            self.mixup >= 0 and self.cutmix >= 0, f"mixup {self.mixup} and cutmix {self.cutmix} must not be negative."
+            0 <= self.label_smoothing < 1,
+            f"augmentation.label_smoothing is {self.label_smoothing}; it must lie in [0, 1).",
         )
-        require(0 <= self.cutmix_share <= 1, f"cutmix_share is {self.cutmix_share}; it must lie in [0, 1].")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
         require(
             self.mix_group >= 2 and self.mix_group % 2 == 0,
-            f"mix_group is {self.mix_group}; samples are mixed in pairs, so it must be even.",
+            f"augmentation.mix_group is {self.mix_group}; samples are mixed in pairs, so it must be even.",
         )
-        require(self.workers >= 0, f"augmentation workers are {self.workers}; they must not be negative.")
 
 
 @dataclass(frozen=True)

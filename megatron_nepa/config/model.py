@@ -13,7 +13,7 @@ IMAGE_CHANNELS = 3
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The causal Vision Transformer (paper section 3.2; release section 2 where they differ)."""
+    """The causal Vision Transformer (paper section 3.2; the release where they differ)."""
 
     # side of the square input image, pixels
     image_size: int = 224

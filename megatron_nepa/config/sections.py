@@ -64,7 +64,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how they are augmented (release section 4.1)."""
+    """Where images come from and how they are augmented."""
 
     # an ImageFolder tree, a flat folder of images or an index; synthetic needs no files; none uses built-in photographs
     path: str | None = None
@@ -109,7 +109,7 @@ class OptimizerConfig:
     name: Literal["adamw", "lars"] = "adamw"
     # peak learning rate for a global batch of 256: lr = base_lr * global_batch_size / 256
     base_lr: float = 3e-4
-    # learning rate at the end of the cosine
+    # learning rate at the end of the fall
     min_lr: float = 0.0
     # shape of the fall from the peak to min_lr
     decay: Literal["cosine", "linear"] = "cosine"

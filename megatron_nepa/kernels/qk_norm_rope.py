@@ -1,4 +1,4 @@
-"""Per-head LayerNorm of q and k followed by 2-D RoPE, on packed qkv (release sections 2.2 and 2.3)."""
+"""Per-head LayerNorm of q and k followed by 2-D RoPE, on packed qkv, in the release's order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image classification on top of the trunk (paper section 3.2, release section 4.2)."""
+"""Image classification on top of the trunk (paper section 3.3)."""
 
 from __future__ import annotations
 

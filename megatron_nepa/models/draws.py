@@ -11,7 +11,7 @@ from megatron_nepa.parallel.random import derive_key, uniform_tensor
 
 
 def rope_rescale_factor(rescale: float, group: int, seed: int, sample_index: Tensor) -> Tensor:
-    """Factor ``exp(U(-ln rescale, ln rescale))`` on the RoPE coordinates of every sample (release section 2.3).
+    """Factor ``exp(U(-ln rescale, ln rescale))`` on the RoPE coordinates of every sample (as the release's).
 
     Args:
         rescale: largest factor.

@@ -1,4 +1,4 @@
-"""NEPA pre-training: the trunk and its next-embedding objective (paper section 3.1, release section 2.4)."""
+"""NEPA pre-training: the trunk and its next-embedding objective (paper section 3.1)."""
 
 from __future__ import annotations
 

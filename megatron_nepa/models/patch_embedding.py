@@ -15,7 +15,7 @@ from megatron_nepa.parallel.topology import TensorGroup
 class PatchEmbedding(nn.Module):
     """Linear patch embedding, BOS token, learned positions and mask token.
 
-    The target is the patch embedding before positions and mask, without a norm (release section 2.4).
+    The target is the patch embedding before positions and mask, without a norm, as in the release.
 
     Args:
         config: of the model.

@@ -1,4 +1,4 @@
-"""Angles of the 2-D rotary position embedding (release section 2.3, the form of DINOv3)."""
+"""Angles of the 2-D rotary position embedding (the release's, which is DINOv3's)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block (paper section 3.2, release section 2.2).
+"""The pre-norm transformer block (paper section 3.2).
 
 A block is written from seam to seam. ``residual_norm`` adds a finished branch to the stream and normalises the sum for
 the next branch in one pass, so a block receives its first norm already applied and applies the first norm of its

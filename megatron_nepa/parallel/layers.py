@@ -86,8 +86,8 @@ def layout_of(param: nn.Parameter) -> ParameterLayout:
 def initialize_parameters(module: nn.Module, seed: int, std: float, tensor: TensorGroup) -> None:
     """Fill every parameter of ``module``; each is a function of (seed, its name) alone.
 
-    Matrices are drawn whole from a normal of standard deviation ``std``, or their own, cut at +-2 (release section
-    2.2), then sliced, one parameter at a time, so that any tensor-parallel size starts from the same model.
+    Matrices are drawn whole from a normal of standard deviation ``std``, or their own, cut at +-2 (as the release's),
+    then sliced, one parameter at a time, so that any tensor-parallel size starts from the same model.
     """
     for name, param in module.named_parameters():
         constant = getattr(param, "constant", None)

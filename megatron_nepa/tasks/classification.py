@@ -1,4 +1,4 @@
-"""Fine-tuning to image classification as a task of the shared loop (paper section 4.3, release section 4.2)."""
+"""Fine-tuning to image classification as a task of the shared loop (paper section 4.3)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class ExponentialMovingAverage:
     """An average that each rank keeps of the masters it owns; nothing is gathered to update it.
 
     The average starts at the weights it is given and after t applied steps moves by
-    ``ema += (1 - d) * (master - ema)`` (release section 4.1; paper section 4.1 evaluates it).
+    ``ema += (1 - d) * (master - ema)`` (as the release; paper section 4.1 evaluates it).
 
     Args:
         masters: this rank's fp32 tensors, read at every update.
