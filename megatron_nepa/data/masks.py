@@ -15,6 +15,7 @@ from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.order import IntArray
 
 CROP_TRIES = 10
+_CHECKED = 256  # masks that are read before a run starts
 
 
 def scaled_size(width: Side, height: Side, scale: tuple[int, int], ratio: npt.NDArray[np.floating]) -> IntArray:
@@ -63,20 +64,19 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
     return labels
 
 
-def check_masks(index: DatasetIndex, masks: MaskConfig, allowed_share: float, most: int = 256) -> None:
-    """Read up to ``most`` masks, spread over the data set, before anything depends on them.
+def check_masks(index: DatasetIndex, masks: MaskConfig, allowed_share: float) -> None:
+    """Read up to 256 masks, spread over the data set, before anything depends on them.
 
     Args:
         index: image and mask pairs.
         masks: what their values mean.
         allowed_share: share of these that may be unreadable or of another size than their image.
-        most: how many are read.
 
     Raises:
         ConfigError: more of them are; a value is no class; the images have no masks.
     """
     require_masks(index)
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(_CHECKED, len(index))).astype(int)).tolist()
     bad = []
     for image in chosen:
         try:

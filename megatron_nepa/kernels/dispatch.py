@@ -44,9 +44,11 @@ def select_kernels(
     attention_shape: tuple[int, int, int, int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     causal: bool = True,
-    deterministic: bool | None = None,
 ) -> Kernels:
     """The implementations that a run uses, chosen once at start-up.
+
+    The backward pass of attention repeats bit for bit under ``torch.use_deterministic_algorithms``; the Triton kernels'
+    always does.
 
     Args:
         choice: ``auto`` takes the Triton kernels on a CUDA device and plain torch elsewhere; ``triton`` and
@@ -56,8 +58,6 @@ def select_kernels(
             takes the first that is installed.
         dtype: of the activations.
         causal: whether attention will be causal.
-        deterministic: whether backward must repeat bit for bit; None follows
-            ``torch.use_deterministic_algorithms``. The Triton kernels always do.
 
     Raises:
         ConfigError: ``triton`` where it cannot run.
@@ -65,8 +65,7 @@ def select_kernels(
     device = torch.device(device)
     if choice == "reference":
         return Kernels()
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     attention = choose_attention(device, attention_shape, dtype, causal, deterministic)
     if choice == "auto" and not _triton_compiles_for(device):
         return Kernels(attention=attention)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from megatron_nepa.config import require
 from megatron_nepa.parallel.layers import parameter
 
+MOMENTUM = 0.1  # share of a new batch in the running statistics, torch's default
+
 
 class BatchNorm(nn.Module):
     """Normalise each channel of [B, C, H, W] over the batches of a group's ranks, as one rank would the joined batch.
@@ -26,7 +28,6 @@ class BatchNorm(nn.Module):
         num_channels: C.
         group: ranks that share the statistics, each with equally many values a channel; None: this rank alone.
         eps: added to the variance.
-        momentum: share of a new batch in the running statistics.
         affine: whether weight and bias are parameters; else they are 1 and 0.
     """
 
@@ -40,13 +41,11 @@ class BatchNorm(nn.Module):
         num_channels: int,
         group: dist.ProcessGroup | None = None,
         eps: float = 1e-5,
-        momentum: float = 0.1,
         affine: bool = True,
     ) -> None:
         super().__init__()
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.eps = eps
-        self.momentum = momentum
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             if affine:
                 self.register_parameter(name, parameter((num_channels,), constant=value))
@@ -71,7 +70,7 @@ class BatchNorm(nn.Module):
     def _update(self, mean: Tensor, variance: Tensor) -> None:
         finite = mean.isfinite() & variance.isfinite()
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.where(finite, torch.lerp(running, batch.to(running.dtype), self.momentum), running))
+            running.copy_(torch.where(finite, torch.lerp(running, batch.to(running.dtype), MOMENTUM), running))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         kept = dict(self.named_buffers(recurse=False))

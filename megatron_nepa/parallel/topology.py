@@ -99,19 +99,19 @@ class ModelParallelUnit:
         return self._tensor_group
 
 
-def init_distributed(device_type: str | None = None) -> torch.device:
-    """Join the process group that the launcher describes and return this rank's device.
+def init_distributed() -> torch.device:
+    """Join the process group that the launcher describes and return this rank's device, a GPU where there are any.
 
     Understands the variables of the ``deepspeed`` launcher and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
     MASTER_PORT) and those of ``srun`` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID); with none of them the process is a
     run of one.
 
-    Args:
-        device_type: "cuda" or "cpu"; None takes CUDA where it is available.
+    Raises:
+        ConfigError: for several ranks without a rendezvous.
     """
     # torch's notice of new names: releases without them are served as well
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" not in os.environ:
         in_slurm_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
         os.environ["RANK"] = os.environ["SLURM_PROCID"] if in_slurm_step else "0"

@@ -17,10 +17,10 @@ from megatron_nepa.training.figures import BLUE, GREY, ORANGE, STYLE
 GPU_COUNTS = tuple(8 * 2**i for i in range(10))  # 8 to 4,096
 
 
-def scaling(run: RunConfig, gpu: Gpu, counts: tuple[int, ...] = GPU_COUNTS) -> list[Plan]:
-    """The best plan that fits for each number of GPUs; numbers for which there is none are left out."""
+def scaling(run: RunConfig, gpu: Gpu) -> list[Plan]:
+    """The best plan that fits for 8 to 4,096 GPUs; numbers for which there is none are left out."""
     best = []
-    for count in counts:
+    for count in GPU_COUNTS:
         try:
             plans = find_plans(run, count, gpu)
         except ConfigError:  # the global batch has fewer images than replicas

@@ -70,13 +70,11 @@ class ParameterCount:
         split: in matrices and biases that tensor parallelism divides, this rank's part.
         block_replicated: in one block's vectors that every rank holds.
         replicated: in all that every rank holds, the blocks' included.
-        vectors: in everything that is not decayed (the optimizer's second group), this rank's part.
     """
 
     split: int
     block_replicated: int
     replicated: int
-    vectors: int
 
     @property
     def local(self) -> int:
@@ -99,5 +97,4 @@ def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> Param
         split=layers * (matrices + split_biases) // tensor_parallel_size,
         block_replicated=block,
         replicated=layers * block + patches + positions + vectors,
-        vectors=layers * (block + split_biases // tensor_parallel_size) + vectors,
     )

@@ -95,9 +95,8 @@ def _collective_lines(plan: Plan, gpu: Gpu) -> list[str]:
 
 
 def _kernel_lines(run: RunConfig, plan: Plan, gpu: Gpu) -> list[str]:
-    layers = run.model.num_layers
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for work, times in _all_work(run, plan, gpu, layers):
+    for work, times in _all_work(run, plan, gpu):
         for i, amount in enumerate((work.flops, work.bytes, work.seconds)):
             totals[work.name][i] += times * amount
     lines = ["Kernels of a micro-batch, forward and backward, without recomputation:"]
@@ -107,8 +106,9 @@ def _kernel_lines(run: RunConfig, plan: Plan, gpu: Gpu) -> list[str]:
     return lines
 
 
-def _all_work(run: RunConfig, plan: Plan, gpu: Gpu, layers: int) -> list[tuple[Work, int]]:
-    inside = [(work, layers) for work in block_work(run.model, plan.layout, gpu)]
+def _all_work(run: RunConfig, plan: Plan, gpu: Gpu) -> list[tuple[Work, int]]:
+    """The kernels of a micro-batch, each with how many times it runs."""
+    inside = [(work, run.model.num_layers) for work in block_work(run.model, plan.layout, gpu)]
     return inside + [(work, 1) for work in outer_work(run.model, plan.layout, gpu)]
 
 

@@ -39,22 +39,21 @@ _SECTIONS: dict[tuple[str, ...], str] = {
 
 @dataclass(frozen=True)
 class LinkedField:
-    """A setting that both the command line and the DeepSpeed config can name."""
+    """A setting that both a flag, ``--field``, and a key of the DeepSpeed config can name."""
 
     field: str
-    flag: str
-    keys: tuple[str, ...]
+    key: str
     is_real: bool = False
 
 
 _LINKED = (
-    LinkedField("global_batch_size", "--global_batch_size", ("train_batch_size",)),
-    LinkedField("micro_batch_size", "--micro_batch_size", ("train_micro_batch_size_per_gpu",)),
-    LinkedField("optimizer.clip_grad", "--optimizer.clip_grad", ("gradient_clipping",), is_real=True),
+    LinkedField("global_batch_size", "train_batch_size"),
+    LinkedField("micro_batch_size", "train_micro_batch_size_per_gpu"),
+    LinkedField("optimizer.clip_grad", "gradient_clipping", is_real=True),
 )
 
 # DeepSpeed ignores a name that it does not know: one that is nearly one of these is refused
-_KNOWN = {*DEFAULT_CONFIG, *_OWNED, *(link.keys[0] for link in _LINKED), "gradient_accumulation_steps"}
+_KNOWN = {*DEFAULT_CONFIG, *_OWNED, *(link.key for link in _LINKED), "gradient_accumulation_steps"}
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
@@ -102,18 +101,18 @@ def merge(run: Run, given: Collection[str], path: str | None, config: dict[str, 
 
     values: dict[str, Any] = {}
     for link in _LINKED:
-        value = _lookup(config, link.keys)
+        value = config.get(link.key)
         if value in (None, "auto"):
             continue
         kind = "number" if link.is_real else "whole number"
         require(
             not isinstance(value, bool) and isinstance(value, (int, float) if link.is_real else int),
-            f'"{".".join(link.keys)}" in {place} is {value!r}, which is no {kind}.',
+            f'"{link.key}" in {place} is {value!r}, which is no {kind}.',
         )
         asked = _field(run, link.field)
         require(
             link.field not in given or asked == value,
-            f'{link.flag} is {asked} but "{".".join(link.keys)}" in {place} is {value}: make them equal, '
+            f'--{link.field} is {asked} but "{link.key}" in {place} is {value}: make them equal, '
             'or set the latter to "auto".',
         )
         values[link.field] = value

@@ -34,6 +34,8 @@ BF16_PEAKS = (
     (r"RTX 4090$", 165e12),
 )
 
+_MEASURED_SECONDS = 0.3  # of a matrix product
+
 
 @dataclass(frozen=True)
 class DevicePeak:
@@ -89,12 +91,12 @@ def bf16_peak(device_name: str) -> float | None:
     return next((peak for pattern, peak in BF16_PEAKS if re.search(pattern, device_name)), None)
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
+def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of the fastest of several products of two ``size`` x ``size`` matrices."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     times: list[float] = []
-    while len(times) < 4 or sum(times) < seconds:
+    while len(times) < 4 or sum(times) < _MEASURED_SECONDS:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         if device.type == "cuda":

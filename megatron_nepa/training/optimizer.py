@@ -26,7 +26,7 @@ def build_optimizer(
         torch's fused AdamW. For "lars" timm's LARS.
     """
     if config.name == "lars":
-        from megatron_nepa.training.lars import build_lars  # timm is an optional dependency
+        from megatron_nepa.training.lars import build_lars  # probes alone wait for timm
 
         return build_lars(groups, momentum=config.beta1)
     betas = (config.beta1, config.beta2)
