@@ -4,14 +4,15 @@ PYTHON ?= python3
 DALI ?= cuda13
 BIN := .venv/bin
 
-.PHONY: help pretrain test test-all test-gpu test-slurm lint clean
+.PHONY: help install pretrain test test-all test-gpu test-slurm lint clean
 
 help:
+	@echo "make install    create .venv and install the project into it"
 	@echo "make pretrain   install, then train the quickstart recipe on the built-in photographs"
 	@echo "make test       install, then run the tests (under 20 minutes on 2 cores)"
-	@echo "make test-all   the long suites as well"
+	@echo "make test-all   with the long suites and test-slurm"
 	@echo "make test-gpu   the tests that need CUDA devices"
-	@echo "make test-slurm a run under a real Slurm of two virtual nodes on this machine (installs Debian packages)"
+	@echo "make test-slurm a run under a real Slurm of two virtual nodes (installs Debian packages)"
 	@echo "make lint       ruff and mypy"
 
 .venv/installed: pyproject.toml
@@ -19,6 +20,8 @@ help:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[$(DALI),test,dev]"
 	touch $@
+
+install: .venv/installed
 
 pretrain: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed pretrain_nepa.py --ds_config ds_configs/zero2.json

@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Look into checkpoints, convert them to and from the authors' released format, and check the result.
 
-    tools/convert_checkpoint.py inspect runs/nepa_b
-    tools/convert_checkpoint.py to_release runs/nepa_b_release nepa-base-patch14-224
-    tools/convert_checkpoint.py from_release nepa-base-patch14-224 nepa_b_start
-    tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
-    tools/convert_checkpoint.py universal runs/nepa_b nepa_b_universal
-    tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
+    python tools/convert_checkpoint.py inspect runs/nepa_b
+    python tools/convert_checkpoint.py to_release runs/nepa_b_release nepa-base-patch14-224
+    python tools/convert_checkpoint.py from_release nepa-base-patch14-224 nepa_b_start
+    python tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
+    python tools/convert_checkpoint.py universal runs/nepa_b nepa_b_universal
+    python tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
     deepspeed pretrain_nepa.py --recipe nepa_b_release --init_from nepa_b_start ...
 
 A checkpoint is a folder such as OUTPUT_DIR/checkpoints/step_00001000, or an OUTPUT_DIR for its newest; any grid may

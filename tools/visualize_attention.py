@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Show what a trained trunk attends to and predicts on your images (figures 5 and 7 of the paper).
 
-    tools/visualize_attention.py cat.jpg --checkpoint runs/quickstart --out figures
-    tools/visualize_attention.py *.jpg   --checkpoint nepa-base-patch14-224 --layers 8-11 --out figures
-    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --square --query 3,5 9,2 --heads each --out figures
-    tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b_release --size 448 --query grid:4 --out figures
-    tools/visualize_attention.py cat.jpg --evolution runs/quickstart --out figures
+    python tools/visualize_attention.py cat.jpg --checkpoint runs/quickstart --out figures
+    python tools/visualize_attention.py *.jpg   --checkpoint nepa-base-patch14-224 --layers 8-11 --out figures
+    python tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b --square --query 3,5 --heads each --out figures
+    python tools/visualize_attention.py cat.jpg --checkpoint runs/nepa_b_release --size 448 --query grid:4 --out figures
+    python tools/visualize_attention.py cat.jpg --evolution runs/quickstart --out figures
 
 For every image, OUT gets
 

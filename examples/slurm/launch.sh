@@ -3,7 +3,7 @@
 
 set -u
 
-# The environment that has the project installed: `make` creates .venv; replace the line by your module or conda lines.
+# The environment that has the project installed: `make install` creates .venv; or put your module or conda lines here.
 export PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 # Or a container (pyxis and enroot):
 container=() # (--container-image=/images/megatron_nepa.sqsh --container-mounts="$PWD:$PWD,/data:/data" --container-workdir="$PWD")

@@ -17,7 +17,7 @@ import torch
 from megatron_nepa.data.builtin import cache_folder
 from megatron_nepa.doctor.report import Row
 
-REQUIRED = ("megatron_nepa", "torch", "deepspeed", "triton", "numpy", "safetensors")
+REQUIRED = ("megatron_nepa", "torch", "torchvision", "deepspeed", "triton", "numpy", "safetensors", "timm", "wandb")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -88,8 +88,6 @@ def _optional() -> Iterator[Row]:
     parts = {
         "flash-attn": ("flash_attn", "serves attention on GPUs", "attention runs through torch's SDPA"),
         "Apex": ("apex.optimizers", "its FusedAdam and FusedLayerNorm serve GPUs", "DeepSpeed's FusedAdam serves GPUs"),
-        "wandb": ("wandb", "serves --wandb online and offline", "--wandb must stay disabled"),
-        "timm": ("timm", "serves fine-tuning's augmentation", "fine-tuning needs it: pip install timm torchvision"),
         "transformers": ("transformers", "serves benchmark.py train --baseline", "benchmark.py has no peer to time"),
     }
     for name, (module, with_it, without) in parts.items():
