@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_nepa.models.classifier import Linear, Pooling, pool_samples
@@ -51,7 +52,7 @@ class LinearProbe(nn.Module):
         num_classes: C.
         seed: of the run.
         tensor: ranks that share the replica.
-        norm_group: the replicas' ranks, whose batches are normalised as one; None: this rank alone.
+        new_norm: builds the BatchNorm, over the replicas, whose batches are normalised as one; else of this rank alone.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class LinearProbe(nn.Module):
         num_classes: int,
         seed: int,
         tensor: TensorGroup,
-        norm_group: dist.ProcessGroup | None = None,
+        new_norm: Callable[..., nn.Module] = BatchNorm,
     ) -> None:
         super().__init__()
-        self.norm = BatchNorm(num_features, norm_group, eps=1e-6, affine=False)
+        self.norm = new_norm(num_features, eps=1e-6, affine=False)
         self.classifier = Linear(num_features, num_classes, INIT_STD)
         initialize_parameters(self, seed, INIT_STD, tensor)
 

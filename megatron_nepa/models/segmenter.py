@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.func import functional_call
 
 from megatron_nepa.config import IGNORED, ModelConfig, ParallelConfig
@@ -16,7 +14,6 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.pyramid import FeaturePyramid, NormFactory
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.models.upernet import FcnHead, UperNetHead, resize
-from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group, sum_gradients
 from megatron_nepa.parallel.layers import initialize_parameters
 from megatron_nepa.parallel.rows import RowShard, holds_whole_samples
@@ -52,8 +49,7 @@ class Segmenter(nn.Module):
         parallel: tensor and sequence parallelism, activation checkpointing.
         seed: of the run.
         tensor: ranks that share the replica.
-        norm_group: ranks over which the heads' BatchNorm computes its statistics: all whose heads see different
-            samples. None: this rank alone.
+        new_norm: builds the heads' BatchNorm, over all ranks whose heads see different samples.
         kernels: implementations of the fused operations.
     """
 
@@ -64,7 +60,7 @@ class Segmenter(nn.Module):
         parallel: ParallelConfig,
         seed: int,
         tensor: TensorGroup,
-        norm_group: ProcessGroup | None,
+        new_norm: NormFactory,
         kernels: Kernels,
     ) -> None:
         super().__init__()
@@ -72,7 +68,6 @@ class Segmenter(nn.Module):
         self.taps = tapped_blocks(config.num_layers)
         self.trunk = Trunk(config, parallel, 0.0, seed, tensor, kernels)
         self.trunk.norm.requires_grad_(False)  # the blocks' outputs are read before it
-        new_norm = partial(BatchNorm, group=norm_group)
         self.decoder = Decoder(config.hidden_size, num_classes, new_norm, seed)
         initialize_parameters(self, seed, config.init_std, tensor)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from megatron_nepa.data.share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES, Trunk
+from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.layers import initialize_parameters
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.classification import (
@@ -78,8 +80,9 @@ class ProbingTask:
 
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The layer, drawn from the run's seed."""
-        width, topology = self.run.model.hidden_size, self.topology
-        return LinearProbe(width, count_classes(self.index), self.run.seed, topology.tensor, topology.data_group)
+        run, topology = self.run, self.topology
+        new_norm = partial(BatchNorm, group=topology.data_group)
+        return LinearProbe(run.model.hidden_size, count_classes(self.index), run.seed, topology.tensor, new_norm)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
         """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,8 @@ class SegmentationTask:
         run, topology = self.run, self.topology
         # BatchNorm sees each sample of all replicas' micro-batches once
         shares = holds_whole_samples(run.micro_batch_size, topology.tensor, run.parallel.sequence_parallel)
-        norm_group = torch.distributed.group.WORLD if shares else topology.data_group
-        return Segmenter(run.model, run.masks.num_classes, run.parallel, run.seed, topology.tensor, norm_group, kernels)
+        new_norm = partial(BatchNorm, group=torch.distributed.group.WORLD if shares else topology.data_group)
+        return Segmenter(run.model, run.masks.num_classes, run.parallel, run.seed, topology.tensor, new_norm, kernels)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> SegmentationLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_nepa.config import IGNORED, ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.segmenter import Segmenter, tapped_blocks
+from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.layers import layout_of
 from megatron_nepa.parallel.rows import holds_whole_samples
 from megatron_nepa.parallel.topology import TensorGroup
@@ -55,7 +57,7 @@ def sample_labels(samples: range) -> Tensor:
 
 
 def build(parallel: ParallelConfig, tensor: TensorGroup, norm_group: dist.ProcessGroup | None) -> Segmenter:
-    model = Segmenter(CONFIG, CLASSES, parallel, SEED, tensor, norm_group, Kernels())
+    model = Segmenter(CONFIG, CLASSES, parallel, SEED, tensor, partial(BatchNorm, group=norm_group), Kernels())
     spread_vectors(model)
     return model.double()
 
