@@ -1,6 +1,6 @@
 """Triton's interpreter as a proof bench: kernels run on the CPU, with the rounding of the hardware.
 
-``TRITON_INTERPRET=1`` must stand in the environment before a kernel is defined. The interpreter of triton 3.9 truncates
+``TRITON_INTERPRET=1`` must stand in the environment before a kernel is defined. Triton 3.8's and 3.9's truncates
 fp32 to bf16 where a GPU rounds to nearest even, which doubles the error of every bf16 result;
 :func:`round_bf16_to_nearest` puts that right.
 """

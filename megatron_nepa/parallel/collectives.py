@@ -46,6 +46,7 @@ def sum_gradients(parameters: Sequence[Tensor | None], tensor: TensorGroup) -> l
 
     Args:
         parameters: tensors of one dtype; None entries are passed through.
+        tensor: the ranks.
     """
     present = [p for p in parameters if p is not None]
     if tensor.size == 1 or not present:

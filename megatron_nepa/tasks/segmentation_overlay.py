@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from megatron_nepa.config import IGNORED
+from megatron_nepa.training.figures import save_figure
 
 Pixels = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.integer]
@@ -68,9 +69,7 @@ def write_overlay(path: Path, image: Pixels, labels: Classes, predictions: Class
     if len(present) > len(shown):
         handles.append(Patch(color="none", label=f"and {len(present) - len(shown)} more"))
     figure.legend(handles=handles, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, fontsize=9)
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", dpi=130)
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def _coloured(image: Pixels, classes: Classes, colours: Pixels) -> Pixels:

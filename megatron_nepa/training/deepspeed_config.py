@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_nepa.config import ConfigError, Run, RunConfig, override, require
 
-# what a run without --ds_config uses; ds_configs/README.md gives the reason for each value
+# what a run without --ds_config uses, with DeepSpeed's own buckets and no overlap; ds_configs/README.md has the reasons
 DEFAULT_CONFIG: dict[str, Any] = {
     "bf16": {"enabled": "auto"},
     "data_types": {"grad_accum_dtype": "fp32"},
