@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from megatron_nepa.benchmarks.machine import cpu_name
 from megatron_nepa.training.figures import BLUE, GREY, STYLE, save_figure
 
 Result = tuple[int, bool, float]  # per cent of the labels, whether pre-trained, accuracy
@@ -27,7 +27,7 @@ def write_report(results: Sequence[Result], folder: Path, minutes: float) -> Non
     """
     facts = {
         "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
+        "machine": cpu_name(),
         "minutes": round(minutes, 1),
         "results": [{"percent": p, "pretrained": start, "accuracy": value} for p, start, value in results],
     }

@@ -27,7 +27,7 @@ sys.path.insert(0, str(PROJECT))
 
 from examples.fashion_mnist.data import DEBIAN_FOLDER, PERCENTS, SIDE, prepare  # noqa: E402
 from examples.fashion_mnist.report import write_report  # noqa: E402
-from megatron_nepa.config import ConfigError  # noqa: E402
+from megatron_nepa.config import ConfigError, require  # noqa: E402
 from megatron_nepa.training.log import read_metrics  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -108,6 +108,7 @@ class Training:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare, pre-train, fine-tune, report."""
     options = parse_arguments(arguments)
+    require(options.jobs >= 1, f"--jobs is {options.jobs}; it must be at least 1.")
     # the scripts run in the project's folder
     options.data, options.output_dir = options.data.resolve(), options.output_dir.resolve()
     started = time.monotonic()
