@@ -29,11 +29,11 @@ def drawn(module: nn.Module) -> nn.Module:
     return module
 
 
-def levels(batch: int = 2) -> list[Tensor]:
-    """A pyramid over an odd grid: 9 x 7 patches."""
+def levels() -> list[Tensor]:
+    """A pyramid of two samples over an odd grid: 9 x 7 patches."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((36, 28), (18, 14), (9, 7), (4, 3))
-    return [torch.randn(batch, WIDTH, *size, generator=generator) for size in sizes]
+    return [torch.randn(2, WIDTH, *size, generator=generator) for size in sizes]
 
 
 def test_parameter_counts_at_width_768() -> None:

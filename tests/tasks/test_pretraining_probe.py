@@ -29,8 +29,8 @@ def flags(folder: Path, output: Path, *more: str) -> list[str]:
     return [*TINY, f"--data={folder / 'images'}", f"--output_dir={output}", "--steps=4", "--save_every=2", *more]
 
 
-def probing(folder: Path, every: int = 2) -> list[str]:
-    return [f"--probe_every={every}", f"--probe_data={folder / 'labelled'}", "--probe.neighbours=3"]
+def probing(folder: Path) -> list[str]:
+    return ["--probe_every=2", f"--probe_data={folder / 'labelled'}", "--probe.neighbours=3"]
 
 
 def with_and_without(folder: Path, output: Path) -> None:

@@ -54,8 +54,8 @@ FLAGS += [
 CLASSES = ("a", "b", "c", "d", "e", "f")  # of three colours: two look alike
 
 
-def build_trunk(model: ModelConfig = MODEL) -> Trunk:
-    trunk = Trunk(model, ParallelConfig(), 0.0, 0, TensorGroup(), Kernels())
+def build_trunk() -> Trunk:
+    trunk = Trunk(MODEL, ParallelConfig(), 0.0, 0, TensorGroup(), Kernels())
     initialize_parameters(trunk, 3, 0.2, TensorGroup())
     return trunk.eval()
 
