@@ -21,7 +21,7 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
 fi
 
 # Compiled code lies on the node's own disk: file locks on a shared home are slow or broken, and nodes may differ.
-# DeepSpeed's C++ extension is compiled by the first rank of each node while the others wait.
+# DeepSpeed's Adam is compiled by the first rank of each node while the others wait.
 node_cache=${NODE_CACHE:-/tmp/megatron_nepa-$(id -un)}
 export TRITON_CACHE_DIR=$node_cache/triton TORCH_EXTENSIONS_DIR=$node_cache/torch_extensions
 export TORCHINDUCTOR_CACHE_DIR=$node_cache/inductor

@@ -110,12 +110,15 @@ def _compilers() -> Iterator[Row]:
     path = os.pathsep.join((beside, os.environ.get("PATH", "")))
     compiler = shutil.which("c++", path=path) or shutil.which("g++", path=path)
     ninja = shutil.which("ninja", path=path)
-    name = "compiler of DeepSpeed's extension"
-    if compiler and ninja:
+    name = "C++ compiler"
+    missing = " and ".join(tool for tool, found in (("c++", compiler), ("ninja", ninja)) if not found)
+    if not missing:
         yield Row(name, "ok", f"{compiler}, {ninja}")
+    elif torch.cuda.is_available():
+        remedy = "install g++ from your distribution, and ninja with pip: DeepSpeed's Adam is compiled."
+        yield Row(name, "failed", f"no {missing}", remedy)
     else:
-        missing = " and ".join(tool for tool, found in (("c++", compiler), ("ninja", ninja)) if not found)
-        yield Row(name, "failed", f"no {missing}", "install g++ from your distribution, and ninja with pip.")
+        yield Row(name, "absent", f"no {missing}: needed by --compile and ds_configs/zero2_offload.json")
 
 
 def _folders() -> Iterator[Row]:

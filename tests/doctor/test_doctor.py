@@ -72,8 +72,13 @@ def test_what_is_missing_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     rows = by_name(installation.check_installation())
     failed = {name for name, row in rows.items() if row.status == "failed"}
-    assert failed == {"deepspeed", "DALI", "compiler of DeepSpeed's extension", "cache of built-in images", "Slurm"}
+    assert failed == {"deepspeed", "DALI", "cache of built-in images", "Slurm"}
     assert all(rows[name].remedy for name in failed)
+    assert rows["C++ compiler"].status == "absent"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (compiler,) = installation._compilers()
+    assert compiler.status == "failed"
+    assert compiler.remedy
 
 
 def test_two_dali_wheels_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
