@@ -185,6 +185,10 @@ def test_a_contradiction_with_the_ds_config_is_named(
         merged(config, tmp_path, *arguments)
 
 
+def test_the_default_ds_config_is_zero2() -> None:
+    assert read_ds_config(None) == read_ds_config(str(Path(__file__).parents[1] / "ds_configs/zero2.json"))
+
+
 def test_a_missing_ds_config_is_named() -> None:
     with pytest.raises(ConfigError, match=r"absent\.json is not a file"):
         read_ds_config("absent.json")

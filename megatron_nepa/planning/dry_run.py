@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,6 @@ from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.planning.communication import Collective
 from megatron_nepa.planning.counting import Recorder, Traffic
 from megatron_nepa.planning.layout import Layout
-from megatron_nepa.planning.memory import BUCKET_NUMBERS
 from megatron_nepa.planning.plan import Plan
 from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
 from megatron_nepa.training.engine import TrainingEngine
@@ -59,7 +57,7 @@ def dry_run(run: PretrainingConfig, layout: Layout) -> Counted:
     """
     run = layout.apply(run)
     config = read_ds_config(None)
-    config["zero_optimization"] |= {"stage": layout.zero_stage} | _zero_options(layout.zero_stage)
+    config["zero_optimization"] |= {"stage": layout.zero_stage, "overlap_comm": layout.zero_stage == 2}
     resolved = resolve(run, config, layout.data_parallel_size)
     join_fake_group(layout.gpus)
     topology = build_topology(torch.device("cpu"), layout.tensor_parallel_size)
@@ -141,12 +139,6 @@ def _give_fake_parameters(model: nn.Module) -> None:
                 vars(fake).update({key: value for key, value in vars(param).items() if key != "constant"})
                 module._parameters[name] = fake
     model.to = lambda *_: model  # type: ignore[method-assign] # they are in place, and nn.Module would swap them
-
-
-def _zero_options(stage: int) -> dict[str, Any]:
-    """The sizes that ds_configs/zero1.json and zero2.json set."""
-    sizes: dict[str, Any] = {"reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": 200_000_000}
-    return sizes | ({"overlap_comm": True, "contiguous_gradients": True} if stage == 2 else {})
 
 
 def _step(engine: TrainingEngine, run: PretrainingConfig, layout: Layout, recorder: Recorder) -> Counted:

@@ -11,12 +11,24 @@ from typing import Any
 
 from megatron_nepa.config import ConfigError, Run, RunConfig, override, require
 
-# what a run without --ds_config uses, with DeepSpeed's own buckets and no overlap; ds_configs/README.md has the reasons
+# what a run without --ds_config uses: ds_configs/zero2.json; the README beside that gives the reason for each value
 DEFAULT_CONFIG: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
     "data_types": {"grad_accum_dtype": "fp32"},
     "communication_data_type": "fp32",
-    "zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False},
+    "zero_optimization": {
+        "stage": 2,
+        "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": False,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": 25_000_000,
+        "allgather_bucket_size": 200_000_000,
+    },
 }
 # what DeepSpeed would build itself, and this project builds from its own flags
 _OWNED = {
@@ -53,11 +65,11 @@ _LINKED = (
 )
 
 # DeepSpeed ignores a name that it does not know: one that is nearly one of these is refused
-_KNOWN = {*DEFAULT_CONFIG, *_OWNED, *(link.key for link in _LINKED), "gradient_accumulation_steps"}
+_KNOWN = {*DEFAULT_CONFIG, *_OWNED}
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
-    """Read a DeepSpeed config; None gives the default, ZeRO 2 with fp32 accumulation."""
+    """Read a DeepSpeed config; None gives the values of ds_configs/zero2.json."""
     if path is None:
         return json.loads(json.dumps(DEFAULT_CONFIG))
     file = Path(path)
