@@ -25,7 +25,7 @@ How far to trust it. Memory and collectives are counted: --dry_run runs the real
 memory, for any number of ranks, and prints both. Time is a roofline: the best matrix products that were measured on
 the part, everything else at the data sheet's bandwidth, NCCL's own latencies. It leaves out the host's work for each
 kernel, slow ranks, the data and the file system, so it is the best case: --validate says how far from
-published runs. NVIDIA's own ViT-g runs reached 52 to 67 % of it.
+published runs. NVIDIA's own ViT-g runs reached 52 to 66 % of it.
 """
 
 from __future__ import annotations
