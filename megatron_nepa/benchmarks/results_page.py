@@ -100,7 +100,7 @@ def describe_train(report: Mapping[str, Any]) -> str:
         f"peak {first['peak_memory_gb']:.2f} GB"
     )
     if report["share_of_ceiling"] is not None:
-        text += f"; {report['share_of_ceiling']:.2f} of its parts timed alone"
+        text += f"; {report['share_of_ceiling']:.2f} of the speed of its parts timed alone"
     for other in others:
         text += f"; {other['first_over_this']:.2f}x {other['name'].strip()} (peak {other['peak_memory_gb']:.2f} GB)"
     return text

@@ -10,7 +10,7 @@ from megatron_nepa.planning.layout import count_parameters
 from megatron_nepa.planning.memory import FP32
 from megatron_nepa.planning.plan import Plan
 
-IMAGES_PER_CORE = 830.0  # decoded, cropped and resized on a core of an EPYC (Zen 4; README, "Data")
+IMAGES_PER_CORE = 862.0  # decoded, cropped and resized on a core of an EPYC (Zen 4; tools/RESULTS.md)
 IMAGE_BYTES = 108e3  # mean JPEG of ImageNet's training archive: 138 GB of 1,281,167 images
 
 

@@ -103,7 +103,7 @@ def _require_same_features(source: str, trained: dict[str, Any] | None, features
         for key in ("weights", "block", "pooling")
         if trained[key] != features[key]
     ]
-    require(not differing, f"the probe in {source} was trained with {', '.join(differing)}.")
+    require(not differing, f"the probe in {source} was trained with {', '.join(differing)}: give the same here.")
 
 
 def load_weights(model: nn.Module, source: str, choice: Choice | None, config: ModelConfig, topology: Topology) -> str:
