@@ -39,6 +39,7 @@ def add_classifier(num_classes: int, model: nn.Module, topology: Topology) -> No
 
 
 def save_classifier(folder: Path) -> None:
+    torch.manual_seed(0)  # the head's biases, which are all of its logits
     engine = build_engine(ONE, partial(add_classifier, 10))
     CheckpointStore(folder, keep_last=1).save(
         engine.train_state, Progress(7, 56, 6), engine.zero_stage, build_run(ONE).to_dict()
@@ -64,7 +65,7 @@ def test_classifiers_are_compared_by_their_logits(classifier: Path, tmp_path: Pa
     write_release(read_weights(classifier, "raw"), tmp_path / "release")
     found = compare(classifier, tmp_path / "release", "raw")
     assert (found.output, found.largest_difference) == ("logit", 0.0)
-    assert found.largest_value > 0.1
+    assert found.largest_value > 0.01
     weights = read_weights(classifier, "raw")
     weights.tensors["classifier.bias"] += torch.eye(10)[3] / 2
     write_weights(weights, tmp_path / "other")
