@@ -38,8 +38,9 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 launch() {
-    # one rank that dies ends the step, and with it the job
-    srun --kill-on-bad-exit=1 "${container[@]}" python -u "$@"
+    # Ranks end by themselves, within seconds of the first, each with the status that says why. One that hangs is ended
+    # after a minute; --kill-on-bad-exit=1 would kill slower ranks before they could say "bad input".
+    srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" python -u "$@"
     local status=$?
     # 75: stopped by a signal or the nearing end of the job's time, state saved
     if [ $status -eq 75 ]; then
