@@ -1,28 +1,22 @@
-"""Every layout indexes to the same run, bad images are left out by name, and work resumes."""
+"""Every layout indexes to the same run, and bad images are left out by name."""
 
 from __future__ import annotations
 
 import io
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 from itertools import islice
 from pathlib import Path
 
-import crashing_worker
 import numpy as np
 import pytest
 import torch
+from index_tool import run_tool
 from PIL import Image
 from scipy.io import savemat
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data import indexing, verify
-from megatron_nepa.data.claim import claimed
 from megatron_nepa.data.folder import scan_folder
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.index_file import load_index, save_index
@@ -32,8 +26,6 @@ from megatron_nepa.data.loader import PretrainingLoader, build_index
 from megatron_nepa.data.shards import write_shards
 from megatron_nepa.data.share import Share
 from megatron_nepa.data.sources import list_source
-
-TOOL = Path(__file__).parents[2] / "tools" / "index_dataset.py"
 
 
 def first_images(index: DatasetIndex) -> torch.Tensor:
@@ -45,13 +37,6 @@ def first_images(index: DatasetIndex) -> torch.Tensor:
     images = torch.cat([batch.images for batch in islice(loader, 2)])
     loader.close()
     return images
-
-
-def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """tools/index_dataset.py as a user runs it."""
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_index_file_round_trip(photographs: Path, tmp_path: Path) -> None:
@@ -241,135 +226,3 @@ def test_a_shard_cut_short_is_named(photographs: Path, tmp_path: Path, cut: str)
     assert len(listing) == 37 if cut == "end mark" else 20 < len(listing) < 37
     assert [name for name, _ in listing.quarantine] == ["shard_000001.tar"]
     assert "cut short or damaged" in listing.quarantine[0][1]
-
-
-def test_full_verification_decodes_every_pixel(photographs: Path, tmp_path: Path) -> None:
-    """A file cut at half passes the header check and not the full one."""
-    folder = tmp_path / "data"
-    shutil.copytree(photographs, folder)
-    victim = folder / "bee" / "01.jpg"
-    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    listing = list_source(folder)
-    header = build_and_save_index(listing, tmp_path / "header", "header", workers=1, progress=False)
-    assert len(header) == 37
-    result = run_tool(folder, "--out", tmp_path / "full", "--verify", "full", "--workers", 1)
-    assert result.returncode == 0
-    assert "left out bee/01.jpg: the decoder refuses it" in result.stdout
-    assert len(load_index(tmp_path / "full")) == 36
-
-
-def test_an_image_that_kills_the_decoder_costs_itself_alone(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that die are replaced, and the image that killed them is found."""
-    listing = list_source(photographs)
-    monkeypatch.setattr(verify, "_check", crashing_worker.check)
-    rows = np.arange(len(listing))
-    found = list(verify.check_images(listing, list(np.array_split(rows, 4)), "header", "cpu", 2))
-    assert sorted(np.concatenate([checked.rows for checked in found]).tolist()) == rows.tolist()
-    reasons = {row: reason for checked in found for row, reason in checked.reasons.items()}
-    assert reasons == dict.fromkeys(crashing_worker.FATAL_ROWS, "crashes the decoder")
-    assert sum(int(checked.width.sum()) for checked in found) == len(rows) - 3
-
-
-def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finished chunks are not checked again; another listing is refused."""
-    monkeypatch.setattr("megatron_nepa.data.indexing._CHUNK", 10)
-    listing = list_source(photographs)
-    real = verify.check_images
-
-    def stopped(*arguments: object) -> object:
-        yield next(iter(real(*arguments)))  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("megatron_nepa.data.indexing.check_images", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
-    assert not (tmp_path / "index").exists()
-    with pytest.raises(ConfigError, match="begun with other images"):
-        build_and_save_index(list_source(photographs / "ant"), tmp_path / "index", workers=1, progress=False)
-    asked: list[int] = []
-
-    def counted(images: DatasetIndex, chunks: list[np.ndarray], *rest: object) -> object:
-        asked.extend(len(chunk) for chunk in chunks)
-        return real(images, chunks, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("megatron_nepa.data.indexing.check_images", counted)
-    index = build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
-    assert sum(asked) == 27
-    assert index.fingerprint() == scan_folder(photographs).fingerprint()
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_two_commands_do_not_write_the_same_index(photographs: Path, tmp_path: Path) -> None:
-    listing = list_source(photographs)
-    facts = indexing._identity(listing, "header")
-    with (
-        claimed(tmp_path / "index.partial/listing.json", facts, ""),
-        pytest.raises(ConfigError, match=r"another process is writing .*index\.partial: wait for its end"),
-    ):
-        build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
-    (tmp_path / "index.partial/listing.json").write_text("")  # killed before it wrote what it had begun with
-    build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_no_worker_outlives_a_killed_tool(photographs: Path, tmp_path: Path) -> None:
-    """kill -9 of the parent ends its workers, those that were still starting too."""
-    code = (
-        "import numpy as np, sys, time\n"
-        "from megatron_nepa.data.workers import worker_pool\n"
-        "if __name__ == '__main__':\n"
-        "    pool = worker_pool(2)\n"
-        "    tasks = [pool.submit(time.sleep, 60) for _ in range(4)]\n"
-        "    time.sleep(1)\n"
-        "    print(*pool._processes, flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    workers = [int(word) for word in process.stdout.readline().split()]
-    assert workers
-    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 30
-    while any(_alive(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(_alive(worker) for worker in workers)
-
-
-def _alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_the_tool_refuses_before_it_works(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is indexed, or written elsewhere, for a command that cannot end well."""
-    tool = runpy.run_path(str(TOOL))
-    index = tmp_path / "index"
-    save_index(scan_folder(photographs), index)
-    out = ["--out", str(tmp_path / "new")]
-    cases = {
-        "out is empty": [photographs, "--out", ""],
-        "to_shards is empty": [photographs, *out, "--to_shards", ""],
-        "give --to_shards to pack its images": [index, *out],
-        "explains the numbers of --labels": [photographs, *out, "--devkit_meta", "meta.mat"],
-        "the shard size is 0": [photographs, *out, "--to_shards", tmp_path / "shards", "--shard_size", "0"],
-    }
-    for message, arguments in cases.items():
-        monkeypatch.setattr("sys.argv", ["index_dataset.py", *map(str, arguments)])
-        with pytest.raises(SystemExit, match=message):
-            tool["main"]()
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_the_tool_says_what_is_wrong(tmp_path: Path) -> None:
-    """One sentence and a non-zero exit."""
-    result = run_tool(tmp_path / "nowhere", "--out", tmp_path / "index")
-    assert result.returncode == 1
-    assert result.stderr.strip() == f"index_dataset: the data folder {tmp_path / 'nowhere'} does not exist."
