@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_nepa.checkpoint.store import replace_text
 from megatron_nepa.config import ConfigError
 
 TITLES = {"cpu": "On a CPU", "cuda": "On a GPU"}
@@ -71,7 +72,7 @@ def read_results(path: Path) -> dict[str, Result]:
 
 def write_results(path: Path, results: Mapping[str, Result]) -> None:
     """Write the results, whole or not at all."""
-    write_beside(path, json.dumps({name: asdict(result) for name, result in results.items()}, indent=2) + "\n")
+    replace_text(path, json.dumps({name: asdict(result) for name, result in results.items()}, indent=2) + "\n")
 
 
 def render_page(entries: Sequence[Entry], results: Mapping[str, Result]) -> str:
@@ -122,10 +123,3 @@ def describe_data(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py data --json``."""
     ratios = ", ".join(f"{ratio:.2f}x {other}" for other, ratio in report["ratio"].items())
     return f"{report['images_per_second_per_core']:.0f} images/s a core as uint8; {ratios}"
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text)
-    beside.replace(path)

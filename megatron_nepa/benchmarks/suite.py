@@ -21,9 +21,9 @@ from megatron_nepa.benchmarks.results_page import (
     describe_train,
     read_results,
     render_page,
-    write_beside,
     write_results,
 )
+from megatron_nepa.checkpoint.store import replace_text
 from megatron_nepa.config import require
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -95,9 +95,9 @@ def run(options: argparse.Namespace) -> None:
             command=entry.command,
         )
         write_results(figures_path, results)
-        write_beside(page, render_page(ENTRIES, results))
+        replace_text(page, render_page(ENTRIES, results))
         print(f"  {results[entry.name].figures}", flush=True)
-    write_beside(page, render_page(ENTRIES, results))
+    replace_text(page, render_page(ENTRIES, results))
 
 
 def choose(only: str | None, device: torch.device) -> list[Entry]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_nepa.benchmarks.machine import Machine
-from megatron_nepa.benchmarks.results_page import write_beside
 from megatron_nepa.benchmarks.train_ceiling import measure_ceiling
 from megatron_nepa.benchmarks.train_contender import (
     Build,
@@ -25,6 +24,7 @@ from megatron_nepa.benchmarks.train_contender import (
 )
 from megatron_nepa.benchmarks.train_report import Contest, TrainReport
 from megatron_nepa.benchmarks.train_steps import TrainingSteps, build_setting
+from megatron_nepa.checkpoint.store import replace_text
 from megatron_nepa.config import require
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.training.flops import measure_matmul, train_flops
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
         for line in report.lines():
             print(line)
         if target is not None:
-            write_beside(target, json.dumps(report.to_dict(), indent=2) + "\n")
+            replace_text(target, json.dumps(report.to_dict(), indent=2) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
     return report

@@ -117,7 +117,7 @@ class CheckpointStore:
             value: what it reached.
         """
         entry = {"checkpoint": path.name, "metric": metric, "value": value}
-        _replace_text(self.folder / "best.json", json.dumps(entry, indent=1) + "\n")
+        replace_text(self.folder / "best.json", json.dumps(entry, indent=1) + "\n")
 
     def _best_entry(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
@@ -136,7 +136,7 @@ class CheckpointStore:
         if final.exists():  # of a run that was continued from an older checkpoint
             _discard(final)
         partial.rename(final)
-        _replace_text(self.folder / "latest", final.name)
+        replace_text(self.folder / "latest", final.name)
         sync_folder(self.folder)
         if self.keep_last > 0:
             best = self.best()
@@ -253,7 +253,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w") as file:
         file.write(text)

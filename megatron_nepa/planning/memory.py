@@ -28,9 +28,11 @@ from dataclasses import astuple, dataclass, replace
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.training.deepspeed_config import DEFAULT_CONFIG
 
 BF16, FP32 = 2, 4
-BUCKET_NUMBERS = 25_000_000  # reduce_bucket_size of ds_configs; overlap_comm fills one while the other is sent
+# overlap_comm fills one while the other is sent
+BUCKET_NUMBERS: int = DEFAULT_CONFIG["zero_optimization"]["reduce_bucket_size"]
 JOINED_NUMBERS = 500_000_000  # DeepSpeed's own bucket of ZeRO 1 with fp32 accumulation
 
 

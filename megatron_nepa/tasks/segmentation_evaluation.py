@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.store import replace_text
 from megatron_nepa.config import SegmentationConfig
 from megatron_nepa.data.index import DatasetIndex
 from megatron_nepa.data.pairs import class_names
@@ -75,9 +76,7 @@ class SegmentationEvaluator:
         scores = matrix.scores(topology.data_group)
         if topology.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / "classes.md.partial"
-            beside.write_text(class_table(scores, self.names))
-            beside.replace(self.folder / "classes.md")
+            replace_text(self.folder / "classes.md", class_table(scores, self.names))
         return {
             "mean_iou": scores.mean_iou,
             "mean_accuracy": scores.mean_accuracy,

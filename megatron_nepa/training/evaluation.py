@@ -17,7 +17,7 @@ from megatron_nepa.checkpoint.masters import Masters
 from megatron_nepa.checkpoint.release_folder import is_release
 from megatron_nepa.checkpoint.resume import find_checkpoint
 from megatron_nepa.checkpoint.state import TrainState
-from megatron_nepa.checkpoint.store import CheckpointStore
+from megatron_nepa.checkpoint.store import CheckpointStore, replace_text
 from megatron_nepa.checkpoint.weights import Choice
 from megatron_nepa.config import ConfigError, ModelConfig, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
@@ -134,11 +134,9 @@ def write_results(path: Path, origin: str, results: dict[str, float]) -> None:
         ConfigError: where the file cannot be written.
     """
     print(origin, *(f"  {name} {value:.6g}" for name, value in results.items()), sep="\n", flush=True)
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"weights": origin, **results}, indent=1) + "\n")
-        partial.replace(path)
+        replace_text(path, json.dumps({"weights": origin, **results}, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); the results stand above.") from None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_nepa.checkpoint.store import replace_text
 from megatron_nepa.config import RunConfig
 
 # A row of metrics.jsonl has those that were measured, in this order, then any others. Units: step_ms and data_wait_ms
@@ -233,9 +233,4 @@ def truncate_metrics(path: Path, step: int) -> None:
     if removed:
         with path.with_name("metrics.replaced.jsonl").open("a") as file:
             file.writelines(removed)
-    beside = path.with_name("metrics.jsonl.partial")
-    with beside.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    replace_text(path, "".join(kept))

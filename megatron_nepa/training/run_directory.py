@@ -15,7 +15,7 @@ import torch
 
 from megatron_nepa.checkpoint.agreement import RankError, on_main_rank
 from megatron_nepa.checkpoint.resume import Found, find_checkpoint, find_intact
-from megatron_nepa.checkpoint.store import CheckpointStore
+from megatron_nepa.checkpoint.store import CheckpointStore, replace_text
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.log import truncate_metrics
@@ -141,9 +141,7 @@ class RunDirectory:
         def write() -> None:
             self.checkpoints.remove_partial()
             content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
-            partial = self.config_path.with_suffix(".partial")
-            partial.write_text(json.dumps(content, indent=1))
-            partial.replace(self.config_path)
+            replace_text(self.config_path, json.dumps(content, indent=1))
             truncate_metrics(self.metrics_path, step)
 
         try:
