@@ -11,7 +11,7 @@ from megatron_nepa.config import Run
 from megatron_nepa.kernels.dispatch import Kernels, select_kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology, build_topology, init_distributed
-from megatron_nepa.training.deepspeed_config import merge, read_ds_config
+from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> s
 def call_script(main: Callable[[list[str]], None], arguments: list[str]) -> str | None:
     """Call a training script's main function: None, or "ConfigError: ..." for an error that a user would see."""
     from megatron_nepa.config import ConfigError
-    from megatron_nepa.training.errors import RunStopped, TrainingError
+    from megatron_nepa.training.stopping.errors import RunStopped, TrainingError
 
     try:
         main(arguments)
@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 def kill_in_step(step: int) -> None:
     """Make the engine die in the middle of optimizer step number ``step``, counted from 1."""
-    from megatron_nepa.training.engine import TrainingEngine
+    from megatron_nepa.training.engine.engine import TrainingEngine
 
     real, calls = TrainingEngine.step, [0]
 
@@ -92,7 +92,7 @@ def kill_in_step(step: int) -> None:
 
 def signal_in_step(step: int) -> None:
     """Send this process SIGTERM during optimizer step number ``step``."""
-    from megatron_nepa.training.engine import TrainingEngine
+    from megatron_nepa.training.engine.engine import TrainingEngine
 
     real, calls = TrainingEngine.step, [0]
 

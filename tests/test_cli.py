@@ -15,7 +15,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
-from megatron_nepa.training.deepspeed_config import merge, read_ds_config, resolve
+from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config, resolve
 
 
 def parse(*arguments: str) -> RunConfig:

@@ -14,11 +14,21 @@ LAYERS = (
     *("config", "recipes", "parallel", "kernels", "models", "data", "checkpoint", "training", "tasks"),
     *("planning", "analysis", "cli", "job", "benchmarks", "doctor"),
 )
+# inside the large rooms, likewise
+ROOMS = {
+    "kernels": (
+        *("launching", "swiglu", "residual_norm", "cosine_loss", "qk_norm_rope", "attention", "dispatch"),
+        "proofs",
+    ),
+    "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
+    "checkpoint": ("format", "saving", "reading", "conversion", "initial"),
+    "training": ("stopping", "engine", "reporting", "task", "evaluation", "steps", "loop"),
+}
 
 
 def files(layer: str) -> list[Path]:
     module = PACKAGE / f"{layer}.py"
-    return [module] if module.is_file() else sorted((PACKAGE / layer).glob("*.py"))
+    return [module] if module.is_file() else sorted((PACKAGE / layer).rglob("*.py"))
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -29,18 +39,30 @@ def imported(file: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def test_every_part_has_a_place() -> None:
-    parts = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
-    assert parts == set(LAYERS)
+@pytest.mark.parametrize(("folder", "parts"), [(PACKAGE, LAYERS), *((PACKAGE / name, ROOMS[name]) for name in ROOMS)])
+def test_every_part_has_a_place(folder: Path, parts: tuple[str, ...]) -> None:
+    assert {path.stem for path in folder.iterdir() if not path.name.startswith("_")} == set(parts)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_point_one_way(layer: str) -> None:
-    later = {f"megatron_nepa.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
-    wrong = [
-        f"{file}: {name}" for file in files(layer) for name in imported(file) if ".".join(name.split(".")[:2]) in later
+def imports_of_later_parts(prefix: str, parts: tuple[str, ...]) -> list[str]:
+    """Imports of parts that stand later in the list than the importing file's own; ``prefix`` as "data/"."""
+    package = ("megatron_nepa/" + prefix).replace("/", ".")
+    return [
+        f"{file}: {name}"
+        for place, part in enumerate(parts)
+        for file in files(prefix + part)
+        for name in imported(file)
+        if any(f"{name}.".startswith(f"{package}{later}.") for later in parts[place + 1 :])
     ]
-    assert not wrong
+
+
+def test_imports_point_one_way() -> None:
+    assert not imports_of_later_parts("", LAYERS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_inside_a_room_point_one_way(room: str) -> None:
+    assert not imports_of_later_parts(f"{room}/", ROOMS[room])
 
 
 def test_models_know_no_process_groups() -> None:

@@ -8,7 +8,8 @@ python tools/benchmark.py suite [--only cpu_b,cpu_data]
 
 import argparse
 
-from megatron_nepa.benchmarks import data, kernels, suite, train
+from megatron_nepa.benchmarks import data, kernels, suite
+from megatron_nepa.benchmarks.train import comparison as train
 from megatron_nepa.config import ConfigError
 
 SUBJECTS = {"kernels": kernels, "data": data, "train": train, "suite": suite}

@@ -19,11 +19,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_nepa.checkpoint.compare import compare
-from megatron_nepa.checkpoint.inspect import describe
-from megatron_nepa.checkpoint.release_folder import read_release, write_release
-from megatron_nepa.checkpoint.universal import export_universal, import_universal, is_universal
-from megatron_nepa.checkpoint.weights import consolidate, read_weights, write_weights
+from megatron_nepa.checkpoint.conversion.compare import compare
+from megatron_nepa.checkpoint.conversion.inspect import describe
+from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
+from megatron_nepa.checkpoint.conversion.universal import export_universal, import_universal, is_universal
+from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights, write_weights
 from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError, require
 

@@ -16,13 +16,13 @@ import argparse
 import sys
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.headers import UnreadableImageError
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.index_file import is_index, load_index
-from megatron_nepa.data.indexing import build_and_save_index
-from megatron_nepa.data.labels import with_labels
-from megatron_nepa.data.shards import check_shards, write_shards
-from megatron_nepa.data.sources import list_source
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.index.labels import with_labels
+from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.write_shards import check_shards, write_shards
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

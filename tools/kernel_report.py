@@ -6,7 +6,7 @@ Exits with 1 when a kernel spills, touches local memory, is not vectorised or mo
 """
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.kernels.report import main
+from megatron_nepa.kernels.proofs.report import main
 
 if __name__ == "__main__":
     try:

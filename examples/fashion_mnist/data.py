@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index import DatasetIndex, PackedNames
-from megatron_nepa.data.index_file import is_index, save_index
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.index_file import is_index, save_index
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (

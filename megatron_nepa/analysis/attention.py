@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_nepa.kernels.attention import attention_sdpa
+from megatron_nepa.kernels.attention.backends import attention_sdpa
 
 
 def attention_probabilities(qkv: Tensor, causal: bool, tokens: Sequence[int]) -> Tensor:
     """Softmax of ``q k^T / sqrt(d)``, one row for each chosen query token.
 
-    The product of the rows with v equals the output of :func:`~megatron_nepa.kernels.attention.attention_sdpa` there.
+    The product of the rows with v equals the output of
+    :func:`~megatron_nepa.kernels.attention.backends.attention_sdpa` there.
 
     Args:
         qkv: [B, T, 3, heads, d], after QK-norm and RoPE.
@@ -52,6 +53,6 @@ class AttentionRecorder:
         self.probabilities: list[Tensor] = []
 
     def __call__(self, qkv: Tensor, causal: bool) -> Tensor:
-        """The output of :func:`~megatron_nepa.kernels.attention.attention_sdpa`."""
+        """The output of :func:`~megatron_nepa.kernels.attention.backends.attention_sdpa`."""
         self.probabilities.append(attention_probabilities(qkv, causal, self.tokens))
         return attention_sdpa(qkv, causal)

@@ -15,8 +15,8 @@ from torch.nn.functional import cosine_similarity
 from megatron_nepa.analysis.attention import AttentionRecorder
 from megatron_nepa.analysis.images import Pixels, to_tensor
 from megatron_nepa.analysis.queries import Patch
-from megatron_nepa.checkpoint.release_format import MASK_TOKEN
-from megatron_nepa.checkpoint.weights import Weights
+from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.config import ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk

@@ -15,10 +15,10 @@ from megatron_nepa.analysis.figures import draw_evolution, draw_predictions, dra
 from megatron_nepa.analysis.images import Pixels, load_image
 from megatron_nepa.analysis.maps import Heads, Maps, compute_maps
 from megatron_nepa.analysis.queries import Patch, choose_queries
-from megatron_nepa.checkpoint.compare import read_any
-from megatron_nepa.checkpoint.manifest import read_manifest
-from megatron_nepa.checkpoint.store import CheckpointStore, beside
-from megatron_nepa.checkpoint.weights import Choice
+from megatron_nepa.checkpoint.conversion.compare import read_any
+from megatron_nepa.checkpoint.format.manifest import read_manifest
+from megatron_nepa.checkpoint.reading.weights import Choice
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, beside
 from megatron_nepa.config import ConfigError, ModelConfig, require
 
 _MOST_ROWS = 8  # of an evolution, where the steps are not chosen

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import ModelConfig
-from megatron_nepa.kernels.attention import attention_candidates, attention_sdpa
-from megatron_nepa.kernels.attention_products import attention_products
-from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
-from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference
-from megatron_nepa.kernels.residual_norm import residual_norm_reference
-from megatron_nepa.kernels.swiglu import swiglu_reference
+from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
+from megatron_nepa.kernels.attention.products import attention_products
+from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
+from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
+from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 
 Implementation = Callable[..., Any]
 
@@ -50,7 +50,7 @@ def operations(model: ModelConfig, batch: int, device: torch.device, dtype: torc
         return torch.randn(*shape, device=device, dtype=kind)
 
     def triton(name: str) -> dict[str, Implementation]:
-        module = f"megatron_nepa.kernels.{name}_triton"
+        module = f"megatron_nepa.kernels.{name}.fused"
         return {"triton": getattr(importlib.import_module(module), f"{name}_triton")} if fused else {}
 
     unit = rows * width * dtype.itemsize

@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, DataConfig, require
-from megatron_nepa.data.builtin import cache_folder, photograph_files
-from megatron_nepa.data.crops import CropStream
-from megatron_nepa.data.index import DatasetIndex, PackedNames
-from megatron_nepa.data.index_file import load_index, save_index
-from megatron_nepa.data.loader import PretrainingLoader, build_index
-from megatron_nepa.data.order import crop_boxes, flips, image_of_sample
-from megatron_nepa.data.pipelines import PREFETCH, DecoderOptions
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.decoding.crop_stream import CropStream
+from megatron_nepa.data.decoding.pipelines import PREFETCH, DecoderOptions
+from megatron_nepa.data.index.builtin import cache_folder, photograph_files
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.index_file import load_index, save_index
+from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
+from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
+from megatron_nepa.data.sampling.rank_share import Share
 
 IMAGE_SIZE, SCALE_MIN, SEED = 224, 0.08, 0
 IMAGENET_IMAGES = 1_281_167

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_nepa.benchmarks.contenders import Implementation, Operation, operations
 from megatron_nepa.config import require
-from megatron_nepa.kernels.timing import milliseconds
+from megatron_nepa.kernels.launching.timing import milliseconds
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 
 NAMES = ("qk_norm_rope", "swiglu", "residual_norm", "cosine_loss", "attention")

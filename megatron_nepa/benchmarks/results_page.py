@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nepa.checkpoint.store import replace_text
+from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import ConfigError
 
 TITLES = {"cpu": "On a CPU", "cuda": "On a GPU"}

@@ -23,7 +23,7 @@ from megatron_nepa.benchmarks.results_page import (
     render_page,
     write_results,
 )
-from megatron_nepa.checkpoint.store import replace_text
+from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import require
 
 TOOLS = Path(__file__).parents[2] / "tools"

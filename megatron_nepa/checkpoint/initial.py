@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
-from megatron_nepa.checkpoint.release_folder import is_release, read_release
-from megatron_nepa.checkpoint.resume import find_checkpoint, find_intact
-from megatron_nepa.checkpoint.state import TrainState, empty_weights, restore_weights
-from megatron_nepa.checkpoint.store import quiet_torch_checkpoint
-from megatron_nepa.checkpoint.weights import Choice, choose_kind, describe_origin, names_of, stored_tensors
+from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
+from megatron_nepa.checkpoint.format.state import TrainState, empty_weights, restore_weights
+from megatron_nepa.checkpoint.reading.resume import find_checkpoint, find_intact
+from megatron_nepa.checkpoint.reading.weights import Choice, choose_kind, describe_origin, names_of, stored_tensors
+from megatron_nepa.checkpoint.saving.store import quiet_torch_checkpoint
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.layers import layout_of

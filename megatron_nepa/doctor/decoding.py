@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nepa.config import DataConfig
-from megatron_nepa.data.builtin import photograph_files
-from megatron_nepa.data.crops import CropStream
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.order import crop_boxes, image_of_sample
-from megatron_nepa.data.pipelines import DecoderOptions
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.decoding.crop_stream import CropStream
+from megatron_nepa.data.decoding.pipelines import DecoderOptions
+from megatron_nepa.data.index.builtin import photograph_files
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.sampling.order import crop_boxes, image_of_sample
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.doctor.report import Row
 
 SIZE, COUNT, SEED = 112, 8, 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_nepa.data.builtin import cache_folder
+from megatron_nepa.data.index.builtin import cache_folder
 from megatron_nepa.doctor.report import Row
 
 REQUIRED = ("megatron_nepa", "torch", "torchvision", "deepspeed", "triton", "numpy", "safetensors", "timm", "wandb")

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_nepa.benchmarks.contenders import Implementation, Operation, operations
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.doctor.report import Row
-from megatron_nepa.kernels.attention import attention_candidates, attention_sdpa
+from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
 
 # every operation takes part; on a CPU the kernels run in Triton's interpreter, which is slow
 GPU_MODEL = ModelConfig()
@@ -27,7 +27,7 @@ def check_operations(device: torch.device) -> Iterator[Row]:
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
     if not on_gpu:
-        from megatron_nepa.kernels.interpreter import is_interpreting, round_bf16_to_nearest
+        from megatron_nepa.kernels.launching.interpreter import is_interpreting, round_bf16_to_nearest
 
         if not is_interpreting():
             yield Row("fused kernels", "not checked", "Triton was loaded before its interpreter was switched on")
@@ -37,7 +37,7 @@ def check_operations(device: torch.device) -> Iterator[Row]:
         if operation.name == "attention":
             yield from check_attention(operation, device)
         else:
-            module = importlib.import_module(f"megatron_nepa.kernels.{operation.name}_triton")
+            module = importlib.import_module(f"megatron_nepa.kernels.{operation.name}.fused")
             kernel = getattr(module, f"{operation.name}_triton")
             where = "" if on_gpu else " in Triton's interpreter"
             yield judge(f"kernel {operation.name}", operation, kernel, f"the Triton kernel{where}", KERNELS_REMEDY)

@@ -17,8 +17,8 @@ from megatron_nepa.doctor.report import Row
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import build_topology
-from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.deepspeed_config import read_ds_config, resolve
+from megatron_nepa.training.engine.engine import TrainingEngine
 
 # LayerScale far from its initial value, at which a broken block would not show
 MODEL = ModelConfig(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.kernels.attention import attention_sdpa, choose_attention
-from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
-from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference
-from megatron_nepa.kernels.residual_norm import layer_norm_reference, residual_norm_reference
-from megatron_nepa.kernels.swiglu import swiglu_reference
+from megatron_nepa.kernels.attention.backends import attention_sdpa, choose_attention
+from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
+from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from megatron_nepa.kernels.residual_norm.reference import layer_norm_reference, residual_norm_reference
+from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _triton_compiles_for(device: torch.device) -> bool:
     """Whether the kernels would run as machine code; in the interpreter they are for proofs alone."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    from megatron_nepa.kernels.interpreter import is_interpreting
+    from megatron_nepa.kernels.launching.interpreter import is_interpreting
 
     return not is_interpreting()
 
@@ -92,7 +92,7 @@ def _triton_kernels(
         "kernels is triton, but the package triton is not installed; install it or set kernels to reference.",
     )
     # imported here: the reference path must neither need Triton nor wait for it
-    from megatron_nepa.kernels.interpreter import is_interpreting, round_bf16_to_nearest
+    from megatron_nepa.kernels.launching.interpreter import is_interpreting, round_bf16_to_nearest
 
     if is_interpreting():
         round_bf16_to_nearest()
@@ -101,10 +101,10 @@ def _triton_kernels(
             f"kernels is triton, but the run is on {device}; set kernels to reference, "
             "or TRITON_INTERPRET=1 in the environment to run the kernels, slowly, in Triton's interpreter."
         )
-    from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
-    from megatron_nepa.kernels.qk_norm_rope_triton import HEAD_DIMS, qk_norm_rope_triton
-    from megatron_nepa.kernels.residual_norm_triton import residual_norm_triton
-    from megatron_nepa.kernels.swiglu_triton import swiglu_triton
+    from megatron_nepa.kernels.cosine_loss.fused import cosine_loss_triton
+    from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS, qk_norm_rope_triton
+    from megatron_nepa.kernels.residual_norm.fused import residual_norm_triton
+    from megatron_nepa.kernels.swiglu.fused import swiglu_triton
 
     qk_norm_rope: Callable[..., Tensor] = qk_norm_rope_triton
     if attention_shape is not None and attention_shape[3] not in HEAD_DIMS:

@@ -24,8 +24,8 @@ from megatron_nepa.planning.communication import Collective
 from megatron_nepa.planning.counting import Recorder, Traffic
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.plan import Plan
-from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.deepspeed_config import read_ds_config, resolve
+from megatron_nepa.training.engine.engine import TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> NepaFor
 def gpu_kernels() -> Kernels:
     """The fused operations of a GPU; on tensors without memory their meta implementations run."""
     # imported here: planning without a dry run does not wait for Triton
-    from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
-    from megatron_nepa.kernels.qk_norm_rope_triton import qk_norm_rope_triton
-    from megatron_nepa.kernels.residual_norm_triton import residual_norm_triton
-    from megatron_nepa.kernels.swiglu_triton import swiglu_triton
+    from megatron_nepa.kernels.cosine_loss.fused import cosine_loss_triton
+    from megatron_nepa.kernels.qk_norm_rope.fused import qk_norm_rope_triton
+    from megatron_nepa.kernels.residual_norm.fused import residual_norm_triton
+    from megatron_nepa.kernels.swiglu.fused import swiglu_triton
 
     return Kernels(
         qk_norm_rope=qk_norm_rope_triton,

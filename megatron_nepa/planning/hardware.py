@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nepa.training.flops import bf16_peak
+from megatron_nepa.training.reporting.flops import bf16_peak
 
 GPUS_PER_NODE = 8
 # NCCL keeps 370 of NVLink's 450 GB/s: "protocol overhead (~20 %)" (NVIDIA's maintainer, nccl-tests issue 212)

@@ -28,7 +28,7 @@ from dataclasses import astuple, dataclass, replace
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.planning.layout import Layout, count_parameters
-from megatron_nepa.training.deepspeed_config import DEFAULT_CONFIG
+from megatron_nepa.training.engine.deepspeed_config import DEFAULT_CONFIG
 
 BF16, FP32 = 2, 4
 # overlap_comm fills one while the other is sent

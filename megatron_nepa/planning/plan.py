@@ -12,7 +12,7 @@ from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, o
 from megatron_nepa.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BUCKET_NUMBERS, Memory, plan_memory
-from megatron_nepa.training.flops import train_flops
+from megatron_nepa.training.reporting.flops import train_flops
 
 LARGEST_MICRO_BATCH = 1024
 # Seconds that a block's kernels, about 50 forward and backward, take the host to launch at 10 us each: an assumption,

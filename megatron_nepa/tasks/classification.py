@@ -12,20 +12,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig, require
-from megatron_nepa.data.evaluation import EvaluationLoader
-from megatron_nepa.data.finetuning import FinetuningLoader
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.labels import check_same_classes
-from megatron_nepa.data.loader import Batch, build_index
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.labels import check_same_classes
+from megatron_nepa.data.loaders.classification import FinetuningLoader
+from megatron_nepa.data.loaders.evaluation import EvaluationLoader
+from megatron_nepa.data.loaders.pretraining import Batch, build_index
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.topology import TensorGroup, Topology
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.flops import train_flops
-from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.learning_rates import LearningRates
+from megatron_nepa.training.reporting.flops import train_flops
 
 
 class ClassificationTask:

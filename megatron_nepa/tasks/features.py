@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nepa.data.evaluation import OnePassLoader
+from megatron_nepa.data.loaders.evaluation import OnePassLoader
 from megatron_nepa.models.probe import TrunkFeatures
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.knn import weighted_knn

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nepa.config import PretrainingConfig
-from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader, build_index
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader, build_index
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.pretraining_probe import PretrainingProbe
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.flops import train_flops
-from megatron_nepa.training.health import embedding_health, read_health
-from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.learning_rates import LearningRates
+from megatron_nepa.training.reporting.flops import train_flops
+from megatron_nepa.training.reporting.health import embedding_health, read_health
 
 
 class PretrainingTask:

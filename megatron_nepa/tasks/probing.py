@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.release_folder import is_release
-from megatron_nepa.checkpoint.resume import find_checkpoint
+from megatron_nepa.checkpoint.conversion.release_folder import is_release
+from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.config import AugmentationConfig, ConfigError, ProbingConfig, require
-from megatron_nepa.data.finetuning import FinetuningLoader
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.loader import Batch
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.loaders.classification import FinetuningLoader
+from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES, Trunk
@@ -32,10 +32,10 @@ from megatron_nepa.tasks.classification import (
     soft_cross_entropy,
 )
 from megatron_nepa.tasks.features import extract_features, knn_accuracy
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.evaluation import load_weights, write_results
-from megatron_nepa.training.flops import forward_flops
-from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.reporting.flops import forward_flops
 
 # MAE's probe sees random crops and flips alone
 CROPS_ONLY = AugmentationConfig(rand_augment=None, random_erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nepa.config import SegmentationConfig, require
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.loader import Batch
-from megatron_nepa.data.masks import check_masks
-from megatron_nepa.data.pairs import pair_index
-from megatron_nepa.data.segmentation import SegmentationLoader
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.decoding.masks import check_masks
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.pairs import pair_index
+from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.loaders.segmentation import SegmentationLoader
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.segmenter import Decoder, SegmentationOutput, Segmenter
 from megatron_nepa.models.trunk import DTYPES
@@ -24,9 +24,9 @@ from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.rows import holds_whole_samples
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.segmentation_evaluation import SegmentationEvaluator
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.flops import train_flops
-from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.learning_rates import LearningRates
+from megatron_nepa.training.reporting.flops import train_flops
 
 
 class SegmentationTask:

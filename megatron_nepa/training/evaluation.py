@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_nepa.checkpoint.conversion.release_folder import is_release
+from megatron_nepa.checkpoint.format.manifest import read_manifest
+from megatron_nepa.checkpoint.format.masters import Masters
+from megatron_nepa.checkpoint.format.state import TrainState
 from megatron_nepa.checkpoint.initial import start_from
-from megatron_nepa.checkpoint.manifest import read_manifest
-from megatron_nepa.checkpoint.masters import Masters
-from megatron_nepa.checkpoint.release_folder import is_release
-from megatron_nepa.checkpoint.resume import find_checkpoint
-from megatron_nepa.checkpoint.state import TrainState
-from megatron_nepa.checkpoint.store import CheckpointStore, replace_text
-from megatron_nepa.checkpoint.weights import Choice
+from megatron_nepa.checkpoint.reading.resume import find_checkpoint
+from megatron_nepa.checkpoint.reading.weights import Choice
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, replace_text
 from megatron_nepa.config import ConfigError, ModelConfig, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.task import Evaluator, Task
 
 

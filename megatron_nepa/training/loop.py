@@ -7,28 +7,28 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_nepa.checkpoint.initial import start_from
-from megatron_nepa.checkpoint.resume import load
-from megatron_nepa.checkpoint.store import Progress
+from megatron_nepa.checkpoint.reading.resume import load
+from megatron_nepa.checkpoint.saving.store import Progress
 from megatron_nepa.config import RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
-from megatron_nepa.training.announce import describe_end, describe_start
-from megatron_nepa.training.deepspeed_config import resolve
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.errors import RunStopped
-from megatron_nepa.training.figures import draw_figures
-from megatron_nepa.training.flops import device_peak_flops
-from megatron_nepa.training.log import RunLog
-from megatron_nepa.training.run_directory import RunDirectory
+from megatron_nepa.training.engine.deepspeed_config import resolve
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.reporting.announce import describe_end, describe_start
+from megatron_nepa.training.reporting.curves import draw_figures
+from megatron_nepa.training.reporting.flops import device_peak_flops
+from megatron_nepa.training.reporting.log import RunLog
+from megatron_nepa.training.reporting.run_directory import RunDirectory
 from megatron_nepa.training.steps import TrainingLoop
+from megatron_nepa.training.stopping.errors import RunStopped
 from megatron_nepa.training.task import Task
 
 
 def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
     """Train ``task`` to the end of the run; every rank calls it.
 
-    The config of DeepSpeed is as :func:`~megatron_nepa.training.deepspeed_config.read_ds_config` returns it.
+    The config of DeepSpeed is as :func:`~megatron_nepa.training.engine.deepspeed_config.read_ds_config` returns it.
     Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints, figures under ``run.output_dir``.
 
     Returns:

@@ -7,26 +7,26 @@ from pathlib import Path
 
 import torch
 
-from megatron_nepa.checkpoint.agreement import on_all_ranks
-from megatron_nepa.checkpoint.asynchronous import CheckpointSaver
-from megatron_nepa.checkpoint.store import Progress, SaveError
+from megatron_nepa.checkpoint.format.agreement import on_all_ranks
+from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
+from megatron_nepa.checkpoint.saving.store import Progress, SaveError
 from megatron_nepa.config import ConfigError, RunConfig
-from megatron_nepa.training.announce import describe_failure
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.errors import RankTrainingError, TrainingError
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.evaluation import best_metric, evaluate_engine
-from megatron_nepa.training.exit_codes import EXIT_TRAINING_FAILED
-from megatron_nepa.training.learning_rates import LearningRates
-from megatron_nepa.training.log import RunLog, read_metrics
-from megatron_nepa.training.lost_rank import LostRankWatch
-from megatron_nepa.training.memory import memory_gb
-from megatron_nepa.training.metrics import MetricWindow
-from megatron_nepa.training.non_finite import describe_non_finite
-from megatron_nepa.training.preemption import StopSignal, job_end_time
-from megatron_nepa.training.profiling import StepProfiler
-from megatron_nepa.training.run_directory import RunDirectory
-from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
-from megatron_nepa.training.stall import StallWatch
+from megatron_nepa.training.reporting.announce import describe_failure
+from megatron_nepa.training.reporting.device_memory import memory_gb
+from megatron_nepa.training.reporting.log import RunLog, read_metrics
+from megatron_nepa.training.reporting.metrics import MetricWindow
+from megatron_nepa.training.reporting.non_finite import describe_non_finite
+from megatron_nepa.training.reporting.profiling import StepProfiler
+from megatron_nepa.training.reporting.run_directory import RunDirectory
+from megatron_nepa.training.stopping.errors import RankTrainingError, TrainingError
+from megatron_nepa.training.stopping.exit_codes import EXIT_TRAINING_FAILED
+from megatron_nepa.training.stopping.lost_rank import LostRankWatch
+from megatron_nepa.training.stopping.preemption import StopSignal, job_end_time
+from megatron_nepa.training.stopping.save_time import SaveTime, checkpoint_bytes
+from megatron_nepa.training.stopping.stall import StallWatch
 from megatron_nepa.training.task import Loader, Task
 
 

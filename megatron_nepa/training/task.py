@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from megatron_nepa.kernels.dispatch import Kernels
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.learning_rates import LearningRates
 
 
 class Loader(Protocol):

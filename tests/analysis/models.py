@@ -9,8 +9,8 @@ import numpy as np
 from skimage import data as photographs
 from torch import Tensor
 
-from megatron_nepa.checkpoint.store import Progress
-from megatron_nepa.checkpoint.weights import Weights, write_state
+from megatron_nepa.checkpoint.reading.weights import Weights, write_state
+from megatron_nepa.checkpoint.saving.store import Progress
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining

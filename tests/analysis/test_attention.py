@@ -10,7 +10,7 @@ import torch
 from megatron_nepa.analysis.attention import AttentionRecorder, attention_probabilities
 from megatron_nepa.analysis.images import to_tensor
 from megatron_nepa.config import ParallelConfig
-from megatron_nepa.kernels.attention import attention_sdpa
+from megatron_nepa.kernels.attention.backends import attention_sdpa
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.topology import TensorGroup

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from megatron_nepa.analysis.images import load_image
 from megatron_nepa.analysis.maps import compute_maps
-from megatron_nepa.checkpoint.release_folder import write_release
-from megatron_nepa.checkpoint.weights import Weights, consolidate
+from megatron_nepa.checkpoint.conversion.release_folder import write_release
+from megatron_nepa.checkpoint.reading.weights import Weights, consolidate
 from tests.analysis.models import MODEL, PHOTOGRAPH, write_run
 from tests.training.test_figures import pixels
 

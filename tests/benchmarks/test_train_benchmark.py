@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nepa.benchmarks import train, train_ceiling
 from megatron_nepa.benchmarks.machine import Machine
-from megatron_nepa.benchmarks.train_contender import Local, StepTime
-from megatron_nepa.benchmarks.train_peer import PeerModel
-from megatron_nepa.benchmarks.train_report import Contest, TrainReport
-from megatron_nepa.benchmarks.train_steps import PARTS, PartClock, TrainingSteps, build_setting
+from megatron_nepa.benchmarks.train import ceiling as train_ceiling
+from megatron_nepa.benchmarks.train import comparison as train
+from megatron_nepa.benchmarks.train.contender import Local, StepTime
+from megatron_nepa.benchmarks.train.peer import PeerModel
+from megatron_nepa.benchmarks.train.report import Contest, TrainReport
+from megatron_nepa.benchmarks.train.steps import PARTS, PartClock, TrainingSteps, build_setting
 from megatron_nepa.config import ConfigError, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining

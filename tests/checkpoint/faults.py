@@ -73,7 +73,7 @@ def _is_in(frame: FrameType, folders: tuple[str, ...]) -> bool:
 
 def fill_disk_in_save(number: int, victim: int) -> None:
     """From its save number ``number`` on, let rank ``victim`` write no file of more than 1000 bytes."""
-    from megatron_nepa.checkpoint.store import PartialCheckpoint
+    from megatron_nepa.checkpoint.saving.store import PartialCheckpoint
 
     real, calls = PartialCheckpoint.begin, [0]
 
@@ -88,7 +88,7 @@ def fill_disk_in_save(number: int, victim: int) -> None:
 
 def record_messages(path: Path) -> None:
     """Append what the run says on the console to a file."""
-    from megatron_nepa.training.log import RunLog
+    from megatron_nepa.training.reporting.log import RunLog
 
     def message(self: RunLog, text: str) -> None:
         with path.open("a") as file:

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.conversion.inspect import describe
+from megatron_nepa.checkpoint.conversion.universal import export_universal, import_universal
+from megatron_nepa.checkpoint.format.manifest import read_manifest
+from megatron_nepa.checkpoint.format.state import persistent_buffers
 from megatron_nepa.checkpoint.initial import start_from
-from megatron_nepa.checkpoint.inspect import describe
-from megatron_nepa.checkpoint.manifest import read_manifest
-from megatron_nepa.checkpoint.resume import load
-from megatron_nepa.checkpoint.state import persistent_buffers
-from megatron_nepa.checkpoint.store import CheckpointStore, Progress
-from megatron_nepa.checkpoint.universal import export_universal, import_universal
-from megatron_nepa.checkpoint.weights import consolidate, read_weights, stored_tensors, write_weights
+from megatron_nepa.checkpoint.reading.resume import load
+from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights, stored_tensors, write_weights
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, Progress
 from megatron_nepa.parallel.topology import Topology
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine
 from tests.distributed.cases import MODEL, Case, Grid, build_engine, build_run, join_state
 from tests.distributed.ranks import run_ranks
 

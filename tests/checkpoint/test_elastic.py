@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nepa.checkpoint.manifest import read_manifest
-from megatron_nepa.checkpoint.resume import load
+from megatron_nepa.checkpoint.format.manifest import read_manifest
+from megatron_nepa.checkpoint.reading.resume import load
 from tests.checkpoint.test_universal import MASKED, SOURCE, STEPS, train_and_save
 from tests.distributed.cases import Case, Grid, build_engine, build_run, join_state
 from tests.distributed.ranks import run_ranks

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.compare import compare
+from megatron_nepa.checkpoint.conversion.compare import compare
+from megatron_nepa.checkpoint.conversion.release_folder import write_release
+from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.initial import start_from
-from megatron_nepa.checkpoint.manifest import read_manifest
-from megatron_nepa.checkpoint.release_folder import write_release
-from megatron_nepa.checkpoint.resume import load
-from megatron_nepa.checkpoint.store import CheckpointStore, Progress
-from megatron_nepa.checkpoint.weights import read_weights, write_weights
+from megatron_nepa.checkpoint.reading.resume import load
+from megatron_nepa.checkpoint.reading.weights import read_weights, write_weights
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, Progress
 from megatron_nepa.config import ConfigError
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.topology import Topology

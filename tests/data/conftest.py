@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_nepa.data.builtin import builtin_folder
+from megatron_nepa.data.index.builtin import builtin_folder
 
 SIZES = [(256, 192), (90, 200), (333, 111), (120, 120), (64, 300), (401, 77), (223, 225), (30, 31)]
 

@@ -7,8 +7,8 @@ import signal
 
 import numpy as np
 
-from megatron_nepa.data import verify
-from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.indexing import verify
 
 FATAL_ROWS = (7, 11, 30)
 

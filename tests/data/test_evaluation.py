@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision import transforms
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.evaluation import EvaluationLoader
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.index import DatasetIndex
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 
 
 def make_loader(index: DatasetIndex, **changes: Any) -> EvaluationLoader:

@@ -14,11 +14,11 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from megatron_nepa.config import AugmentationConfig, ConfigError, DataConfig
-from megatron_nepa.data.augmentation import RandAugmenter, _transform, erase, mix, seeded
-from megatron_nepa.data.finetuning import FinetuningLoader
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.loader import Batch
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.augmentation.timm_augmentation import RandAugmenter, _transform, erase, mix, seeded
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.classification import FinetuningLoader
+from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.sampling.rank_share import Share
 
 SEED, SIZE = 5, 32
 CONFIG = AugmentationConfig(workers=0, mix_group=2)
@@ -163,7 +163,7 @@ def test_plain_crops_without_augmentation(photographs: Path) -> None:
         assert batch.labels is not None
         assert batch.images.abs().max() <= 1
         assert set(batch.labels.unique().tolist()) == {0.0, 1.0}
-        from megatron_nepa.data.order import image_of_sample
+        from megatron_nepa.data.sampling.order import image_of_sample
 
         expected = index.label[image_of_sample(SEED, batch.sample_index.numpy(), len(index))]
         assert batch.labels.argmax(1).tolist() == expected.tolist()

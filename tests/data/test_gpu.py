@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_nepa.config import DataConfig
-from megatron_nepa.data.evaluation import EvaluationLoader
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.loader import Batch, PretrainingLoader
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.evaluation import EvaluationLoader
+from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader
+from megatron_nepa.data.sampling.rank_share import Share
 
 pytestmark = [
     pytest.mark.gpu,

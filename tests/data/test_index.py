@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.builtin import PHOTOGRAPHS, builtin_folder
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.index import PackedNames
-from megatron_nepa.data.loader import build_index
+from megatron_nepa.data.index.builtin import PHOTOGRAPHS, builtin_folder
+from megatron_nepa.data.index.dataset_index import PackedNames
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.pretraining import build_index
 
 
 def test_image_folder_tree(photographs: Path) -> None:
@@ -140,7 +140,10 @@ def test_builtin_set(cache: Path) -> None:
 
 def test_builtin_set_is_written_whole_by_racing_processes(tmp_path: Path, cache: Path) -> None:
     """Two processes that start together both get the one complete set, and leave nothing beside it."""
-    code = "from megatron_nepa.data.builtin import builtin_folder; print(len(list(builtin_folder().glob('*/*.jpg'))))"
+    code = """
+from megatron_nepa.data.index.builtin import builtin_folder
+print(len(list(builtin_folder().glob("*/*.jpg"))))
+"""
     environment = os.environ | {"MEGATRON_NEPA_CACHE": str(tmp_path / "cache")}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)

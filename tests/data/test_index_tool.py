@@ -16,13 +16,14 @@ import pytest
 from index_tool import TOOL, run_tool
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.data import indexing, verify
-from megatron_nepa.data.claim import claimed
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.index_file import load_index, save_index
-from megatron_nepa.data.indexing import build_and_save_index
-from megatron_nepa.data.sources import list_source
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.index_file import load_index, save_index
+from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.indexing import build as indexing
+from megatron_nepa.data.indexing import verify
+from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.lock import claimed
 
 
 def test_full_verification_decodes_every_pixel(photographs: Path, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_an_image_that_kills_the_decoder_costs_itself_alone(photographs: Path, m
 
 def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished chunks are not checked again; another listing is refused."""
-    monkeypatch.setattr("megatron_nepa.data.indexing._CHUNK", 10)
+    monkeypatch.setattr("megatron_nepa.data.indexing.build._CHUNK", 10)
     listing = list_source(photographs)
     real = verify.check_images
 
@@ -63,7 +64,7 @@ def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_nepa.data.indexing.check_images", stopped)
+        patch.setattr("megatron_nepa.data.indexing.build.check_images", stopped)
         with pytest.raises(KeyboardInterrupt):
             build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
     assert not (tmp_path / "index").exists()
@@ -75,7 +76,7 @@ def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monke
         asked.extend(len(chunk) for chunk in chunks)
         return real(images, chunks, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("megatron_nepa.data.indexing.check_images", counted)
+    monkeypatch.setattr("megatron_nepa.data.indexing.build.check_images", counted)
     index = build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
     assert sum(asked) == 27
     assert index.fingerprint() == scan_folder(photographs).fingerprint()

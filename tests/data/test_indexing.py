@@ -17,15 +17,15 @@ from PIL import Image
 from scipy.io import savemat
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.index_file import load_index, save_index
-from megatron_nepa.data.indexing import build_and_save_index
-from megatron_nepa.data.labels import with_labels
-from megatron_nepa.data.loader import PretrainingLoader, build_index
-from megatron_nepa.data.shards import write_shards
-from megatron_nepa.data.share import Share
-from megatron_nepa.data.sources import list_source
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.index_file import load_index, save_index
+from megatron_nepa.data.index.labels import with_labels
+from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.write_shards import write_shards
+from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
+from megatron_nepa.data.sampling.rank_share import Share
 
 
 def first_images(index: DatasetIndex) -> torch.Tensor:
@@ -68,8 +68,8 @@ def test_index_file_round_trip(photographs: Path, tmp_path: Path) -> None:
 
 def test_a_million_rows_open_at_once(tmp_path: Path) -> None:
     """1.28 million rows: open, hash, and the first batch of the order in under 3 s."""
-    from megatron_nepa.data.index import PackedNames
-    from megatron_nepa.data.order import image_of_sample
+    from megatron_nepa.data.index.dataset_index import PackedNames
+    from megatron_nepa.data.sampling.order import image_of_sample
 
     count = 1_281_167
     sizes = np.full(count, 500, np.int32)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.data.index import DatasetIndex, PackedNames
-from megatron_nepa.data.labels import check_same_classes
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.labels import check_same_classes
 
 
 def labelled(root: str, labels: list[int], classes: tuple[str, ...] = ()) -> DatasetIndex:

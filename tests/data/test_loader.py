@@ -17,12 +17,12 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.crop_pipeline import EncodedBatch, crop_pipeline
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.loader import Batch, PretrainingLoader, SyntheticLoader
-from megatron_nepa.data.order import crop_boxes, flips, image_of_sample
-from megatron_nepa.data.pipelines import DecoderOptions, normalise
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline
+from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader
+from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
+from megatron_nepa.data.sampling.rank_share import Share
 
 SEED, SIZE, GLOBAL = 11, 48, 8
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from megatron_nepa.config import DataConfig
-from megatron_nepa.data.crop_pipeline import EncodedBatch, crop_pipeline
-from megatron_nepa.data.indexing import build_and_save_index
-from megatron_nepa.data.pipelines import DecoderOptions
-from megatron_nepa.data.sources import list_source
-from megatron_nepa.data.storage import ImageStore
+from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline
+from megatron_nepa.data.decoding.pipelines import DecoderOptions
+from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.indexing.build import build_and_save_index
 
 SIDE = 64
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from megatron_nepa.data import order
+from megatron_nepa.data.sampling import order
 
 
 def test_each_epoch_is_a_fresh_permutation() -> None:

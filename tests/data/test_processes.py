@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from megatron_nepa.config import DataConfig
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.loader import PretrainingLoader
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.pretraining import PretrainingLoader
+from megatron_nepa.data.sampling.rank_share import Share
 
 REPOSITORY = Path(__file__).parents[2]
 

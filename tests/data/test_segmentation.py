@@ -16,19 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nepa.config import IGNORED, ConfigError, CropConfig, DataConfig, MaskConfig
-from megatron_nepa.data import segmentation as module
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.headers import UnreadableImageError
-from megatron_nepa.data.index import DatasetIndex
-from megatron_nepa.data.indexing import build_and_save_index
-from megatron_nepa.data.loader import Batch
-from megatron_nepa.data.masks import check_masks, choose_crop, load_mask, scaled_size
-from megatron_nepa.data.order import image_of_sample
-from megatron_nepa.data.pairs import class_names, pair_index
-from megatron_nepa.data.photometric import _saturate_and_turn, distort
-from megatron_nepa.data.segmentation import SegmentationLoader, evaluate_segmentation
-from megatron_nepa.data.share import Share
-from megatron_nepa.data.sources import list_source
+from megatron_nepa.data.augmentation.photometric import _saturate_and_turn, distort
+from megatron_nepa.data.decoding.masks import check_masks, choose_crop, load_mask, scaled_size
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.pairs import class_names, pair_index
+from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.loaders import segmentation as module
+from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.loaders.segmentation import SegmentationLoader, evaluate_segmentation
+from megatron_nepa.data.sampling.order import image_of_sample
+from megatron_nepa.data.sampling.rank_share import Share
 
 SEED, CPU = 3, torch.device("cpu")
 CROPS, MASKS, SIDE = CropConfig(shorter_side=96, longer_side=256), MaskConfig(num_classes=4), 64

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_nepa.checkpoint.state import collect_state
+from megatron_nepa.checkpoint.format.state import collect_state
 from megatron_nepa.config import (
     ActivationCheckpointing,
     ModelConfig,
@@ -25,8 +25,8 @@ from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.layers import layout_of
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import Topology, build_topology
-from megatron_nepa.training.deepspeed_config import read_ds_config, resolve
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.deepspeed_config import read_ds_config, resolve
+from megatron_nepa.training.engine.engine import TrainingEngine
 
 # T = 17, a prime; every switch that draws or sums something is on
 MODEL = ModelConfig(

@@ -10,6 +10,6 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imported by ev
 import torch
 import torch.distributed.checkpoint
 
-import megatron_nepa.training.engine  # noqa: F401
+import megatron_nepa.training.engine.engine  # noqa: F401
 
 torch.set_num_threads(1)

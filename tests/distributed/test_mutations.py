@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
+from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models import draws, patch_embedding, transformer, trunk
 from megatron_nepa.parallel.collectives import sum_gradients

@@ -19,7 +19,7 @@ from megatron_nepa.benchmarks.contenders import Operation
 from megatron_nepa.config import ConfigError
 from megatron_nepa.doctor import checks, decoding, installation, operations, parallel
 from megatron_nepa.doctor.report import Row, guarded, lines
-from megatron_nepa.kernels.attention import attention_sdpa
+from megatron_nepa.kernels.attention.backends import attention_sdpa
 from tests.distributed.ranks import run_ranks
 from tests.kernels import flash_attn_stub
 

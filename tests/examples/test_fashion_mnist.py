@@ -11,7 +11,7 @@ from PIL import Image
 
 from examples.fashion_mnist import data, report
 from megatron_nepa.config import ConfigError
-from megatron_nepa.data.index_file import load_index
+from megatron_nepa.data.index.index_file import load_index
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -6,12 +6,12 @@ import logging
 import pytest
 import torch
 
-from megatron_nepa.kernels.attention import attention_candidates, attention_sdpa, flash_attention
-from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
+from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa, flash_attention
+from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import select_kernels
-from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference
-from megatron_nepa.kernels.residual_norm import layer_norm_reference, residual_norm_reference
-from megatron_nepa.kernels.swiglu import swiglu_reference
+from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from megatron_nepa.kernels.residual_norm.reference import layer_norm_reference, residual_norm_reference
+from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 from tests.kernels.kernel_rule import assert_rule
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.kernels import attention
+from megatron_nepa.kernels.attention import backends as attention
 from megatron_nepa.kernels.dispatch import select_kernels
 from tests.kernels import flash_attn_stub
 

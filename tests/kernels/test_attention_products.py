@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_nepa.kernels.attention import attention_sdpa
-from megatron_nepa.kernels.attention_products import MAX_TOKENS, attention_products
+from megatron_nepa.kernels.attention.backends import attention_sdpa
+from megatron_nepa.kernels.attention.products import MAX_TOKENS, attention_products
 from megatron_nepa.kernels.dispatch import select_kernels
 
 BF16 = torch.bfloat16

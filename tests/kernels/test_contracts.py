@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from megatron_nepa.kernels import cosine_loss_triton, qk_norm_rope_triton, residual_norm_triton, swiglu_triton
+from megatron_nepa.kernels.cosine_loss import fused as cosine_loss_triton
+from megatron_nepa.kernels.qk_norm_rope import fused as qk_norm_rope_triton
+from megatron_nepa.kernels.residual_norm import fused as residual_norm_triton
+from megatron_nepa.kernels.swiglu import fused as swiglu_triton
 
 ops = torch.ops.megatron_nepa
 EPS = 1e-12

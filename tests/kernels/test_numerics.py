@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from megatron_nepa.kernels.cosine_loss import cosine_loss_reference
-from megatron_nepa.kernels.cosine_loss_triton import cosine_loss_triton
-from megatron_nepa.kernels.qk_norm_rope import qk_norm_rope_reference
-from megatron_nepa.kernels.qk_norm_rope_triton import qk_norm_rope_triton
-from megatron_nepa.kernels.residual_norm import residual_norm_reference
-from megatron_nepa.kernels.residual_norm_triton import residual_norm_triton
-from megatron_nepa.kernels.swiglu import swiglu_reference
-from megatron_nepa.kernels.swiglu_triton import swiglu_triton
+from megatron_nepa.kernels.cosine_loss.fused import cosine_loss_triton
+from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
+from megatron_nepa.kernels.qk_norm_rope.fused import qk_norm_rope_triton
+from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from megatron_nepa.kernels.residual_norm.fused import residual_norm_triton
+from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
+from megatron_nepa.kernels.swiglu.fused import swiglu_triton
+from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 from tests.kernels.kernel_rule import assert_rule
 
 DTYPES = (torch.float32, torch.bfloat16)

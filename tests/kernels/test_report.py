@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.kernels import byte_count, report
-from megatron_nepa.kernels.launch import launch
-from megatron_nepa.kernels.machine_code import MachineCode
+from megatron_nepa.kernels.launching.launch import launch
+from megatron_nepa.kernels.proofs import byte_count, report
+from megatron_nepa.kernels.proofs.machine_code import MachineCode
 
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_report.py"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.attention import flash_attention
+from megatron_nepa.kernels.attention.backends import flash_attention
 from megatron_nepa.kernels.dispatch import Kernels, select_kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup

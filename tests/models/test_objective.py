@@ -12,7 +12,7 @@ from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.training.health import EmbeddingHealth, embedding_health, read_health
+from megatron_nepa.training.reporting.health import EmbeddingHealth, embedding_health, read_health
 
 MODEL = ModelConfig(
     image_size=56,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_nepa.checkpoint.release_config import model_from_release
-from megatron_nepa.checkpoint.release_folder import read_release, write_release
-from megatron_nepa.checkpoint.release_format import from_release, to_release
-from megatron_nepa.checkpoint.weights import read_weights, write_weights
+from megatron_nepa.checkpoint.conversion.release_config import model_from_release
+from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
+from megatron_nepa.checkpoint.format.release_names import from_release, to_release
+from megatron_nepa.checkpoint.reading.weights import read_weights, write_weights
 from megatron_nepa.config import ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining

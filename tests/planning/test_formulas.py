@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_nepa.config import ActivationCheckpointing, ConfigError, ModelConfig, ParallelConfig
-from megatron_nepa.kernels.cases import model_cases
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.kernels.proofs.cases import model_cases
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
@@ -22,7 +22,7 @@ from megatron_nepa.planning.plan import find_plans, predict
 from megatron_nepa.planning.requirements import IMAGES_PER_CORE, requirements
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
 from megatron_nepa.recipes import PRETRAINING_RECIPES
-from megatron_nepa.training.flops import forward_flops
+from megatron_nepa.training.reporting.flops import forward_flops
 
 H100 = GPUS["h100"]
 

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.release_config import model_from_release
-from megatron_nepa.checkpoint.release_format import from_release
+from megatron_nepa.checkpoint.conversion.release_config import model_from_release
+from megatron_nepa.checkpoint.format.release_names import from_release
 from megatron_nepa.config import ClassificationConfig, EvaluationConfig, ModelConfig, ParallelConfig, RunConfig
-from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.classifier import Classifier, Pooling
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import TensorGroup, Topology, build_topology
 from megatron_nepa.tasks.classification import ClassificationEvaluator
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.evaluation import evaluate_engine, evaluation_mode
 from tests.distributed.cases import MODEL, SEED, Case, build_engine, differences, local_samples, train_case
 from tests.distributed.ranks import run_ranks

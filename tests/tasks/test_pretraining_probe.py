@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_nepa.data.folder import scan_folder
+from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.tasks.pretraining_probe import halves
-from megatron_nepa.training.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine
 from tests.distributed.ranks import run_ranks
 from tests.runs import TINY, Killed, kill_in_step, make_images, pretrain, read_metrics
 from tests.tasks.labelled import make_labelled

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.weights import Weights, load_whole, stored_tensors, write_weights
+from megatron_nepa.checkpoint.reading.weights import Weights, load_whole, stored_tensors, write_weights
 from megatron_nepa.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
-from megatron_nepa.data.finetuning import FinetuningLoader
-from megatron_nepa.data.folder import scan_folder
-from megatron_nepa.data.share import Share
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.loaders.classification import FinetuningLoader
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, TrunkFeatures
 from megatron_nepa.models.trunk import Trunk
@@ -25,8 +25,8 @@ from megatron_nepa.parallel.layers import initialize_parameters
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.tasks.features import Features, knn_accuracy, linear_accuracy
 from megatron_nepa.tasks.probing import CROPS_ONLY
-from megatron_nepa.training.engine import TrainingEngine
-from megatron_nepa.training.lars import build_lars
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.lars import build_lars
 from tests.distributed.ranks import run_ranks
 from tests.runs import Killed, call_script, kill_in_step, read_metrics
 from tests.tasks.labelled import TINY, make_labelled

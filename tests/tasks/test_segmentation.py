@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data as photographs
 from skimage import draw
 
-from megatron_nepa.checkpoint.weights import load_whole, stored_tensors
+from megatron_nepa.checkpoint.reading.weights import load_whole, stored_tensors
 from tests.distributed.cases import Outcome, differences
 from tests.distributed.ranks import run_ranks
 from tests.runs import call_script, read_metrics

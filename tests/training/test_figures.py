@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from megatron_nepa.training.figures import draw_figures, smooth
+from megatron_nepa.training.reporting.curves import draw_figures, smooth
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:

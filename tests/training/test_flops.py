@@ -13,7 +13,7 @@ from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.training.flops import bf16_peak, device_peak_flops, forward_flops, train_flops
+from megatron_nepa.training.reporting.flops import bf16_peak, device_peak_flops, forward_flops, train_flops
 
 SMALL = ModelConfig(image_size=32, patch_size=8, hidden_size=48, num_layers=3, num_heads=4, mlp_hidden_size=64)
 GELU = dataclasses.replace(

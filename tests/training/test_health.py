@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nepa.training.health import EmbeddingHealth, embedding_health, read_health
+from megatron_nepa.training.reporting.health import EmbeddingHealth, embedding_health, read_health
 
 
 def health(rows: Tensor) -> EmbeddingHealth:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.training.lars import build_lars
+from megatron_nepa.training.engine.lars import build_lars
 
 LR, MOMENTUM = 0.3, 0.9
 

@@ -11,8 +11,8 @@ import pytest
 BODY = """
 import sys, time, threading
 from megatron_nepa.config import ConfigError
-from megatron_nepa.training.launch import exit_on_user_error
-from megatron_nepa.training.errors import RunStopped, TrainingError
+from megatron_nepa.training.stopping.process import exit_on_user_error
+from megatron_nepa.training.stopping.errors import RunStopped, TrainingError
 with exit_on_user_error():
     print("started", flush=True)
     {line}

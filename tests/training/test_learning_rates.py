@@ -12,7 +12,7 @@ from megatron_nepa.config import ClassificationConfig, LayerDecayConfig, ModelCo
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.training.learning_rates import LearningRates
+from megatron_nepa.training.engine.learning_rates import LearningRates
 
 MODEL = ModelConfig(
     image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=2, mlp_hidden_size=8, bos_token=True

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_nepa.config import ModelConfig, RunConfig
-from megatron_nepa.training.log import KEYS, Row, RunLog, dense_line, read_metrics, truncate_metrics
+from megatron_nepa.training.reporting.log import KEYS, Row, RunLog, dense_line, read_metrics, truncate_metrics
 
 ROW: Row = {
     "step": 120,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_nepa.training.memory import memory_gb
+from megatron_nepa.training.reporting.device_memory import memory_gb
 from tests.distributed.cases import Case, build_engine, sample_images
 from tests.distributed.ranks import run_ranks
 

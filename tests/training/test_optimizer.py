@@ -12,9 +12,9 @@ from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, 
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.training.ema import ExponentialMovingAverage
-from megatron_nepa.training.learning_rates import LearningRates
-from megatron_nepa.training.optimizer import build_optimizer
+from megatron_nepa.training.engine.ema import ExponentialMovingAverage
+from megatron_nepa.training.engine.learning_rates import LearningRates
+from megatron_nepa.training.engine.optimizer import build_optimizer
 from tests.distributed.cases import MODEL
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from megatron_nepa.training import preemption
-from megatron_nepa.training.preemption import SIGNALS, StopSignal, job_end_time
+from megatron_nepa.training.stopping import preemption
+from megatron_nepa.training.stopping.preemption import SIGNALS, StopSignal, job_end_time
 
 
 @pytest.mark.parametrize("number", SIGNALS)

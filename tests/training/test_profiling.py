@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_nepa.config import ConfigError, PretrainingConfig
-from megatron_nepa.training.profiling import StepProfiler
+from megatron_nepa.training.reporting.profiling import StepProfiler
 from tests.distributed.ranks import run_ranks
 from tests.runs import TINY, make_images, pretrain
 

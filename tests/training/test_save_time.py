@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_nepa.training.save_time import SaveTime, checkpoint_bytes
+from megatron_nepa.training.stopping.save_time import SaveTime, checkpoint_bytes
 
 
 def test_bytes_of_masters_moments_and_average() -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_nepa.training.schedule import warmup_decay
+from megatron_nepa.training.engine.schedule import warmup_decay
 
 
 def hugging_face(step: int, total_steps: int, warmup_steps: int) -> float:

@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_names_rank_step_and_samples(images: Path, tmp
 
 def stall_rank(rank: int, step: int, seconds: float) -> None:
     """Make one rank's data stop coming for a while."""
-    from megatron_nepa.data.loader import PretrainingLoader as Loader
+    from megatron_nepa.data.loaders.pretraining import PretrainingLoader as Loader
 
     real, calls = Loader.__next__, [0]
 
@@ -92,7 +92,7 @@ def test_a_stalled_rank_is_named_with_its_stack(images: Path, tmp_path: Path) ->
 
 def frozen_rank(rank: int, step: int) -> None:
     """Make one rank stop as a whole in one step, as a debugger or a sick node does, and wake it after 14 seconds."""
-    from megatron_nepa.training.engine import TrainingEngine
+    from megatron_nepa.training.engine.engine import TrainingEngine
 
     real, calls = TrainingEngine.step, [0]
 

@@ -1,0 +1,1 @@
+"""A training step timed against its parts and against another implementation."""

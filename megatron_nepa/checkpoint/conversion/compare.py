@@ -1,0 +1,134 @@
+"""Whether two checkpoints are the same model: their outputs on sample images, whatever their formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
+from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.reading.weights import Choice, Weights, read_consolidated, read_weights
+from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig, require
+from megatron_nepa.data.index.builtin import photograph_files
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.classifier import Classifier, Pooling
+from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.parallel.topology import TensorGroup
+
+_NUM_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images, in fp32 and evaluation mode.
+
+    Attributes:
+        origins: what was compared.
+        output: what was compared: "logit" where both are classifiers, else "embedding" (predicted ones).
+        largest_difference: of any element.
+        largest_value: largest element of the first model's, to judge it by.
+        losses: next-embedding loss of each trunk.
+    """
+
+    origins: tuple[str, str]
+    output: Literal["logit", "embedding"]
+    largest_difference: float
+    largest_value: float
+    losses: tuple[float, float]
+
+
+def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparison:
+    """Run both models of this project's or the release's format on four photographs.
+
+    Args:
+        first, second: checkpoints, OUTPUT_DIRs or folders of released models.
+        choice: average or raw weights, where there are both; None takes the average where there is one.
+
+    Raises:
+        ConfigError: where one cannot be read, or their images or classes do not compare.
+    """
+    models = [read_any(path, choice) for path in (first, second)]
+    a, b = (weights.model for weights in models)
+    require(
+        (a.image_size, a.patch_size, a.hidden_size) == (b.image_size, b.patch_size, b.hidden_size),
+        f"{first} and {second} have no embeddings in common: image_size, patch_size, hidden_size are "
+        f"{a.image_size}, {a.patch_size}, {a.hidden_size} and {b.image_size}, {b.patch_size}, {b.hidden_size}.",
+    )
+    structure = ("num_layers", "num_heads", "mlp", "mlp_hidden_size", "rope", "causal")
+    differing = [
+        f"{name} {getattr(a, name)} and {getattr(b, name)}"
+        for name in structure
+        if getattr(a, name) != getattr(b, name)
+    ]
+    require(not differing, f"{first} and {second} are other models, whatever their outputs: {'; '.join(differing)}.")
+    for path, weights in zip((first, second), models, strict=True):
+        require(
+            any(name.startswith("trunk.") for name in weights.tensors),
+            f"{path} holds no trunk, like a linear probe's checkpoint: there is nothing to compare.",
+        )
+    images = _sample_images(a)
+    (embedding, loss), (other_embedding, other_loss) = (_run(weights, images) for weights in models)
+    # a BOS token's output stands in the first place of each sample, if only one has it
+    patches, other_patches = (x[:, -a.num_patches :] for x in (embedding, other_embedding))
+    output: Literal["logit", "embedding"] = "embedding"
+    ours, theirs = patches, other_patches
+    if all("classifier.weight" in weights.tensors for weights in models):
+        output = "logit"
+        ours, theirs = (_logits(weights, images) for weights in models)
+        require(
+            ours.shape == theirs.shape,
+            f"{first} tells {ours.shape[1]} classes apart and {second} {theirs.shape[1]}: there is nothing to compare.",
+        )
+    return Comparison(
+        (models[0].origin, models[1].origin),
+        output,
+        (ours - theirs).abs().max().item(),
+        ours.abs().max().item(),
+        (loss, other_loss),
+    )
+
+
+def read_any(path: Path, choice: Choice | None = None) -> Weights:
+    """The weights of a checkpoint of this project's or the release's format, or of a consolidated file.
+
+    Raises:
+        ConfigError: where ``path`` is none of them, or is damaged.
+    """
+    if path.is_file():  # holds one kind of weights, whatever the choice
+        return read_consolidated(path)
+    return read_release(path, choice)[0] if is_release(path) else read_weights(path, choice)
+
+
+@torch.no_grad()
+def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
+    objective, parallel = ObjectiveConfig(), ParallelConfig()
+    model = NepaForPretraining(weights.model, objective, parallel, 0, TensorGroup(), Kernels()).eval()
+    trunk = {name: value for name, value in weights.tensors.items() if name.startswith("trunk.") and name != MASK_TOKEN}
+    model.load_state_dict(trunk)
+    output = model(images, torch.arange(images.shape[0]))
+    return output.prediction.unflatten(0, (images.shape[0], -1)), output.loss.item()
+
+
+@torch.no_grad()
+def _logits(weights: Weights, images: Tensor) -> Tensor:
+    names = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
+    pooling: Pooling = "mean" if "fc_norm.weight" in names else "last"
+    num_classes = names["classifier.weight"].shape[0]
+    model = Classifier(weights.model, num_classes, pooling, ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
+    model.load_state_dict(names)
+    logits: Tensor = model(images, torch.arange(images.shape[0]))
+    return logits
+
+
+def _sample_images(model: ModelConfig) -> Tensor:
+    """Photographs in [-1, 1], fp32 [4, 3, H, W]."""
+    files = list(photograph_files())[:_NUM_IMAGES]
+    size = (model.image_size, model.image_size)
+    pixels = [np.asarray(Image.open(path).convert("RGB").resize(size), np.float32) for path in files]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1

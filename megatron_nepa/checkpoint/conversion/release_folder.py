@@ -1,0 +1,127 @@
+"""The authors' released models as folders: config.json and model.safetensors, or pytorch_model_ema.bin."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_nepa.checkpoint.conversion.release_config import model_from_release, model_to_release
+from megatron_nepa.checkpoint.format.release_names import (
+    add_missing_qk_norm,
+    fold_layer_scale,
+    from_release,
+    require_releasable,
+    to_release,
+)
+from megatron_nepa.checkpoint.reading.weights import Choice, Weights, trunk_layouts
+from megatron_nepa.checkpoint.saving.store import beside
+from megatron_nepa.config import ConfigError, require
+
+_CONFIG, _RAW, _EMA = "config.json", "model*.safetensors", "pytorch_model_ema.bin"
+
+
+def is_release(path: Path) -> bool:
+    """Whether a folder looks like a released model."""
+    return (path / _CONFIG).is_file() and (any(path.glob(_RAW)) or (path / _EMA).is_file())
+
+
+def read_release(folder: Path, choice: Choice | None = None, fold: bool = False) -> tuple[Weights, list[str]]:
+    """The weights of a released model.
+
+    Args:
+        folder: with config.json and model.safetensors (raw) or pytorch_model_ema.bin (ema) or both.
+        choice: which of the two; None takes the average where it is there.
+        fold: multiply LayerScale into the layers before it.
+
+    Returns:
+        The weights, and what a user should know of the conversion.
+
+    Raises:
+        ConfigError: where a file is missing, needs pickle, or does not fit config.json.
+    """
+    require(is_release(folder), f"{folder} is no released model: it needs {_CONFIG}, and {_RAW} or {_EMA}.")
+    try:
+        values = json.loads((folder / _CONFIG).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder / _CONFIG} is no JSON: {error}.") from None
+    try:
+        config = model_from_release(values)
+    except (TypeError, AttributeError) as error:  # a field of another type, or no object at all
+        raise ConfigError(f"{folder / _CONFIG} describes no released model: {error}.") from None
+    kind = choice or ("ema" if (folder / _EMA).is_file() else "raw")
+    state = _read_average(folder / _EMA) if kind == "ema" else _read_safetensors(folder)
+    state, added = add_missing_qk_norm(state, config)
+    notes = [f"QK-norm weights that are not in the file start as ones: {', '.join(added)}"] if added else []
+    tensors = {name: value.float() for name, value in from_release(state, config).items()}
+    misfits = [
+        f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(form.shape)} by {_CONFIG}"
+        for name, form in trunk_layouts(config, masked=False).items()
+        if tensors[name].shape != form.shape
+    ]
+    require(not misfits, f"{folder} contradicts itself: {'; '.join(misfits[:1])}.")
+    if fold:
+        tensors, config = fold_layer_scale(tensors, config)
+        notes.append("LayerScale is folded: train with --model.layer_scale_init none")
+    return Weights(config, tensors, f"{'average' if kind == 'ema' else 'raw weights'} of the release {folder}"), notes
+
+
+def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[str]:
+    """Write a model as the authors' code reads it; the folder appears in one piece or not at all.
+
+    Returns:
+        What a user should know of the conversion.
+
+    Raises:
+        ConfigError: where ``folder`` exists, or the released format cannot hold the model.
+    """
+    require(not folder.exists(), f"{folder} exists: choose another name for the result.")
+    require_releasable(weights.tensors)
+    tensors, model = fold_layer_scale(weights.tensors, weights.model) if fold else (weights.tensors, weights.model)
+    num_labels = tensors["classifier.bias"].shape[0] if "classifier.bias" in tensors else None
+    config = model_to_release(model, num_labels, pooled="fc_norm.weight" in tensors)
+    state = to_release(tensors, model)
+    partial = beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    # the parts of a fused tensor share its memory, which safetensors refuses
+    save_file(
+        {name: value.float().clone() for name, value in state.items()}, partial / "model.safetensors", {"format": "pt"}
+    )
+    partial.rename(folder)
+    dropped = sorted(tensors.keys() - from_release(state, model).keys())
+    return [f"left out, since the release has no such tensor: {', '.join(dropped)}"] if dropped else []
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob(_RAW))
+    require(bool(files), f"{folder} holds no {_RAW}: ask for the average ({_EMA}).")
+    state: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
+    return state
+
+
+def _read_average(path: Path) -> dict[str, Tensor]:
+    require(path.is_file(), f"{path} does not exist: ask for the raw weights.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{path} is refused: it holds more than tensors, which only pickle could load and pickle runs code "
+            f"({reason}); ask its author for safetensors."
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{path} is no state dict: a name to a tensor is expected.")
+    return state

@@ -1,0 +1,1 @@
+"""Reads training state and weights from whatever holds them."""

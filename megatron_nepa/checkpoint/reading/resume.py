@@ -1,0 +1,140 @@
+"""Finding the checkpoint that a run continues, and restoring it on any grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from megatron_nepa.checkpoint.format.agreement import on_all_ranks
+from megatron_nepa.checkpoint.format.manifest import STATE_FILE, DamagedCheckpointError, verify_files
+from megatron_nepa.checkpoint.format.state import TrainState, empty_state, restore_state, set_optimizer_step
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, Progress, quiet_torch_checkpoint
+from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run continues.
+
+    Attributes:
+        checkpoint: a verified one, or None for a fresh start.
+        damage: what was wrong with newer ones, which it stands in for.
+        manifest: the checkpoint's, empty for a fresh start.
+    """
+
+    checkpoint: Path | None
+    damage: tuple[str, ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def find_intact(candidates: list[Path], topology: Topology) -> Found:
+    """The first of ``candidates`` whose files are what was written; a collective that reads them, each rank a share.
+
+    Raises:
+        ConfigError: where there are candidates and none is intact.
+    """
+    damage: list[str] = []
+    for checkpoint in candidates:
+        manifest: dict[str, Any] = {}
+        facts = on_all_ranks(topology, partial(_damage, checkpoint, topology, manifest))
+        fact = next((fact for fact in facts if fact is not None), None)
+        if fact is None:
+            return Found(checkpoint, tuple(damage), manifest)
+        damage.append(fact)
+    require(
+        not damage,
+        f"no checkpoint is intact ({'; '.join(damage)}): restore one, name another with --resume PATH, or start afresh "
+        "in another --output_dir.",
+    )
+    return Found(None)
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that a user means by ``path``: itself, or the newest of a run's folder.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    folder = Path(path)
+    if (folder / STATE_FILE).is_file():
+        return folder
+    for candidate in (folder, folder / "checkpoints"):
+        newest = CheckpointStore(candidate, keep_last=0).latest()
+        if newest is not None:
+            return newest
+    raise ConfigError(
+        f"{path} holds no checkpoint: give a folder such as OUTPUT_DIR/checkpoints/step_00001000, or an OUTPUT_DIR."
+    )
+
+
+def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: dict[str, Any]) -> Progress:
+    """Restore a run on any grid from a checkpoint; every rank calls it.
+
+    Args:
+        train: filled in place.
+        checkpoint: folder of a complete checkpoint.
+        manifest: of that checkpoint.
+        model: this run's model config as plain values, which the checkpoint's must equal.
+
+    Raises:
+        ConfigError: where the checkpoint belongs to another model or task.
+    """
+    require(
+        manifest["has_optimizer"],
+        f"{checkpoint} holds weights only: start a run from it with --init_from instead of --resume.",
+    )
+    theirs = manifest["run"]["model"]
+    differing = [
+        f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value
+    ]
+    require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
+    state = empty_state(train)
+    quiet_torch_checkpoint()
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
+    average = {key for key in missing if key.startswith("ema.")}
+    missing -= average
+    require(
+        not missing,
+        f"{checkpoint} is of another task, it holds no {min(missing, default='').partition('.')[2]}: start from its "
+        "weights with --init_from instead of --resume.",
+    )
+    require(
+        not average,
+        f"{checkpoint} holds no weight average: set --optimizer.ema_decay 0, or start from another checkpoint.",
+    )
+    dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
+    restore_state(train, state)
+    progress = Progress(**manifest["progress"])
+    set_optimizer_step(train, progress.applied_steps)
+    return progress
+
+
+def describe_grid_change(written: dict[str, Any], topology: Topology, zero_stage: int, run: RunConfig) -> str:
+    """What is spread otherwise than in a checkpoint's manifest ("data parallel 2 -> 4, ZeRO 2 -> 1"), or ""."""
+    theirs = written["run"]
+    pairs = {
+        "data parallel": (written["data_parallel_size"], topology.data_size),
+        "tensor parallel": (written["tensor_parallel_size"], topology.tensor.size),
+        "sequence parallel": (theirs["parallel"]["sequence_parallel"], run.parallel.sequence_parallel),
+        "ZeRO": (written["zero_stage"], zero_stage),
+        "micro-batch": (theirs["micro_batch_size"], run.micro_batch_size),
+    }
+    return ", ".join(f"{name} {before} -> {now}" for name, (before, now) in pairs.items() if before != now)
+
+
+def _damage(checkpoint: Path, topology: Topology, manifest: dict[str, Any]) -> str | None:
+    """What is wrong with this rank's share of a checkpoint, or None; fills ``manifest``."""
+    try:
+        manifest.update(verify_files(checkpoint, topology.rank, topology.world_size))
+    except DamagedCheckpointError as error:
+        return error.fact
+    except (ConfigError, OSError) as error:  # of another version, or on a disk that fails
+        return str(error).rstrip(".")
+    return None

@@ -1,0 +1,230 @@
+"""A model's weights outside a run: read whole from a checkpoint of any grid, written as one that a run starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from megatron_nepa.checkpoint.format.manifest import file_facts, verify_files, write_manifest
+from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.format.state import stored_dtype
+from megatron_nepa.checkpoint.reading.resume import find_checkpoint
+from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sync_folder
+from megatron_nepa.config import ConfigError, ModelConfig, ParallelConfig, require
+from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.parallel.layers import ParameterLayout, layout_of
+from megatron_nepa.parallel.topology import TensorGroup
+
+Choice = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, whole.
+
+    Attributes:
+        model: the model that they belong to.
+        tensors: fp32, under the names of the model's parameters.
+        origin: what they are, in words.
+        buffers: the module's persistent ones, under their names.
+    """
+
+    model: ModelConfig
+    tensors: dict[str, Tensor]
+    origin: str
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
+    """The weights of a checkpoint, from whatever grid wrote it; its files are verified.
+
+    Args:
+        path: a checkpoint, or an OUTPUT_DIR for its newest one.
+        choice: the average (ema) or the raw weights; None takes the average where there is one.
+
+    Raises:
+        ConfigError: where there is no checkpoint, it is damaged, or holds no average.
+    """
+    checkpoint = find_checkpoint(str(path))
+    manifest = verify_files(checkpoint)
+    kind = choose_kind(checkpoint, manifest, choice)
+    stored = stored_tensors(checkpoint)
+    names = names_of("master", stored)
+    # a frozen parameter has no average: it is its own
+    keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in stored else f"master.{name}" for name in names}
+    buffer_keys = {name: f"buffer.{name}" for name in names_of("buffer", stored)}
+    state = load_whole(checkpoint, [*keys.values(), *buffer_keys.values()], stored)
+    model = ModelConfig(**manifest["run"]["model"])
+    forms = trunk_layouts(model, MASK_TOKEN in names)
+    tensors = {
+        name: state[key].reshape(forms[name].shape) if name in forms else state[key] for name, key in keys.items()
+    }
+    origin = describe_origin(checkpoint, manifest, kind)
+    return Weights(model, tensors, origin, {name: state[key] for name, key in buffer_keys.items()})
+
+
+def choose_kind(
+    checkpoint: Path, manifest: dict[str, Any], choice: Choice | None, flag: str = "--weights"
+) -> Literal["ema", "master"]:
+    """Under which prefix the chosen weights lie in a checkpoint; one that holds weights only has just one kind.
+
+    Args:
+        checkpoint: its folder.
+        manifest: the checkpoint's.
+        choice: average (ema) or raw; None takes the average where there is one.
+        flag: by which the user chooses, for the message.
+
+    Raises:
+        ConfigError: where the average is asked of a run that kept none.
+    """
+    if choice == "raw" or not manifest["has_optimizer"] or (choice is None and not manifest["has_ema"]):
+        return "master"
+    require(
+        manifest["has_ema"],
+        f"{checkpoint} holds no weight average: take its raw weights with {flag} raw.",
+    )
+    return "ema"
+
+
+def describe_origin(checkpoint: Path, manifest: dict[str, Any], kind: Literal["ema", "master"]) -> str:
+    """What the weights of a kind are, in words ("average of runs/a/checkpoints/step_00001000")."""
+    return manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
+
+
+def write_weights(weights: Weights, folder: Path) -> None:
+    """Write a checkpoint that holds weights only, for ``--init_from``; it appears in one piece or not at all.
+
+    Raises:
+        ConfigError: where ``folder`` exists.
+    """
+    description = {
+        "progress": asdict(Progress()),
+        "has_optimizer": False,
+        "has_ema": False,
+        "origin": weights.origin,
+        "run": {"model": asdict(weights.model)},
+    }
+    state = {f"master.{name}": value for name, value in weights.tensors.items()}
+    state |= {f"buffer.{name}": value for name, value in weights.buffers.items()}
+    write_state(folder, state, weights.model, description)
+
+
+def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, description: dict[str, Any]) -> None:
+    """Write whole tensors as a checkpoint of one process, in one piece or not at all.
+
+    Args:
+        folder: that must not exist.
+        state: by kind and name ("master.NAME", "exp_avg.NAME", "buffer.NAME", ...), in the parameters' shapes.
+        model: whose fused projections are stored section by section.
+        description: what the manifest says besides the files.
+
+    Raises:
+        ConfigError: where ``folder`` exists.
+    """
+    require(not folder.exists(), f"{folder} exists: choose another name for the result.")
+    layouts = trunk_layouts(model, masked=any(MASK_TOKEN in key for key in state))
+    partial = beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stored = {}
+    for key, value in state.items():
+        layout = layouts.get(key.partition(".")[2])
+        sections = layout.layout.sections if layout else 1
+        value = value.to(stored_dtype(value))
+        stored[key] = value.view(sections, -1, *value.shape[1:]) if sections > 1 else value
+    quiet_torch_checkpoint()
+    dcp.save(stored, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+    files = {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))}
+    write_manifest(partial, {**description, "files": files})
+    sync_folder(partial)
+    partial.rename(folder)
+
+
+def consolidate(weights: Weights, path: Path) -> None:
+    """Write weights and buffers as one fp32 safetensors file, with the model's config in its metadata.
+
+    Raises:
+        ConfigError: where ``path`` exists.
+    """
+    require(not path.exists(), f"{path} exists: choose another name for the result.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(path)
+    metadata = {"format": "pt", "model": json.dumps(asdict(weights.model)), "origin": weights.origin}
+    tensors = {**weights.tensors, **weights.buffers}
+    save_file({name: value.to(stored_dtype(value)).contiguous() for name, value in tensors.items()}, partial, metadata)
+    partial.rename(path)
+
+
+def read_consolidated(path: Path) -> Weights:
+    """The weights of a file that :func:`consolidate` wrote.
+
+    Raises:
+        ConfigError: where it is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
+    require("model" in metadata, f"{path} does not say what model it holds: it was not written by consolidate.")
+    return Weights(ModelConfig(**json.loads(metadata["model"])), tensors, metadata["origin"])
+
+
+class ParameterForm(NamedTuple):
+    """Shape of a whole parameter, and how tensor parallelism splits it."""
+
+    shape: torch.Size
+    layout: ParameterLayout
+
+
+def trunk_layouts(model: ModelConfig, masked: bool) -> dict[str, ParameterForm]:
+    """Every trunk parameter of a model, without its memory.
+
+    Args:
+        model: its config.
+        masked: whether the objective gives it a mask token.
+    """
+    with torch.device("meta"):
+        trunk = Trunk(model, ParallelConfig(), 0.5 if masked else 0.0, 0, TensorGroup(), Kernels())
+    return {f"trunk.{name}": ParameterForm(param.shape, layout_of(param)) for name, param in trunk.named_parameters()}
+
+
+def load_whole(checkpoint: Path, keys: Iterable[str], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint, read by this process alone, as they are stored.
+
+    Args:
+        checkpoint: its folder.
+        keys: which, by kind and name.
+        stored: :func:`stored_tensors` of the checkpoint.
+    """
+    state = {key: torch.empty_like(stored[key], device="cpu") for key in keys}
+    quiet_torch_checkpoint()
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    return state
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by kind and name, whole, with shape and dtype but without memory (meta device)."""
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
+        for key, entry in metadata.items()
+    }
+
+
+def names_of(kind: str, stored: Iterable[str]) -> list[str]:
+    """The names under which a kind ("master", "buffer", ...) of tensor is among a checkpoint's keys."""
+    return [key.removeprefix(f"{kind}.") for key in stored if key.startswith(f"{kind}.")]

@@ -1,0 +1,269 @@
+"""Checkpoints on disk: complete or absent, newest named by ``latest``, old ones removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
+from megatron_nepa.checkpoint.format.manifest import file_facts, write_manifest
+from megatron_nepa.checkpoint.format.state import TrainState, collect_state
+from megatron_nepa.parallel.topology import Topology
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; the older ones are as they were."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        samples: samples consumed; the whole state of the data.
+        applied_steps: steps that changed the weights.
+        skipped_in_a_row: newest steps that did not, because a gradient was not finite.
+    """
+
+    step: int = 0
+    samples: int = 0
+    applied_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class CheckpointStore:
+    """The ``checkpoints`` folder of a run.
+
+    Args:
+        folder: OUTPUT_DIR/checkpoints.
+        keep_last: newest checkpoints that are kept; 0 keeps all.
+        keep_every: checkpoints of steps that this divides are kept as well; 0 keeps none of them.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+
+    def save(self, train: TrainState, progress: Progress, zero_stage: int, run: dict[str, Any]) -> Path:
+        """Write a checkpoint; every rank calls it. It appears under its name in one piece, or not at all.
+
+        Args:
+            train: what is saved.
+            progress: where the run stands.
+            zero_stage: that wrote it, for information.
+            run: the run's config as plain values.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            SaveError: on every rank, where one could not write; the older checkpoints are as they were.
+        """
+        partial = PartialCheckpoint(self, train, progress, zero_stage, run, train.topology)
+        with partial.complete_or_absent():
+            partial.begin()
+            dcp.save(collect_state(train), storage_writer=partial.writer(), process_group=partial.topology.host_group)
+            partial.finish()
+        return partial.final
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint after a step stands, or would."""
+        return self.folder / f"step_{step:08d}"
+
+    def newest_first(self) -> list[Path]:
+        """The checkpoint that ``latest`` names, there or not, and the older ones; all where it names none."""
+        found = sorted((path for path in self.folder.glob("step_*") if path.is_dir()), reverse=True)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            name = (self.folder / "latest").read_text().strip()
+            if re.fullmatch(r"step_\d{8,}", name):
+                return [self.folder / name, *(path for path in found if path.name < name)]
+        return found
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        return next(iter(self.newest_first()), None)
+
+    def best(self) -> Path | None:
+        """The checkpoint that was marked as the best, or None."""
+        path = self.folder / str(self._best_entry().get("checkpoint"))
+        return path if path.is_dir() else None
+
+    def best_value(self) -> float | None:
+        """What the best checkpoint was measured to reach, or None."""
+        value = self._best_entry().get("value")
+        return value if self.best() is not None and isinstance(value, int | float) else None
+
+    def mark_best(self, path: Path, metric: str, value: float) -> None:
+        """Keep a checkpoint beyond ``keep_last``, until a better one is marked; the main rank calls it.
+
+        Args:
+            path: of a checkpoint in this folder.
+            metric: name of what was measured.
+            value: what it reached.
+        """
+        entry = {"checkpoint": path.name, "metric": metric, "value": value}
+        replace_text(self.folder / "best.json", json.dumps(entry, indent=1) + "\n")
+
+    def _best_entry(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            entry = json.loads((self.folder / "best.json").read_text())
+            if isinstance(entry, dict):
+                return entry
+        return {}
+
+    def remove_partial(self) -> None:
+        """Remove what a save or removal that was cut short left behind."""
+        for path in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, partial: Path, final: Path) -> None:
+        """Give a complete checkpoint its name, move ``latest`` there and remove old ones; the main rank calls it."""
+        if final.exists():  # of a run that was continued from an older checkpoint
+            _discard(final)
+        partial.rename(final)
+        replace_text(self.folder / "latest", final.name)
+        sync_folder(self.folder)
+        if self.keep_last > 0:
+            best = self.best()
+            for path in self.newest_first()[self.keep_last :]:
+                is_milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
+                if not is_milestone and path != best:
+                    _discard(path)
+
+
+class PartialCheckpoint:
+    """A checkpoint that is being written beside its place; every rank calls its methods, which agree on the host.
+
+    Args:
+        store: where it will stand.
+        train: what is saved.
+        progress: where the run stands.
+        zero_stage: that wrote it, for information.
+        run: the run's config as plain values.
+        topology: this rank's place, whose ``host_group`` the agreements use.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        train: TrainState,
+        progress: Progress,
+        zero_stage: int,
+        run: dict[str, Any],
+        topology: Topology,
+    ) -> None:
+        self.store = store
+        self.topology = topology
+        self.step = progress.step
+        self.final = store.path_of(progress.step)
+        self.path = beside(self.final)
+        self.description = {
+            "progress": asdict(progress),
+            "has_optimizer": True,
+            "has_ema": train.ema is not None,
+            "data_parallel_size": topology.data_size,
+            "tensor_parallel_size": topology.tensor.size,
+            "zero_stage": zero_stage,
+            "run": run,
+        }
+
+    @contextlib.contextmanager
+    def complete_or_absent(self) -> Iterator[None]:
+        """Where a rank fails inside the block, remove what was written and raise :class:`SaveError` on every rank."""
+        try:
+            yield
+        except (RankError, CheckpointException) as error:
+            if self.topology.is_main:
+                shutil.rmtree(self.path, ignore_errors=True)  # it may be what fills the disk
+            raise SaveError(
+                f"the checkpoint of step {self.step} could not be written ({_cause(error)}): make room or repair "
+                f"{self.store.folder}; the same command continues from {self.store.latest() or 'the start'}."
+            ) from error
+
+    def begin(self) -> None:
+        """Create its folder."""
+
+        def create() -> None:
+            self.store.remove_partial()
+            self.path.mkdir(parents=True)
+
+        on_main_rank(self.topology, create)
+
+    def writer(self) -> HuggingFaceStorageWriter:
+        """What torch.distributed.checkpoint writes this rank's tensors with."""
+        quiet_torch_checkpoint()
+        return HuggingFaceStorageWriter(str(self.path), save_distributed=True)
+
+    def finish(self) -> None:
+        """Checksum the files that were written, add the manifest and publish."""
+
+        def seal() -> None:
+            write_manifest(self.path, {**self.description, "files": files})
+            sync_folder(self.path)
+            self.store.publish(self.path, self.final)
+
+        # a rank reads back what it wrote itself: on a network disk the others may not see it yet
+        mine = f"shard-{self.topology.rank + 1:05d}-*.safetensors"
+        found = on_all_ranks(self.topology, lambda: {path.name: file_facts(path) for path in self.path.glob(mine)})
+        files = {name: facts for part in found for name, facts in sorted(part.items())}
+        on_main_rank(self.topology, seal)
+
+
+def _cause(error: RankError | CheckpointException) -> str:
+    if isinstance(error, RankError):
+        return str(error)
+    # torch adds the traceback of every rank
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause or type(cause).__name__}"
+
+
+def beside(path: Path) -> Path:
+    """Where a checkpoint is written before it takes the name ``path``."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _discard(path: Path) -> None:
+    # renamed first: a removal that is cut short leaves no half checkpoint under a checkpoint's name
+    aside = path.with_name(f".{path.name}.removed.partial")
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def quiet_torch_checkpoint() -> None:
+    """Silence torch's reports of every save and load, and its guess that one process was meant (it was)."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)

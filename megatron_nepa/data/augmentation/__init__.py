@@ -1,0 +1,1 @@
+"""What training does to decoded images, every draw keyed by (seed, k)."""

@@ -1,0 +1,170 @@
+"""What each sample shows, read ahead of the decoder, and what happens when an image is bad.
+
+A sample whose image cannot be read or decoded shows the first image further on in its epoch's permutation that can,
+with the crop that (seed, k) draws for that image's size. This too is a pure function of (seed, k) and the files: which
+rank meets the sample, when, and what it met before play no part. The list of bad images is a record, never an input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.sampling.order import IntArray, image_of_sample
+
+_ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few samples says anything
+
+_SAID = 10  # bad images that are also named on the terminal; the log has all
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """Reads the items of a batch in threads, and those of the next batch while this one is used.
+
+    Args:
+        items_of: the items of a batch, int64 [n]; an empty array ends the reading ahead.
+        read: called in the threads with a part of a batch's items.
+        threads: how many.
+    """
+
+    def __init__(self, items_of: Callable[[int], IntArray], read: Callable[[IntArray], T], threads: int) -> None:
+        self._items_of, self._read, self._threads = items_of, read, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-reader")
+        self._ahead: dict[int, list[Future[T]]] = {}
+
+    def __call__(self, batch: int) -> list[T]:
+        """What ``read`` gave for the parts of ``batch``, in order; its exceptions are raised here."""
+        tasks = self._ahead.pop(batch, None) or self._submit(batch)
+        self._ahead = {batch + 1: self._ahead.get(batch + 1) or self._submit(batch + 1)}
+        return [task.result() for task in tasks]
+
+    def reset(self) -> None:
+        """Forget what was read ahead."""
+        self._ahead = {}
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, batch: int) -> list[Future[T]]:
+        # one task a thread rather than one an item: a task's overhead is near that of reading a cached file
+        parts = np.array_split(self._items_of(batch), self._threads)
+        return [self._pool.submit(self._read, part) for part in parts if len(part)]
+
+
+class SampleReader(Generic[T]):
+    """What the samples of a micro-batch show, with other images in place of those that cannot be used.
+
+    Args:
+        index: the images.
+        config: its num_threads, on_bad_image and max_bad_share.
+        seed: the run's seed.
+        samples_of: sample numbers of a micro-batch, int64 [n].
+        read: called in threads with a sample and the image that it is to show; raises UnreadableImageError.
+        bad_image_log: JSON-lines file that bad images are appended to.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        seed: int,
+        samples_of: Callable[[int], IntArray],
+        read: Callable[[int, int], T],
+        bad_image_log: Path | None = None,
+    ) -> None:
+        self._index, self._config, self._seed = index, config, seed
+        self._samples_of, self._read, self._log = samples_of, read, bad_image_log
+        self._read_ahead = ReadAhead(samples_of, self._read_samples, config.num_threads)
+        self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
+        self._bad: dict[tuple[int, int], str] = {}  # (sample, image) -> reason
+        self._num_samples = 0
+
+    def __call__(self, micro_batch: int) -> tuple[list[T], IntArray]:
+        """What ``read`` gave for each sample of ``micro_batch``, and the images shown, int64 [n].
+
+        The next micro-batch is read meanwhile.
+
+        Raises:
+            ConfigError: a bad image under on_bad_image "fail", or too many.
+        """
+        parts = self._read_ahead(micro_batch)
+        images = np.array([image for _, shown in parts for image in shown])
+        self._num_samples += len(images)
+        return [item for items, _ in parts for item in items], images
+
+    @property
+    def num_bad_images(self) -> int:
+        """(sample, image) pairs that were found bad."""
+        return len(self._bad)
+
+    def close(self) -> None:
+        """End the reading threads."""
+        self._read_ahead.close()
+
+    def _read_samples(self, samples: IntArray) -> tuple[list[T], list[int]]:
+        items = []
+        images = image_of_sample(self._seed, samples, len(self._index)).tolist()
+        for i, sample in enumerate(samples.tolist()):
+            skip = 0
+            while True:
+                if skip not in self._undecodable.get(sample, ()):
+                    try:
+                        items.append(self._read(sample, images[i]))
+                        break
+                    except UnreadableImageError as reason:
+                        self._record(sample, images[i], f"{self._index.where(images[i])}: {reason}")
+                skip += 1
+                require(skip < len(self._index), f"none of the {len(self._index)} images can be read or decoded.")
+                images[i] = self._image(sample, skip)
+        return items, images
+
+    def _image(self, sample: int, skip: int) -> int:
+        return int(image_of_sample(self._seed, np.array([sample]), len(self._index), skip)[0])
+
+    def reject(self, micro_batch: int, slots: list[int], reason: str) -> None:
+        """Take the images in ``slots`` of ``micro_batch`` for undecodable: the next call gives others in their place.
+
+        Raises:
+            ConfigError: under on_bad_image "fail", or when there are too many.
+        """
+        self._read_ahead.reset()
+        samples = self._samples_of(micro_batch)
+        for slot in slots:
+            sample = int(samples[slot])
+            failed = self._undecodable.setdefault(sample, set())
+            skip = 0
+            while skip in failed or (sample, self._image(sample, skip)) in self._bad:
+                skip += 1
+            failed.add(skip)
+            image = self._image(sample, skip)
+            self._record(sample, image, f"{self._index.where(image)}: {reason}")
+
+    def _record(self, sample: int, image: int, reason: str) -> None:
+        if (sample, image) in self._bad:
+            return
+        if self._config.on_bad_image == "fail":
+            raise ConfigError(f"sample {sample} cannot be decoded: {reason} (data.on_bad_image is fail).")
+        self._bad[sample, image] = reason
+        allowed = _ALWAYS_ALLOWED + self._config.max_bad_share * self._num_samples
+        if len(self._bad) > allowed:
+            raise ConfigError(
+                f"{len(self._bad)} of {self._num_samples} samples of this rank could not be decoded, more than "
+                f"data.max_bad_share {self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
+            )
+        if len(self._bad) <= _SAID:
+            print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)
+        if self._log is not None:
+            row = {"sample": sample, "image": image, "reason": reason}
+            with open(self._log, "a") as file:  # one short write in append mode: ranks do not cut each other's lines
+                file.write(json.dumps(row) + "\n")

@@ -1,0 +1,1 @@
+"""What samples exist: folders, archives, labels, mask pairs, and the index that records them."""

@@ -1,0 +1,103 @@
+"""An index on disk: a folder of plain numpy arrays, memory-mapped when it is opened, and one JSON file.
+
+    INDEX/index.json        version, root, classes, shards, quarantine
+    INDEX/*.npy             names, their ends, width, height, label, and where there are any shard, offset, size, masks
+
+Opening one takes milliseconds however many images it lists, and ranks of a node share its pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+
+VERSION = 1
+_JSON = "index.json"
+_COLUMNS = ("width", "height", "label", "shard", "offset", "size")
+_NAMES = ("names", "masks")
+
+
+def is_index(path: str | Path) -> bool:
+    """Whether ``path`` is the folder of an index."""
+    return (Path(path) / _JSON).is_file()
+
+
+def save_index(index: DatasetIndex, path: str | Path) -> None:
+    """Write ``index`` beside ``path`` and rename it there: the folder is complete or absent.
+
+    Images below the folder that holds the index are remembered relative to it, so the two can be moved together.
+
+    Raises:
+        ConfigError: ``path`` exists already or cannot be written.
+    """
+    target = Path(path)
+    require(not target.exists(), f"{target} exists already: remove it, or choose another name for the index.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"the index {target} cannot be written: {error.strerror}.") from error
+    try:
+        for name in _COLUMNS:
+            np.save(beside / f"{name}.npy", getattr(index, name))
+        for name in _NAMES:
+            packed: PackedNames = getattr(index, name)
+            np.save(beside / f"{name}.npy", packed.text)
+            np.save(beside / f"{name}_ends.npy", packed.ends)
+        root, home = index.root.resolve(), target.parent.resolve()
+        facts = {
+            "version": VERSION,
+            "images": len(index),
+            "root": os.path.relpath(root, home) if root.is_relative_to(home) else str(root),
+            "classes": index.classes,
+            "shards": index.shards,
+            "quarantine": index.quarantine,
+        }
+        (beside / _JSON).write_text(json.dumps(facts, indent=1))
+        beside.chmod(0o755)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def load_index(path: str | Path) -> DatasetIndex:
+    """Open the index that :func:`save_index` wrote; its arrays stay on disk until they are touched.
+
+    Raises:
+        ConfigError: no index there, one of another version, or one that lost a file.
+    """
+    folder = Path(path)
+    require(is_index(folder), f"{folder} is no index: it has no {_JSON}.")
+    try:
+        facts = json.loads((folder / _JSON).read_text())
+        require(
+            facts["version"] == VERSION,
+            f"{folder} is an index of version {facts['version']}, not {VERSION}: index the data again.",
+        )
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+        names, masks = (
+            PackedNames(*(np.load(folder / f"{name}{part}.npy", mmap_mode="r") for part in ("", "_ends")))
+            for name in _NAMES
+        )
+        return DatasetIndex(
+            root=folder.resolve().parent / facts["root"],
+            names=names,
+            masks=masks,
+            classes=tuple(facts["classes"]),
+            shards=tuple(facts["shards"]),
+            quarantine=tuple((name, reason) for name, reason in facts["quarantine"]),
+            **columns,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"the index {folder} is damaged ({reason}): index the data again.") from error

@@ -1,0 +1,67 @@
+"""The image and mask pairs of a segmentation run, and the names of their classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import read_sizes
+from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.index.sources import list_source
+
+ADE20K_NAMES = "objectInfo150.txt"
+CLASS_NAMES = "classes.txt"
+
+
+def pair_index(path: str, split: str, verbose: bool = True) -> DatasetIndex:
+    """The pairs that ``path`` names.
+
+    Args:
+        path: a folder with ``images`` and ``annotations``, or an index of one that tools/index_dataset.py wrote.
+        split: subfolder of images and annotations to take, where they have any.
+        verbose: say in one line what was left out.
+
+    Raises:
+        ConfigError: nothing there, no pairs, or none that can be read.
+    """
+    index = load_index(path) if is_index(path) else read_sizes(list_source(path, split))
+    require_masks(index)
+    if index.quarantine and verbose:
+        name, reason = index.quarantine[0]
+        print(f"left out {len(index.quarantine)} images of {index.root}; the first, {name}: {reason}")
+    return index
+
+
+def require_masks(index: DatasetIndex) -> None:
+    """Refuse an index of images without masks."""
+    require(
+        len(index.masks) == len(index) > 0,
+        f"{index.root} has no masks: segmentation takes a folder with images/ and annotations/, or an index of one.",
+    )
+
+
+def class_names(root: Path, num_classes: int) -> tuple[str, ...]:
+    """Names of the classes for tables and pictures.
+
+    From ``classes.txt`` below ``root``, one name a line in the order of the classes, or ADE20K's own
+    ``objectInfo150.txt``; where there is neither, "class 0" and so on.
+
+    Raises:
+        ConfigError: the file cannot be read, or names another number of classes.
+    """
+    file = next((root / name for name in (CLASS_NAMES, ADE20K_NAMES) if (root / name).is_file()), None)
+    if file is None:
+        return tuple(f"class {i}" for i in range(num_classes))
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the class names in {file} cannot be read: {error}.") from error
+    if file.name == ADE20K_NAMES:
+        # a header, then tab-separated columns, the last of which is "wall", or "door;double door"
+        lines = [line.split("\t")[-1].split(";")[0].split(",")[0].strip() for line in lines[1:]]
+    require(
+        len(lines) == num_classes,
+        f"{file} names {len(lines)} classes, but --masks.num_classes is {num_classes}.",
+    )
+    return tuple(lines)

@@ -1,0 +1,1 @@
+"""Builds an index once: list, verify, pack into shards."""

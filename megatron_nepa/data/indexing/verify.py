@@ -1,0 +1,138 @@
+"""Checks listed images in worker processes, so that an image that crashes the decoder costs itself and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.headers import UnreadableImageError, image_size
+from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.workers import SPAWN, worker_pool
+
+Verify = Literal["header", "full"]
+
+
+@dataclass
+class Checked:
+    """What was found about a slice of a listing."""
+
+    rows: npt.NDArray[np.int64]  # of the whole listing
+    width: npt.NDArray[np.int32]  # 0 where the image cannot be used
+    height: npt.NDArray[np.int32]
+    reasons: dict[int, str]  # row -> why it cannot be used
+
+
+def check_images(
+    listing: DatasetIndex, chunks: list[npt.NDArray[np.int64]], verify: Verify, device: str, workers: int
+) -> Iterator[Checked]:
+    """Check the images of ``chunks``, which are rows of ``listing``, yielding each chunk as it is done, in any order.
+
+    Args:
+        listing: the images.
+        chunks: rows to check, a few hundred each.
+        verify: "header" parses headers, "full" decodes every pixel with the decoder that training uses.
+        device: "cpu" or "cuda", where "full" decodes.
+        workers: processes.
+    """
+    waiting = deque(chunks)
+    while waiting:
+        suspects: list[npt.NDArray[np.int64]] = []
+        with worker_pool(workers) as pool:
+            running: dict[Future[Checked], npt.NDArray[np.int64]] = {}
+            while running or (waiting and not suspects):
+                while waiting and not suspects and len(running) < 2 * workers:
+                    rows = waiting.popleft()
+                    running[pool.submit(_check, listing.select(rows), rows, verify, device)] = rows
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    rows = running.pop(future)
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:  # a worker died, and with it every chunk that was under way
+                        suspects.append(rows)
+        for rows in suspects:
+            yield _corner(listing, rows, verify, device)
+
+
+def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, device: str) -> Checked:
+    """Check ``rows`` in a process of their own, again without the image under way each time that it dies."""
+    fatal: list[int] = []
+    while True:
+        rest = rows[~np.isin(rows, fatal)]
+        under_way = SPAWN.Value("q", -1, lock=False)
+        try:
+            with worker_pool(1, _report_to, under_way) as pool:
+                checked = pool.submit(_check, listing.select(rest), rest, verify, device).result()
+        except BrokenProcessPool:
+            if under_way.value < 0:  # it did not come as far as an image
+                raise
+            fatal.append(under_way.value)
+            continue
+        nothing = np.zeros(len(fatal), np.int32)
+        return Checked(
+            np.concatenate([checked.rows, np.array(fatal, np.int64)]),
+            np.concatenate([checked.width, nothing]),
+            np.concatenate([checked.height, nothing]),
+            checked.reasons | dict.fromkeys(fatal, "crashes the decoder"),
+        )
+
+
+_under_way: ctypes.c_longlong | None = None  # in a worker of _corner: the row that it is checking
+
+
+def _report_to(under_way: ctypes.c_longlong) -> None:
+    global _under_way
+    _under_way = under_way
+
+
+def mark(row: int) -> None:
+    """In a worker: say which row is checked next, for the parent to know should this process die of it."""
+    if _under_way is not None:
+        _under_way.value = row
+
+
+def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, device: str) -> Checked:
+    """In a worker: check every image of a slice of the listing."""
+    store = ImageStore(images)
+    width, height = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
+    reasons: dict[int, str] = {}
+    for i, row in enumerate(rows.tolist()):
+        mark(row)
+        try:
+            size = store.image_size(i)
+            if len(images.masks):
+                _check_mask(images, i, size, verify)
+            if verify == "full":
+                # imported where it is needed: parsing headers needs neither torch nor DALI, and starts in no time
+                from megatron_nepa.data.decoding.full_decode import full_decode
+
+                full_decode(store.read(i), size, device)
+            width[i], height[i] = size
+        except UnreadableImageError as error:
+            reasons[row] = str(error)
+    return Checked(rows, width, height, reasons)
+
+
+def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int], verify: Verify) -> None:
+    name = images.masks[i]
+    try:
+        content = (images.root / name).read_bytes()
+        mask = image_size(content)
+        if verify == "full":
+            with Image.open(io.BytesIO(content)) as picture:  # training reads masks by PIL
+                picture.load()
+    except Exception as error:  # PIL raises a dozen types on damaged files
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImageError(f"its mask {name}: {reason}") from error
+    if mask != size:
+        raise UnreadableImageError(f"is {size[0]} x {size[1]}, its mask {name} {mask[0]} x {mask[1]}")

@@ -1,0 +1,137 @@
+"""Packs an indexed data set into tar shards in the WebDataset layout, for file systems that dislike small files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from megatron_nepa.config import require
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.sources import CLASSES_FILE
+from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.indexing.lock import claimed
+
+_JPEG_QUALITY = 95
+_FACTS_FILE = "shards.json"  # what the shards of a folder were made from
+
+
+def write_shards(
+    index: DatasetIndex,
+    folder: str | Path,
+    shard_size: int,
+    shorter_side: int | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the images of ``index``, in its order, into ``folder``/shard_000000.tar, shard_000001.tar, ...
+
+    Each image keeps its name (``key.jpg``) and is followed by its class number (``key.cls``) where it has one; class
+    names go to classes.json. A shard is written beside and renamed, and one that is already there is kept, so the same
+    call continues after an interruption.
+
+    Args:
+        index: what to pack.
+        folder: where the shards go; made if missing.
+        shard_size: images of a shard.
+        shorter_side: scale images down to this shorter side (bicubic, JPEG quality 95); None and images that are
+            small enough keep their bytes.
+        workers: threads; None takes one a core.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: a shard size or shorter side below 1, an index of image and mask pairs, or a folder of other
+            shards or that another process is writing.
+        UnreadableImageError: an image vanished since it was indexed.
+    """
+    check_shards(index, shard_size, shorter_side)
+    target = Path(folder)
+    facts = {"images": index.fingerprint(), "shard_size": shard_size, "shorter_side": shorter_side}
+    mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
+    with claimed(target / _FACTS_FILE, facts, mismatch):
+        if index.classes:
+            (target / CLASSES_FILE).write_text(json.dumps(index.classes))
+        _write_missing(index, target, shard_size, shorter_side, workers or os.cpu_count() or 1, progress)
+
+
+def check_shards(index: DatasetIndex, shard_size: int, shorter_side: int | None) -> None:
+    """Refuse, before any work, what :func:`write_shards` cannot do.
+
+    Raises:
+        ConfigError: a shard size or shorter side below 1, or an index of image and mask pairs.
+    """
+    require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
+    require(
+        shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
+    )
+    require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
+
+
+def _write_missing(
+    index: DatasetIndex, target: Path, shard_size: int, shorter_side: int | None, workers: int, progress: bool
+) -> None:
+    store = ImageStore(index)
+    starts = range(0, len(index), shard_size)
+    paths = [target / f"shard_{number:06d}.tar" for number in range(len(starts))]
+    missing = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
+
+    def write(start: int, path: Path) -> int:
+        rows = range(start, min(start + shard_size, len(index)))
+        _write_shard(path, _members(index, store, rows, shorter_side))
+        return len(rows)
+
+    # threads: reading, decoding, scaling and encoding all run outside Python's lock
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = [pool.submit(write, start, path) for start, path in missing]
+        with tqdm(total=len(tasks), unit=" shards", disable=not progress) as bar:
+            try:
+                for task in tasks:
+                    task.result()
+                    bar.update()
+            finally:
+                for task in tasks:
+                    task.cancel()
+    store.close()
+
+
+def _members(
+    index: DatasetIndex, store: ImageStore, rows: range, shorter_side: int | None
+) -> Iterator[tuple[str, bytes]]:
+    for i in rows:
+        stem, extension = os.path.splitext(index.names[i])
+        data = store.read(i).tobytes()
+        if shorter_side is not None and min(index.width[i], index.height[i]) > shorter_side:
+            data, extension = _scaled(data, shorter_side), ".jpg"
+        yield stem + extension, data
+        if index.label[i] >= 0:
+            yield stem + ".cls", str(int(index.label[i])).encode()
+
+
+def _scaled(data: bytes, shorter_side: int) -> bytes:
+    with Image.open(io.BytesIO(data)) as image:
+        # EXIF orientation is not carried over: training ignores it, and so sees the same picture
+        scale = shorter_side / min(image.size)
+        size = tuple(int(np.rint(side * scale)) for side in image.size)
+        buffer = io.BytesIO()
+        image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC).save(
+            buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0
+        )
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
+    beside = path.with_suffix(".tmp")
+    with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)  # no time and no owner: the same images give the same bytes
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    beside.rename(path)

@@ -1,0 +1,135 @@
+"""Labelled, augmented micro-batches for fine-tuning, in the order and with the exactness of pre-training."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_nepa.config import AugmentationConfig, DataConfig, require
+from megatron_nepa.data.augmentation.timm_augmentation import Pixels, RandAugmenter, erase, mix
+from megatron_nepa.data.decoding.crop_stream import CropStream
+from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.sampling.order import IntArray, flips
+from megatron_nepa.data.sampling.rank_share import Share
+
+_AHEAD = 2  # micro-batches that RandAugment works on while the model trains
+
+
+class FinetuningLoader:
+    """Iterates over the augmented micro-batches of one rank forever; the same for every grid, as in pre-training.
+
+    RandomResizedCrop (bicubic), flip, RandAugment, normalisation, random erasing, then Mixup or CutMix. RandAugment is
+    PIL's work: where it is on, images are decoded on the CPU, in this process, and augmented in worker processes.
+
+    Args:
+        index: the images; every label must be known.
+        config: crop, flip and decoder settings.
+        augmentation: RandAugment, erasing, mixing, smoothing.
+        image_size: side S of the crops.
+        num_classes: classes C of the targets.
+        seed: the run's seed.
+        share: which samples this rank loads.
+        device: where images are delivered.
+        dtype: of the images.
+        consumed_samples: samples of the steps already taken.
+        bad_image_log: JSON-lines file that substituted images are appended to.
+
+    Raises:
+        ConfigError: labels missing or beyond num_classes, or mixing groups that this rank's share would cut.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        augmentation: AugmentationConfig,
+        image_size: int,
+        num_classes: int,
+        seed: int,
+        share: Share,
+        device: torch.device,
+        dtype: torch.dtype,
+        consumed_samples: int = 0,
+        bad_image_log: Path | None = None,
+    ) -> None:
+        label = np.asarray(index.label)
+        require(bool((label >= 0).all()), f"{index.root} has images without a label: fine-tuning needs one for each.")
+        require(
+            int(label.max()) < num_classes,
+            f"{index.root} has label {int(label.max())}, but the classifier has {num_classes} classes.",
+        )
+        mixing = augmentation.mixup > 0 or augmentation.cutmix > 0
+        require(
+            not mixing or share.local_size % augmentation.mix_group == 0,
+            f"--augmentation.mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a "
+            "rank decodes of a micro-batch: choose an even divisor of them.",
+        )
+        self._label, self._share, self._seed, self._num_classes = label, share, seed, num_classes
+        self._augmentation, self._flip, self._device, self._dtype = augmentation, config.horizontal_flip, device, dtype
+        self._augmenter = RandAugmenter(augmentation, seed) if augmentation.rand_augment else None
+        options = DecoderOptions.of(config, index, torch.device("cpu") if self._augmenter else device)
+        self._crops = CropStream(
+            index, config, image_size, seed, share, options, consumed_samples, bad_image_log, "bicubic"
+        )
+        self._micro_batch = self._crops.micro_batch  # the next to be handed out; crops runs ahead of it
+        self._pending: deque[tuple[list[Future[Pixels]], IntArray]] = deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        share = self._share
+        samples = share.local_samples(self._micro_batch)
+        images, numbers = self._augmented() if self._augmenter else self._plain(samples)
+        if self._augmentation.random_erasing > 0:
+            erase(images, samples, self._augmentation.random_erasing, self._seed)
+        labels = torch.from_numpy(self._label[numbers].astype(np.int64)).to(self._device)
+        targets = mix(images, labels, samples, self._num_classes, self._augmentation, self._seed)
+        first = share.first_sample(self._micro_batch)
+        self._micro_batch += 1
+        sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
+        return Batch(images.to(self._dtype), sample_index, targets)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of the completed steps: the loader's whole state."""
+        return self._share.consumed_samples(self._micro_batch)
+
+    @property
+    def num_bad_images(self) -> int:
+        """Samples of this rank that another image had to stand in for."""
+        return self._crops.num_bad_images
+
+    def close(self) -> None:
+        """Free the pipeline, its threads and the worker processes."""
+        self._crops.close()
+        if self._augmenter:
+            self._augmenter.close()
+
+    def _plain(self, samples: IntArray) -> tuple[Tensor, IntArray]:
+        """Normalised fp32 [b, 3, S, S] without RandAugment."""
+        images, numbers = next(self._crops)
+        flip = torch.from_numpy(flips(self._seed, samples)).to(self._device) if self._flip else None
+        return normalise(images, flip, torch.float32), numbers
+
+    def _augmented(self) -> tuple[Tensor, IntArray]:
+        """Normalised fp32 [b, 3, S, S], after RandAugment that began some micro-batches ago."""
+        assert self._augmenter is not None
+        while len(self._pending) <= _AHEAD:
+            samples = self._share.local_samples(self._crops.micro_batch)
+            images, numbers = next(self._crops)
+            pixels = images.permute(0, 2, 3, 1).numpy()  # [b, S, S, 3]
+            if self._flip:
+                pixels = np.where(flips(self._seed, samples)[:, None, None, None], pixels[:, :, ::-1], pixels)
+            self._pending.append((self._augmenter.submit(np.ascontiguousarray(pixels), samples), numbers))
+        parts, numbers = self._pending.popleft()
+        augmented = torch.from_numpy(np.concatenate([part.result() for part in parts])).to(self._device)
+        return normalise(augmented.permute(0, 3, 1, 2).contiguous(), None, torch.float32), numbers

@@ -1,0 +1,210 @@
+"""Evaluation: every image exactly once over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import fn, types
+from torch import Tensor
+
+from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.data.decoding.full_decode import decodes_whole
+from megatron_nepa.data.decoding.pipelines import (
+    INTERPOLATIONS,
+    DaliImages,
+    DecoderOptions,
+    Interpolation,
+    new_pipeline,
+    normalise,
+)
+from megatron_nepa.data.decoding.sample_reader import ReadAhead
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.sampling.order import IntArray
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """One batch of one rank; every rank sees equally many batches of equal size."""
+
+    images: Tensor  # [b, 3, S, S] in the model's dtype
+    labels: Tensor  # int64 [b]
+    image_index: Tensor  # int64 [b], numbers in the index
+    valid: Tensor  # bool [b], False for the repeats that fill up the last batch: leave them out of every sum
+
+
+class Geometry(NamedTuple):
+    """How each image of a batch is resized, and what is kept of it."""
+
+    size: npt.NDArray[np.float32]  # [n, 2]: height, width after the resize
+    start: npt.NDArray[np.int32]  # [n, 2]: y, x of the crop in that
+    shape: npt.NDArray[np.int32]  # [n, 2]: height, width of the crop, equal for all images of a batch
+
+
+Side = npt.NDArray[np.integer]
+
+
+class OnePassLoader:
+    """Iterates once over a data set, this rank's share of it, resizing and cropping as ``geometry`` says.
+
+    Args:
+        index: the images.
+        config: its num_threads and hw_decoder_load.
+        geometry: of stored widths and heights, [n] each.
+        batch_size: images of a batch, at most.
+        data_rank, data_size: which of how many ranks this is; image i is evaluated by rank i mod data_size.
+        device: where images are decoded and delivered.
+        dtype: of the images.
+        interpolation: of the resize, which is antialiased.
+
+    Raises:
+        ConfigError: while iterating, an image that cannot be decoded, by name.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        geometry: Callable[[Side, Side], Geometry],
+        batch_size: int,
+        data_rank: int,
+        data_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        interpolation: Interpolation,
+    ) -> None:
+        self._index, self._geometry = index, geometry
+        self._batch_size = min(batch_size, -(-len(index) // data_size))  # no more than a rank's images
+        self._data_rank, self._data_size = data_rank, data_size
+        self._device, self._dtype, self._interpolation = device, dtype, interpolation
+        self._options = DecoderOptions.of(config, index, device)
+
+    def __len__(self) -> int:
+        """Batches, the same on every rank."""
+        return -(-len(self._index) // (self._batch_size * self._data_size))
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        store = ImageStore(self._index)
+        reader = ReadAhead(
+            self._images_of, lambda part: [self._read(store, int(i)) for i in part], self._options.num_threads
+        )
+        pipeline = self._build(reader)
+        label = np.asarray(self._index.label)
+        try:
+            for batch in range(len(self)):
+                numbers, images = self._images_of(batch), self._decode(pipeline, batch)
+                place = self._data_rank + self._data_size * np.arange(
+                    batch * self._batch_size, (batch + 1) * self._batch_size
+                )
+                yield EvaluationBatch(
+                    normalise(images, None, self._dtype),
+                    torch.from_numpy(label[numbers].astype(np.int64)).to(self._device),
+                    torch.from_numpy(numbers).to(self._device),
+                    torch.from_numpy(place < len(self._index)).to(self._device),
+                )
+        finally:
+            pipeline.close()
+            reader.close()
+            store.close()
+
+    def _images_of(self, batch: int) -> IntArray:
+        """Images of this rank's batch; past the end of the data its last image, past the last batch nothing."""
+        if batch >= len(self):
+            return np.zeros(0, np.int64)
+        places = np.arange(batch * self._batch_size, (batch + 1) * self._batch_size)
+        return np.minimum(self._data_rank + self._data_size * places, len(self._index) - 1)
+
+    def _read(self, store: ImageStore, image: int) -> npt.NDArray[np.uint8]:
+        try:
+            return store.read(image)
+        except UnreadableImageError as error:
+            raise ConfigError(f"{self._index.where(image)} cannot be read: {error}.") from error
+
+    def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> DaliImages:
+        def source(batch: int) -> tuple[Any, ...]:
+            images = self._images_of(batch)
+            if not len(images):
+                raise StopIteration
+            encoded = [content for part in reader(batch) for content in part]
+            return encoded, *self._geometry(self._index.width[images], self._index.height[images])
+
+        pipeline = new_pipeline(self._batch_size, self._options)
+        with pipeline:
+            encoded, size, start, shape = fn.external_source(
+                source,
+                num_outputs=4,
+                batch=True,
+                dtype=[types.UINT8, types.FLOAT, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 1],
+            )
+            image = fn.decoders.image(encoded, **self._options.decoder_arguments())
+            image = fn.resize(image, size=size, interp_type=INTERPOLATIONS[self._interpolation], antialias=True)
+            image = fn.slice(image, start=start, shape=shape, axes=[0, 1])
+            pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
+        pipeline.build()
+        return DaliImages(pipeline, self._device)
+
+    def _decode(self, pipeline: DaliImages, batch: int) -> Tensor:
+        try:
+            return pipeline.next_images()
+        except RuntimeError as error:
+            store, device = ImageStore(self._index), self._device.type
+            images = self._images_of(batch).tolist()
+            bad = [self._index.where(i) for i in images if not decodes_whole(store, self._index, i, device)]
+            if not bad:  # every image decodes by itself: whatever it was, it was no bad image
+                raise
+            raise ConfigError(
+                f"{', '.join(bad)} cannot be decoded: tools/index_dataset.py --verify full leaves such images out."
+            ) from error
+
+
+class EvaluationLoader(OnePassLoader):
+    """Evaluation of a classifier: ``Resize(resize_size)`` on the shorter side and ``CenterCrop(image_size)``.
+
+    Args:
+        index: the images.
+        config: its num_threads and hw_decoder_load.
+        image_size: side S of the crop.
+        resize_size: length of the shorter side before the crop.
+        squash: resize both sides to ``resize_size``, whatever the ratio (the release's evaluation of its large model).
+        batch_size, data_rank, data_size, device, dtype, interpolation: as in :class:`OnePassLoader`.
+
+    Raises:
+        ConfigError: a crop larger than the resized image; while iterating, an image that cannot be decoded, by name.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        image_size: int,
+        resize_size: int,
+        squash: bool,
+        batch_size: int,
+        data_rank: int,
+        data_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
+        require(
+            resize_size >= image_size,
+            f"the crop of {image_size} pixels is larger than the resized image's shorter side of {resize_size}.",
+        )
+
+        def geometry(width: Side, height: Side) -> Geometry:
+            sides = np.stack([height, width], axis=1).astype(np.int64)
+            if squash:
+                size = np.full_like(sides, resize_size)
+            else:
+                size = resize_size * sides // sides.min(axis=1, keepdims=True)  # torchvision cuts the fraction off too
+            start = np.rint((size - image_size) / 2).astype(np.int32)
+            return Geometry(size.astype(np.float32), start, np.full_like(start, image_size))
+
+        super().__init__(index, config, geometry, batch_size, data_rank, data_size, device, dtype, interpolation)

@@ -1,0 +1,182 @@
+"""The micro-batches of one rank: exact, elastic, and with one integer of state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_nepa.config import DataConfig, require
+from megatron_nepa.data.decoding.crop_stream import CropStream
+from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.index.builtin import builtin_folder
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.sampling.order import flip_key
+from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.parallel.random import uniform_tensor
+
+SYNTHETIC = "synthetic"
+_LONG_SCAN = 10.0  # seconds after which an index is worth a hint
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    # [b, 3, S, S] in the model's dtype: the replica's micro-batch, or this tensor-parallel rank's equal share of it
+    images: Tensor
+    # int64 [micro_batch_size], always the whole micro-batch's sample numbers: the keys of the model's draws
+    sample_index: Tensor
+    # of each image: its class, int64 [b], or its soft target, fp32 [b, classes]
+    labels: Tensor | None = None
+
+
+class PretrainingLoader:
+    """Iterates over the micro-batches of one rank forever, decoding with DALI on its device.
+
+    The same (image, crop, flip) sequence for every (data_size, tensor_size, micro_batch_size, accumulation_steps) of
+    one global batch, every thread count, and every restart at a step.
+
+    Args:
+        index: the images.
+        config: crop, flip and decoder settings.
+        image_size: side S of the crops.
+        seed: the run's seed.
+        share: which samples this rank loads.
+        device: where images are decoded and delivered.
+        dtype: of the images.
+        consumed_samples: samples of the steps already taken, a multiple of the global batch.
+        bad_image_log: JSON-lines file that substituted images are appended to.
+
+    Raises:
+        ConfigError: a restart inside a step; while iterating, an image that cannot be decoded where
+            ``config.on_bad_image`` is "fail", or more of them than ``config.max_bad_share`` allows.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        image_size: int,
+        seed: int,
+        share: Share,
+        device: torch.device,
+        dtype: torch.dtype,
+        consumed_samples: int = 0,
+        bad_image_log: Path | None = None,
+    ) -> None:
+        options = DecoderOptions.of(config, index, device)
+        self._crops = CropStream(index, config, image_size, seed, share, options, consumed_samples, bad_image_log)
+        self._share, self._device, self._dtype = share, device, dtype
+        self._flip_key = flip_key(seed) if config.horizontal_flip else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        share = self._share
+        first = share.first_sample(self._crops.micro_batch)
+        images, _ = next(self._crops)
+        sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
+        flip = None
+        if self._flip_key is not None:
+            local = sample_index[share.local_start : share.local_start + share.local_size]
+            flip = uniform_tensor(self._flip_key, local, 1)[:, 0] < 0.5
+        return Batch(normalise(images, flip, self._dtype), sample_index)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of the completed steps: the loader's whole state."""
+        return self._share.consumed_samples(self._crops.micro_batch)
+
+    @property
+    def num_bad_images(self) -> int:
+        """Samples of this rank that another image had to stand in for, since the loader was made."""
+        return self._crops.num_bad_images
+
+    def close(self) -> None:
+        """Free the pipeline and its threads; the loader cannot be used afterwards."""
+        self._crops.close()
+
+
+class SyntheticLoader:
+    """The interface of :class:`PretrainingLoader` over random images made once on the device.
+
+    No decoding and no disk: what remains is the model's own speed.
+    """
+
+    num_bad_images = 0
+
+    def __init__(
+        self,
+        image_size: int,
+        seed: int,
+        share: Share,
+        device: torch.device,
+        dtype: torch.dtype,
+        consumed_samples: int = 0,
+    ) -> None:
+        self._share = share
+        self._micro_batch = share.first_micro_batch(consumed_samples)
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (share.micro_batch_size, 3, image_size, image_size)
+        images = torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1).to(dtype)
+        self._images = images[share.local_start :][: share.local_size].clone()
+        self._device = device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        first = self._share.first_sample(self._micro_batch)
+        self._micro_batch += 1
+        return Batch(self._images, torch.arange(first, first + self._share.micro_batch_size, device=self._device))
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of the completed steps."""
+        return self._share.consumed_samples(self._micro_batch)
+
+    def close(self) -> None:
+        """Nothing to free; here for the interface."""
+
+
+def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None:
+    """The index that ``config.path`` names.
+
+    Args:
+        config: path None takes the built-in photographs, "synthetic" none; else an index that
+            tools/index_dataset.py wrote, an ImageFolder tree or a flat folder.
+        verbose: say in one line each what was made or left out (one rank of a node is enough).
+
+    Returns:
+        The index; None for synthetic images.
+
+    Raises:
+        ConfigError: a missing or empty folder, or one without a readable image.
+    """
+    if config.path == SYNTHETIC:
+        return None
+    if config.path is not None and is_index(config.path):
+        index = load_index(config.path)
+    else:
+        folder = Path(config.path) if config.path is not None else builtin_folder(verbose)
+        require(
+            not any(folder.glob("*.tar")),
+            f"{folder} holds tar shards: index them with tools/index_dataset.py and give the index as --data.",
+        )
+        start = time.monotonic()
+        index = scan_folder(folder)
+        seconds = time.monotonic() - start
+        if verbose and seconds > _LONG_SCAN:
+            print(f"reading {len(index)} headers took {seconds:.0f} s: tools/index_dataset.py makes this instant.")
+    if index.quarantine and verbose:
+        name, reason = index.quarantine[0]
+        print(f"left out {len(index.quarantine)} unreadable images of {index.root}; the first, {name}: {reason}")
+    return index

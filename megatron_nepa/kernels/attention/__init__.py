@@ -1,0 +1,1 @@
+"""Scaled dot-product attention: the back-ends and the choice among them."""

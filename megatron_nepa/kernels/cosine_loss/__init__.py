@@ -1,0 +1,1 @@
+"""The negative cosine of predictions and targets."""

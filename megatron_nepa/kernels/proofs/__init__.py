@@ -1,0 +1,1 @@
+"""What is shown of the kernels without a GPU: cases, bytes, machine code."""

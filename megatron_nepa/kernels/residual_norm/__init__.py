@@ -1,0 +1,1 @@
+"""Bias, LayerScale, DropPath, residual sum and the next LayerNorm."""

@@ -1,0 +1,1 @@
+"""SwiGLU on the packed gate and up projection."""

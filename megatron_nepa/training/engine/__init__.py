@@ -1,0 +1,1 @@
+"""What DeepSpeed is given: its config, the optimizer, learning rates and the average."""

@@ -1,0 +1,1 @@
+"""What a run tells: console, metrics, health, figures, the run's folder."""

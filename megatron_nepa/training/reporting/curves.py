@@ -1,0 +1,220 @@
+"""Loss and health curves of a run as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from numpy.typing import NDArray
+
+from megatron_nepa.training.reporting.log import read_metrics
+
+Array = NDArray[np.float64]
+
+BLUE, ORANGE, GREY = "#2563a8", "#d9730d", "#6b7280"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": "#374151",
+    "xtick.color": "#4b5563",
+    "ytick.color": "#4b5563",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+SIZE_OF_A_FEW = 60  # up to so many rows each one is marked by a dot
+
+
+class Series(NamedTuple):
+    """The steps at which a metric was logged, and its values there, nan where it was not finite."""
+
+    step: Array
+    value: Array
+
+
+class Panel(NamedTuple):
+    """One plot among several: its title, what its y axis shows, and the metrics in it with their names and colours."""
+
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str, str], ...]
+
+
+PANELS = (
+    Panel(
+        "Effective rank",
+        "directions in use",
+        (("target_effective_rank", "target", BLUE), ("prediction_effective_rank", "prediction", ORANGE)),
+    ),
+    Panel(
+        "Spread of directions",
+        "0 = collapsed, 1 = isotropic",
+        (("target_std", "target", BLUE), ("prediction_std", "prediction", ORANGE)),
+    ),
+    Panel(
+        "Embedding norm", "mean L2 norm", (("target_norm", "target", BLUE), ("prediction_norm", "prediction", ORANGE))
+    ),
+    Panel("Gradient norm", "global L2 norm, before clipping", (("grad_norm", "gradient", GREY),)),
+)
+
+RAW, AVERAGE = "raw weights", "their average"
+EVALUATION_PANELS = tuple(
+    Panel(title, unit, ((key, RAW, BLUE), (key.replace("_", "_ema_", 1), AVERAGE, ORANGE)))
+    for title, unit, key in (
+        ("Top-1 accuracy", "share of the images", "val_top1"),
+        ("Top-5 accuracy", "share of the images", "val_top5"),
+        ("Validation loss", "cross-entropy", "val_loss"),
+        ("mIoU", "mean over classes", "val_mean_iou"),
+        ("Probe: nearest neighbours", "top-1 accuracy", "probe_knn_top1"),
+        ("Probe: linear", "top-1 accuracy", "probe_linear_top1"),
+    )
+)
+
+
+def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
+    """Draw a run's metrics.jsonl: loss.png (loss and learning rate), health.png (embeddings and gradient) and, of a run
+    that was evaluated or probed, evaluation.png.
+
+    A value that was not finite leaves a gap; a metric that was never logged is left out. Each file is replaced in one
+    piece.
+
+    Args:
+        metrics_path: the metrics.jsonl.
+        figures_dir: folder of the figures, made where it is missing.
+
+    Returns:
+        The files that were drawn; none where the metrics hold nothing to draw.
+    """
+    rows = read_metrics(metrics_path)
+    metrics = {key: _series(rows, key) for key in {key for row in rows for key in row}}
+    metrics = {key: series for key, series in metrics.items() if np.isfinite(series.value).any()}
+    figures_dir.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        if "loss" in metrics:
+            drawn.append(save_figure(_loss_figure(metrics), figures_dir / "loss.png"))
+        for name, every in (("health.png", PANELS), ("evaluation.png", EVALUATION_PANELS)):
+            panels = [panel for panel in every if any(key in metrics for key, _, _ in panel.curves)]
+            if panels:
+                drawn.append(save_figure(_panel_figure(metrics, panels), figures_dir / name))
+    return drawn
+
+
+def _loss_figure(metrics: dict[str, Series]) -> Figure:
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    has_lr = "lr" in metrics
+    axes = figure.subplots(1 + has_lr, 1, sharex=True, squeeze=False, height_ratios=(4, 1)[: 1 + has_lr])[:, 0]
+    loss = metrics["loss"]
+    _curve(axes[0], loss, BLUE)
+    last = np.flatnonzero(np.isfinite(loss.value))[-1]
+    title = f"Loss: {smooth(loss.value)[last]:.4f} at step {loss.step[last]:.0f}"
+    axes[0].set(title=title + (" (smoothed)" if len(loss.step) > SIZE_OF_A_FEW else ""), ylabel="loss")
+    if has_lr:
+        rate = metrics["lr"]
+        axes[1].plot(rate.step, rate.value, color=GREY, linewidth=1.5, marker=_marker(rate))
+        axes[1].set(ylabel="learning rate", ylim=(0, 1.15 * np.nanmax(rate.value) or 1))
+        axes[1].yaxis.set_major_locator(MaxNLocator(3))
+        axes[1].yaxis.set_major_formatter(_scientific())
+    _finish(axes[-1], loss)
+    return figure
+
+
+def _panel_figure(metrics: dict[str, Series], panels: list[Panel]) -> Figure:
+    columns = min(len(panels), 2)
+    num_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * num_rows), layout="constrained")
+    every = figure.subplots(num_rows, columns, squeeze=False).flatten()
+    for axes, panel in zip(every, panels, strict=False):
+        present = [curve for curve in panel.curves if curve[0] in metrics]
+        shown = np.concatenate([metrics[key].value for key, _, _ in present])
+        shown = shown[np.isfinite(shown)]
+        log = bool(shown.min() > 0 and shown.max() > 30 * np.median(shown))  # a few spikes would flatten the rest
+        for key, name, colour in present:
+            _curve(axes, metrics[key], colour, name, log)
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.1 * shown.max() or 1)
+        axes.set(title=panel.title, ylabel=panel.unit)
+        if len(present) > 1:
+            axes.legend(loc="best", fontsize=9, handlelength=1.4)
+        _finish(axes, metrics[present[0][0]])
+    for axes in every[len(panels) :]:
+        axes.remove()
+    return figure
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> Series:
+    pairs = [(row["step"], row[key]) for row in rows if key in row]
+    values = [float(value) if isinstance(value, int | float) else np.nan for _, value in pairs]
+    return Series(np.array([step for step, _ in pairs], dtype=float), np.array(values))
+
+
+def _curve(axes: Axes, series: Series, colour: str, name: str = "", log: bool = False) -> None:
+    step, value = series
+    if len(step) <= SIZE_OF_A_FEW:
+        axes.plot(step, value, color=colour, linewidth=1.6, marker=_marker(series), label=name)
+    else:
+        axes.plot(step, value, color=colour, linewidth=0.7, alpha=0.3)
+        smoothed = np.exp(smooth(np.log(value))) if log else smooth(value)
+        axes.plot(step, smoothed, color=colour, linewidth=1.8, label=name)
+
+
+def smooth(values: Array) -> Array:
+    """Centred moving average over 4 % of the values, twice; nan neither spreads nor is filled.
+
+    A run's few values (:data:`SIZE_OF_A_FEW`) are returned as they are.
+    """
+    if len(values) <= SIZE_OF_A_FEW:
+        return values
+    reach = len(values) // 50
+    index = np.arange(len(values))
+    # the window shrinks towards the ends on both sides, so that a slope is not bent there
+    half = np.minimum(reach, np.minimum(index, index[::-1]) + reach // 4)
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    for _ in range(2):
+        known = np.isfinite(values)
+        total = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
+        count = np.concatenate(([0], np.cumsum(known)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = (total[last] - total[first]) / (count[last] - count[first])
+        values = np.where(known, mean, np.nan)
+    return values
+
+
+def _finish(axes: Axes, series: Series) -> None:
+    first, last = series.step.min(), series.step.max()
+    margin = 0.02 * (last - first) or 1.0  # a single step stands in the middle
+    axes.set(xlabel="optimizer step", xlim=(first - margin, last + margin))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _marker(series: Series) -> str | None:
+    return "." if len(series.step) <= SIZE_OF_A_FEW else None
+
+
+def _scientific() -> ScalarFormatter:
+    formatter = ScalarFormatter(useMathText=True)
+    formatter.set_powerlimits((-2, 3))
+    return formatter
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as a PNG file in one piece; returns ``path``."""
+    beside = path.with_name(path.name + ".partial")
+    figure.savefig(beside, format="png", dpi=130)
+    beside.replace(path)
+    return path

@@ -1,0 +1,236 @@
+"""What a run says about itself: metrics.jsonl, the console and Weights & Biases.
+
+The log never ends a run: where a file cannot be written or wandb fails, it says so once and the training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_nepa.checkpoint.saving.store import replace_text
+from megatron_nepa.config import RunConfig
+
+# A row of metrics.jsonl has those that were measured, in this order, then any others. Units: step_ms and data_wait_ms
+# milliseconds; samples_per_second of the whole run; mfu a share of 1; memory_gb 1e9 bytes.
+KEYS = (
+    "step",
+    "epoch",
+    "samples",
+    "loss",
+    "grad_norm",
+    "lr",
+    "step_ms",
+    "data_wait_ms",
+    "samples_per_second",
+    "tflops_per_device",
+    "mfu",
+    "memory_gb",
+    "skipped_steps",
+    "target_std",
+    "target_effective_rank",
+    "target_mean_direction",
+    "prediction_std",
+    "prediction_effective_rank",
+    "prediction_norm",
+    "target_norm",
+)
+
+Row = dict[str, float | int]
+
+
+class RunLog:
+    """Log of a run, opened on its main rank only.
+
+    Args:
+        output_dir: folder of the run: metrics.jsonl, wandb's files and wandb_id lie there.
+        run: its config.
+        total_steps: optimizer steps of the whole run.
+        start_step: steps that were completed before, when the run continues a checkpoint.
+    """
+
+    def __init__(self, output_dir: Path, run: RunConfig, total_steps: int, start_step: int) -> None:
+        self._path = output_dir / "metrics.jsonl"
+        self._total_steps = total_steps
+        self._torn = False  # whether the last write of the metrics may have ended inside a line
+        self._warned: set[str] = set()
+        self._bar: tqdm[Any] | None = None
+        # before the bar, which what wandb prints at its start would break
+        self._wandb = self._start_wandb(output_dir, run) if run.wandb != "disabled" else None
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                bar_format="{percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}",
+                dynamic_ncols=True,
+            )
+
+    def write(self, rows: list[Row]) -> None:
+        """Log consecutive steps; a row holds any of :data:`KEYS` and others, its "step" counts from 1."""
+        self._append([json.dumps(_ordered(row), allow_nan=False) for row in rows])
+        for row in rows:
+            if self._bar is None:
+                self.message(dense_line(row, self._total_steps))
+            if self._wandb is not None:
+                with self._wandb_guard():
+                    self._wandb.log(dict(row))
+        if self._bar is not None and rows:
+            self._bar.set_description_str(" | ".join(_parts(rows[-1])), refresh=False)
+            self._bar.update(int(rows[-1]["step"]) - self._bar.n)
+            self._bar.refresh()
+
+    def message(self, text: str) -> None:
+        """Print ``text`` to the console, above the progress bar where there is one."""
+        with contextlib.suppress(OSError):  # a console on a full disk is no reason to stop
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
+
+    def warn(self, text: str | None) -> None:
+        """Print ``text`` where there is one: several that say what may go wrong return None where nothing will."""
+        if text is not None:
+            self.message(text)
+
+    def close(self) -> None:
+        """End the progress bar and wait for wandb to finish."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._wandb is not None:
+            with self._wandb_guard():
+                self._wandb.finish()
+            self._wandb = None
+
+    def _append(self, lines: list[str]) -> None:
+        # opened anew each time, so that a disk that comes back is written again
+        try:
+            with self._path.open("a") as file:
+                file.write(("\n" if self._torn else "") + "".join(f"{line}\n" for line in lines))
+            self._torn = False
+        except OSError as error:
+            self._torn = True
+            self._warn_once("metrics", f"{self._path} misses rows ({error}); the run goes on.")
+
+    def _start_wandb(self, output_dir: Path, run: RunConfig) -> Any:
+        with self._wandb_guard():
+            import wandb
+
+            id_path = output_dir / "wandb_id"
+            if id_path.exists():
+                run_id = id_path.read_text().strip()
+            else:
+                run_id = secrets.token_hex(4)
+                id_path.write_text(run_id)
+            session = wandb.init(
+                project=run.wandb_project,
+                name=output_dir.resolve().name,
+                id=run_id,
+                resume="allow",
+                mode=run.wandb,  # type: ignore[arg-type]
+                dir=str(output_dir),
+                config=run.to_dict(),
+                settings=wandb.Settings(quiet=True),  # no summary at the end: the console has had every number
+            )
+            # our own axis: steps repeated after a resume would be dropped as going back in wandb's
+            session.define_metric("step")
+            session.define_metric("*", step_metric="step")
+            return session
+        return None
+
+    @contextlib.contextmanager
+    def _wandb_guard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # any failure of an optional service
+            self._wandb = None
+            self._warn_once("wandb", f"wandb failed ({error}); the run goes on without it.")
+
+    def _warn_once(self, topic: str, text: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            self.message(f"warning: {text}")
+
+
+def dense_line(row: Row, total_steps: int) -> str:
+    """One line that tells how a step went, for example
+    ``step 120/200 | loss -0.8123 | grad 0.412 | lr 4.8e-04 | 412 img/s | 0.35 TFLOP/s | MFU 41.2% | data 3 ms | ...``.
+    """
+    width = len(str(total_steps))
+    return " | ".join([f"step {row['step']:>{width}}/{total_steps}", *_parts(row)])
+
+
+def _parts(row: Row) -> list[str]:
+    parts: dict[str, Callable[[float], str]] = {
+        "loss": lambda value: f"loss {value:.4f}",
+        "grad_norm": lambda value: f"grad {_short(value)}",
+        "lr": lambda value: f"lr {value:.1e}",
+        "samples_per_second": lambda value: f"{_short(value)} img/s",
+        "tflops_per_device": lambda value: f"{_short(value)} TFLOP/s",
+        "mfu": lambda value: f"MFU {value:.1%}",
+        "data_wait_ms": lambda value: f"data {value:.0f} ms",
+        "memory_gb": lambda value: f"{value:.1f} GB",
+        "target_effective_rank": lambda value: f"eff. rank {value:.1f}",
+        "val_top1": lambda value: f"top-1 {value:.1%}",
+        "val_ema_top1": lambda value: f"EMA top-1 {value:.1%}",
+        "val_mean_iou": lambda value: f"mIoU {value:.1%}",
+        "val_ema_mean_iou": lambda value: f"EMA mIoU {value:.1%}",
+        "probe_knn_top1": lambda value: f"kNN {value:.1%}",
+        "probe_ema_knn_top1": lambda value: f"EMA kNN {value:.1%}",
+        "probe_linear_top1": lambda value: f"linear {value:.1%}",
+        "probe_ema_linear_top1": lambda value: f"EMA linear {value:.1%}",
+        "skipped_steps": lambda value: f"skipped {value:.0f}",
+    }
+    shown = [key for key in parts if key in row and (key != "skipped_steps" or row[key])]
+    return [parts[key](row[key]) for key in shown]
+
+
+def _short(value: float) -> str:
+    """At least three digits, without an exponent for the sizes that occur."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def _ordered(row: Row) -> dict[str, float | int | None]:
+    keys = [key for key in KEYS if key in row] + [key for key in row if key not in KEYS]
+    # JSON has no nan and no infinity
+    return {key: row[key] if math.isfinite(row[key]) else None for key in keys}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, oldest first; lines that were written only in part are left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Cut a metrics.jsonl back to a checkpoint, so that the run that continues it writes every step once.
+
+    The rows after ``step`` move to metrics.replaced.jsonl beside it, appended to what is there. The file is replaced
+    in one piece. Nothing happens where there is no file.
+
+    Args:
+        path: the metrics.jsonl.
+        step: last step to keep.
+    """
+    if not path.exists():
+        return
+    rows = read_metrics(path)
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+    removed = [json.dumps(row) + "\n" for row in rows if row["step"] > step]
+    if removed:
+        with path.with_name("metrics.replaced.jsonl").open("a") as file:
+            file.writelines(removed)
+    replace_text(path, "".join(kept))

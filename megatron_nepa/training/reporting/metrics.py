@@ -1,0 +1,68 @@
+"""Numbers of the steps, kept on the device until the log asks for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.reporting.non_finite import ranks_not_finite
+
+Row = dict[str, float | int]
+
+
+class MetricWindow:
+    """Rows of the steps since the last :meth:`read`: host numbers, and device scalars that nobody has waited for.
+
+    Args:
+        names: of the device scalars of every step.
+        topology: the scalars are averaged over its data-parallel ranks when they are read.
+
+    Attributes:
+        not_finite: of the steps last read, those with a scalar that is not finite, and the data-parallel ranks whose
+            own was not (none where only the gradient norm, which is common to all, was not).
+    """
+
+    def __init__(self, names: Sequence[str], topology: Topology) -> None:
+        self.names = list(names)
+        self.topology = topology
+        self.not_finite: dict[int, list[int]] = {}
+        self._own = [i for i, name in enumerate(self.names) if name != "grad_norm"]
+        self._rows: list[Row] = []
+        self._scalars: list[Tensor] = []
+
+    def add(self, row: Row, scalars: Tensor) -> None:
+        """Add a step: its host numbers and its device scalars, fp32 [len(names)]."""
+        self._rows.append(row)
+        self._scalars.append(scalars)
+
+    def read(self, extra: Tensor | None = None) -> tuple[list[Row], Tensor]:
+        """The complete rows, oldest first, and ``extra`` on the host; empties the window.
+
+        Every data-parallel rank calls it: the scalars of all steps take one all-reduce and one copy to the host.
+
+        Args:
+            extra: flat fp32 device tensor that travels in the same copy.
+        """
+        if not self._rows:
+            return [], torch.empty(0)
+        own = torch.stack(self._scalars)
+        values = own.clone()
+        if self.topology.data_size > 1:
+            dist.all_reduce(values, group=self.topology.data_group)
+            values /= self.topology.data_size
+        flat = values.flatten()
+        host = (flat if extra is None else torch.cat((flat, extra))).cpu()
+        table = host[: flat.numel()].view(len(self._rows), len(self.names)).tolist()
+        named = [dict(zip(self.names, line, strict=True)) for line in table]
+        rows: list[Row] = [{**row, **scalars} for row, scalars in zip(self._rows, named, strict=True)]
+        # every data-parallel rank has the same averages, so all of them come here or none
+        steps = [i for i, line in enumerate(table) if not all(map(math.isfinite, line))]
+        blamed = ranks_not_finite(own[steps][:, self._own], self.topology) if steps else []
+        self.not_finite = {int(rows[i]["step"]): ranks for i, ranks in zip(steps, blamed, strict=True)}
+        self._rows, self._scalars = [], []
+        return rows, host[flat.numel() :]

@@ -1,0 +1,221 @@
+"""A run's folder: what it may continue, and the record of what it is."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megatron_nepa.checkpoint.format.agreement import RankError, on_main_rank
+from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, replace_text
+from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.reporting.log import truncate_metrics
+
+# settings that change where or how fast a run computes, never what; anything else makes it another run
+_FREE_FIELDS = {
+    "parallel",
+    "output_dir",
+    "micro_batch_size",
+    "resume",
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "async_save",
+    "log_every",
+    "max_skipped_steps",
+    "stall_timeout",
+    "wandb",
+    "wandb_project",
+    "profile",
+    "compile",
+    "kernels",
+    "evaluation",
+    "probe",
+    "data.path",  # the data's fingerprint counts, not where they lie
+    "data.on_bad_image",
+    "data.max_bad_share",
+    "data.num_threads",
+    "data.hw_decoder_load",
+}
+_MOST_NAMED = 6  # of them in a message
+_PACKAGES = (
+    "megatron_nepa",
+    "torch",
+    "deepspeed",
+    "triton",
+    "numpy",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "flash-attn",
+)
+
+
+class RunDirectory:
+    """OUTPUT_DIR of one run.
+
+    Args:
+        run: whose ``output_dir``, ``resume``, ``keep_last`` and ``keep_every`` count.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.path = Path(run.output_dir)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.figures_path = self.path / "figures"
+        self.profile_path = self.path / "profile"
+        self._lock: TextIO | None = None
+        self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last, run.keep_every)
+
+    def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
+        """The checkpoint that this run continues; every rank calls it, and nothing changes on disk.
+
+        ``--resume auto`` passes over damaged checkpoints, a path that is given must be intact.
+
+        Args:
+            topology: this rank's place.
+            data_fingerprint: of the training data, which a run keeps; its folder may move.
+
+        Raises:
+            ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, or all are damaged.
+        """
+        self._require_writable()
+        resume = self.run.resume
+        newest = self.checkpoints.latest()
+        require(
+            not (resume == "none" and newest is not None),
+            f"--resume none starts afresh, but {self.path} already holds {newest}: choose another --output_dir, "
+            "or remove that folder.",
+        )
+        candidates = self.checkpoints.newest_first()
+        if resume not in ("auto", "none"):
+            given = find_checkpoint(resume)
+            # a path from elsewhere is where this run starts; given again, the run goes on from its own checkpoints
+            if newest is None or given.resolve().is_relative_to(self.path.resolve()):
+                candidates = [given]
+        if newest is not None:
+            self._refuse_another_run(data_fingerprint)
+        return find_intact(candidates, topology)
+
+    def lock(self, topology: Topology) -> None:
+        """Create the folder and claim it until this process ends; every rank calls it.
+
+        Raises:
+            ConfigError: where another run is writing there, or the folder cannot be written.
+        """
+
+        def claim() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError("another run is writing there") from None
+
+        try:
+            on_main_rank(topology, claim)
+        except RankError as error:
+            raise ConfigError(f"--output_dir {self.path} cannot be claimed ({error}): choose another folder.") from None
+
+    def record(self, topology: Topology, facts: dict[str, Any], step: int) -> None:
+        """Clear what a killed run left in the folder, write config.json and cut the metrics back; every rank calls it.
+
+        Args:
+            topology: this rank's place.
+            facts: that config.json holds besides the run's config, versions and the git commit.
+            step: which the run goes on from.
+
+        Raises:
+            ConfigError: where the folder cannot be written.
+        """
+
+        def write() -> None:
+            self.checkpoints.remove_partial()
+            content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
+            replace_text(self.config_path, json.dumps(content, indent=1))
+            truncate_metrics(self.metrics_path, step)
+
+        try:
+            on_main_rank(topology, write)
+        except RankError as error:
+            raise ConfigError(
+                f"--output_dir {self.path} cannot be written ({error}): make room, or choose another folder."
+            ) from None
+
+    def _require_writable(self) -> None:
+        for folder in (self.path, self.checkpoints.folder):
+            existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+            require(existing.is_dir(), f"--output_dir {self.path}: {existing} is a file; give a folder.")
+            require(
+                os.access(existing, os.W_OK | os.X_OK),
+                f"--output_dir {self.path}: {existing} cannot be written; give another folder.",
+            )
+
+    def _refuse_another_run(self, data_fingerprint: str | None) -> None:
+        if not self.config_path.is_file():
+            return
+        try:
+            recorded = json.loads(self.config_path.read_text())
+            theirs, other_path = numbers_of_the_run(recorded["run"]), recorded["run"]["data"]["path"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.config_path} is not a run's config ({error}): choose another --output_dir."
+            ) from None
+        ours = numbers_of_the_run(self.run.to_dict())
+        differing = [
+            f"{key} {theirs.get(key)} there, {ours.get(key)} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        more = f"; and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+        require(
+            not differing,
+            f"--output_dir {self.path} holds another run ({'; '.join(differing[:_MOST_NAMED])}"
+            f"{more}): choose another folder (--resume PATH starts it from a checkpoint of this one), or "
+            "remove this one.",
+        )
+        require(
+            recorded.get("data_fingerprint") == data_fingerprint,
+            f"--output_dir {self.path} holds a run on other images: files were added, removed or changed since, or "
+            f"--data is not {other_path}. Restore them, or choose another --output_dir.",
+        )
+
+
+def numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings, flat, that make two runs compute the same."""
+    flat: dict[str, Any] = {}
+    for key, value in run.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": item for name, item in value.items() if key not in _FREE_FIELDS})
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if key not in _FREE_FIELDS}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

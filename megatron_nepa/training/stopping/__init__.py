@@ -1,0 +1,1 @@
+"""How a run ends: signals, time limits, lost and hanging ranks, exit statuses."""

@@ -1,0 +1,91 @@
+"""How a training script starts and ends as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_nepa.config import ConfigError
+from megatron_nepa.parallel.topology import ranks_of_this_node
+from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
+from megatron_nepa.training.stopping.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Run a script's body and turn how it ended into an exit status (:mod:`.exit_codes`).
+
+    A mistake of the user's ends it with one sentence and status 2, a training that cannot go on with 3. Every rank
+    sees the same settings, so the first rank of each node speaks for all. A run that a signal stopped ends with 75:
+    start the same command again. An unforeseen error ends with its traceback and 1.
+    """
+    _share_cores()
+    _stop_at_once_outside_training()
+    status = 0
+    try:
+        yield
+    except RunStopped:
+        status = EXIT_STOPPED
+    except (ConfigError, TrainingError) as error:
+        if isinstance(error, RankTrainingError) or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
+    except KeyboardInterrupt:  # Ctrl-C before training, which has its own handler
+        os._exit(EXIT_STOPPED)
+    except Exception:
+        # the cause first, and no orderly farewell, which would wait for ranks that wait for this one
+        print(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if status == EXIT_STOPPED:
+        # at once, for the same reason that the ranks left the loop together: all is written
+        sys.stdout.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def _stop_at_once_outside_training() -> None:
+    """Let SIGTERM and SIGUSR1 end the process, which has nothing to save; training sets its own handlers meanwhile.
+
+    Python runs a handler only when native code returns, and at the start that may be waiting for another rank. So a
+    thread is told through a pipe, too.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_at_once)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+    def listen() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            if signal.getsignal(number) is _stop_at_once:
+                _stop_at_once(number, None)
+
+    threading.Thread(target=listen, name="stop-at-once", daemon=True).start()
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\n{signal.Signals(number).name} outside of training: nothing to save, exits.\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
+def _share_cores() -> None:
+    """On a CPU, divide the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
+    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node()))
