@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_nepa.cli import Recipes, parse_command_line, sections_of
-from megatron_nepa.config import ConfigError, ParallelConfig, RunConfig
+from megatron_nepa.config import ConfigError, ParallelConfig, RunConfig, override
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
@@ -28,6 +29,12 @@ def test_every_recipe_is_valid_and_named_after_itself(name: str) -> None:
     assert run.recipe == name
     assert run.accumulation_steps(1) * run.micro_batch_size == run.global_batch_size
     assert json.loads(json.dumps(run.to_dict())) == run.to_dict()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_sizes_divide_every_pretraining_trunk_the_default_included(size: int) -> None:
+    for recipe in PRETRAINING_RECIPES.values():
+        assert override(recipe(), {"parallel.tensor_parallel_size": size}).model.head_size in HEAD_DIMS
 
 
 @pytest.mark.parametrize(("name", "count"), [("nepa_b_release", 85_527_552), ("nepa_l_release", 302_967_808)])
@@ -105,9 +112,18 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], recipes: 
         (["--data.num_threads", "1000000"], "num_threads is 1000000; it must lie in 1 to 1024"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--sequence_parallel"], "set tensor_parallel_size to 2 or more"),
-        (["--recipe", "nepa_b", "--tensor_parallel_size", "5"], "5 does not divide model.num_heads 12"),
-        (["--model.image_size", "100"], "100 is not a multiple of model.patch_size 14"),
-        (["--model.num_heads", "5"], "hidden_size 192 is not divisible by model.num_heads 5"),
+        (
+            ["--recipe", "nepa_b", "--tensor_parallel_size", "5"],
+            "5 does not divide model.num_heads 12: take .* 1, 2 or 4,",
+        ),
+        (["--model.image_size", "100"], "100 is not a multiple of model.patch_size 14: take .* 98 or 112"),
+        (["--model.image_size", "10"], "10 is not a multiple of model.patch_size 14: take .* 28"),
+        (["--model.num_heads", "5"], "hidden_size 256 is not divisible by model.num_heads 5: take .* 2, 4 or 8"),
+        (["--model.num_heads", "128"], "256 / model.num_heads 128 = 2: take model.num_heads 16, 32 or 64"),
+        (
+            ["--model.hidden_size", "250"],
+            "250 is not divisible by model.num_heads 4: take model.hidden_size 240 or 256",
+        ),
         (["--tensor_parallel_size", "3", "--compile"], "--compile serves tensor_parallel_size 1"),
         (["--steps", "3", "--epochs", "3"], "set either steps or epochs"),
         (["--objective.mask_ratio", "1.5"], r"must lie in \[0, 1\)"),
@@ -161,7 +177,7 @@ def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
         ({"train_batch_size": 16}, ["--global_batch_size", "32"], "--global_batch_size is 32 but .* is 16"),
         ({"gradient_clipping": 2.0}, ["--optimizer.clip_grad", "1.0"], "clip_grad is 1.0 but .* is 2.0"),
         ({"bf16": {"enabled": True}}, ["--dtype", "fp32"], "--dtype is fp32 but .* is true"),
-        ({"gradient_accumulation_steps": 3}, [], "is 3, but global_batch_size 64 .* = 2"),
+        ({"gradient_accumulation_steps": 3}, [], 'is 3, but global_batch_size 64 .* = 2: set it to 2 or "auto"'),
         ({"gradient_cliping": 2.0}, [], r'"gradient_cliping" in .* would be ignored: did you mean "gradient_clipping"'),
         ({"train_batch_size": "many"}, [], "is no whole number"),
         ({"train_batch_size": 8.0}, [], "is no whole number"),
@@ -175,7 +191,6 @@ def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
         ({"fp16": {"enabled": True}}, [], "half precision is not supported"),
         ({"optimizer": {"type": "Adam"}}, [], "the optimizer is set by --base_lr"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, [], "zero_optimization.reduce_bucket_size"),
-        ({}, ["--global_batch_size", "100"], "100 is not a multiple of micro_batch_size 32 x data-parallel size 1"),
     ],
 )
 def test_a_contradiction_with_the_ds_config_is_named(
@@ -183,6 +198,27 @@ def test_a_contradiction_with_the_ds_config_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         merged(config, tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "replicas", "values", "choices"),
+    [
+        (50, 4, "global_batch_size 128, or global_batch_size 48 and micro_batch_size 12", [(128, 32), (48, 12)]),
+        (100, 1, "global_batch_size 96 or 128, or micro_batch_size 25", [(96, 32), (128, 32), (100, 25)]),
+        (64, 4, "global_batch_size 128, or micro_batch_size 16", [(128, 32), (64, 16)]),
+        (1, 4, "global_batch_size 128, or global_batch_size 4 and micro_batch_size 1", [(128, 32), (4, 1)]),
+    ],
+)
+def test_a_batch_that_the_replicas_cannot_share_names_sizes_that_they_can(
+    batch: int, replicas: int, values: str, choices: list[tuple[int, int]]
+) -> None:
+    run = parse("--global_batch_size", str(batch), "--micro_batch_size", "32")
+    refused = f"{batch} is not a multiple of micro_batch_size 32 x data-parallel size {replicas} = .*: take {values}"
+    with pytest.raises(ConfigError, match=refused):
+        run.accumulation_steps(replicas)
+    for global_batch, micro_batch in choices:
+        changed = override(run, {"global_batch_size": global_batch, "micro_batch_size": micro_batch})
+        assert changed.accumulation_steps(replicas) >= 1
 
 
 def test_the_default_ds_config_is_zero2() -> None:

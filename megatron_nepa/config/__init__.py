@@ -5,7 +5,7 @@ the command line replaces single fields of it. Whatever a field means is said on
 ``--help`` prints that comment. A value that cannot work raises :class:`ConfigError` with the numbers in the message.
 """
 
-from megatron_nepa.config.checks import ConfigError, require
+from megatron_nepa.config.checks import ConfigError, divisors, multiples_around, one_of, require
 from megatron_nepa.config.finetuning import (
     AugmentationConfig,
     ClassificationConfig,
@@ -61,6 +61,9 @@ __all__ = [
     "SegmentationConfig",
     "SegmentationEvaluationConfig",
     "ValidationConfig",
+    "divisors",
+    "multiples_around",
+    "one_of",
     "override",
     "require",
 ]

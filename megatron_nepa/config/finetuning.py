@@ -151,5 +151,5 @@ class ClassificationConfig(FinetuningConfig):
         require(
             self.evaluation.resize_size >= self.model.image_size,
             f"evaluation.resize_size {self.evaluation.resize_size} is smaller than the crop of model.image_size "
-            f"{self.model.image_size}.",
+            f"{self.model.image_size}: choose at least that.",
         )

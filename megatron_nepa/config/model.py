@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nepa.config.checks import require, require_finite
+from megatron_nepa.config.checks import divisors, multiples_around, one_of, require, require_finite
 
 # every image is RGB: the decoder converts grey and CMYK ones
 IMAGE_CHANNELS = 3
@@ -85,18 +85,18 @@ class ModelConfig:
         require(self.mlp_hidden_size >= 1, f"model.mlp_hidden_size is {self.mlp_hidden_size}; it must be at least 1.")
         require(
             self.image_size % self.patch_size == 0,
-            f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}; "
-            f"the nearest sizes that are: {self.image_size // self.patch_size * self.patch_size} and "
-            f"{-(-self.image_size // self.patch_size) * self.patch_size}.",
+            f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}: take "
+            f"model.image_size {one_of(multiples_around(self.image_size, self.patch_size, least=2))}.",
         )
         require(
             self.hidden_size % self.num_heads == 0,
-            f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}.",
+            f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}: "
+            f"{self._possible_heads()}.",
         )
         require(
             not self.rope or self.head_size % 4 == 0,
-            f"2-D RoPE needs a head width divisible by 4, but hidden_size {self.hidden_size} / num_heads "
-            f"{self.num_heads} = {self.head_size}.",
+            f"2-D RoPE needs a head width divisible by 4, but model.hidden_size {self.hidden_size} / model.num_heads "
+            f"{self.num_heads} = {self.head_size}: {self._possible_heads()}.",
         )
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive.")
         require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive.")
@@ -111,3 +111,13 @@ class ModelConfig:
             f"model.rope_rescale_group is {self.rope_rescale_group}; it must be at least 1.",
         )
         require(self.num_patches >= 2, "the image must hold at least two patches: there is no next patch to predict.")
+
+    def _possible_heads(self) -> str:
+        """Numbers of heads near the one asked for that the width allows, or else a width that allows it."""
+        unit = 4 if self.rope else 1  # of the head's width
+        heads = [count for count in divisors(self.hidden_size) if self.hidden_size // count % unit == 0]
+        if not heads:
+            width = one_of(multiples_around(self.hidden_size, self.num_heads * unit))
+            return f"take model.hidden_size {width}"
+        nearest = sorted(heads, key=lambda count: abs(count - self.num_heads))[:3]
+        return f"take model.num_heads {one_of(sorted(nearest))}"

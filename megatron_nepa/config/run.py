@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from megatron_nepa.config.checks import require, require_finite
+from megatron_nepa.config.checks import divisors, multiples_around, one_of, require, require_finite
 from megatron_nepa.config.model import ModelConfig
 from megatron_nepa.config.sections import DataConfig, OptimizerConfig, ParallelConfig
 
@@ -121,9 +121,18 @@ class RunConfig:
         require(
             self.global_batch_size % per_pass == 0,
             f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} "
-            f"x data-parallel size {data_parallel_size} = {per_pass}.",
+            f"x data-parallel size {data_parallel_size} = {per_pass}: {self._possible_batches(data_parallel_size)}.",
         )
         return self.global_batch_size // per_pass
+
+    def _possible_batches(self, data_parallel_size: int) -> str:
+        """Batch sizes near those asked for that ``data_parallel_size`` replicas can share."""
+        batches = multiples_around(self.global_batch_size, self.micro_batch_size * data_parallel_size)
+        share = max(1, round(self.global_batch_size / data_parallel_size))
+        micro_batch = max(size for size in divisors(share) if size <= self.micro_batch_size)
+        batch = share * data_parallel_size
+        together = "" if batch == self.global_batch_size else f"global_batch_size {batch} and "
+        return f"take global_batch_size {one_of(batches)}, or {together}micro_batch_size {micro_batch}"
 
     def total_steps(self, num_images: int | None) -> int:
         """Optimizer steps of the whole run over a data set of ``num_images`` images (None: endless)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nepa.config.checks import require, require_finite
+from megatron_nepa.config.checks import divisors, one_of, require, require_finite
 from megatron_nepa.config.model import ModelConfig
 
 MAX_THREADS = 1024  # of one rank's decoder, which ends the process where the system refuses one
@@ -57,8 +57,9 @@ class ParallelConfig:
             value = getattr(model, name)
             require(
                 value % size == 0,
-                f"tensor_parallel_size {size} does not divide model.{name} {value}; choose a divisor of both "
-                f"num_heads {model.num_heads} and mlp_hidden_size {model.mlp_hidden_size}.",
+                f"tensor_parallel_size {size} does not divide model.{name} {value}: take tensor_parallel_size "
+                f"{one_of(divisors(model.num_heads, model.mlp_hidden_size))}, which divide both num_heads "
+                f"{model.num_heads} and mlp_hidden_size {model.mlp_hidden_size}.",
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, require
+from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, multiples_around, one_of, require
 from megatron_nepa.parallel.collectives import gather_rows, sum_gradients
 from megatron_nepa.parallel.layers import parameter
 from megatron_nepa.parallel.rows import RowShard
@@ -97,7 +97,8 @@ class PatchEmbedding(nn.Module):
         size = self.patch_size
         require(
             height % size == 0 and width % size == 0,
-            f"an image of {height} x {width} pixels is not a whole number of {size} x {size} patches.",
+            f"an image of {height} x {width} pixels is not a whole number of {size} x {size} patches: take sides of "
+            f"{one_of(multiples_around(height, size))} x {one_of(multiples_around(width, size))} pixels.",
         )
         patches = images.view(batch, channels, height // size, size, width // size, size)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatron_nepa.config import require
+from megatron_nepa.config import divisors, multiples_around, one_of, require
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,9 @@ def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
     world_size = dist.get_world_size()
     require(
         world_size % tensor_parallel_size == 0,
-        f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks {world_size}: start a "
-        f"multiple of {tensor_parallel_size} ranks (deepspeed --num_gpus) or choose another size.",
+        f"tensor_parallel_size {tensor_parallel_size} does not divide the number of ranks {world_size}: start "
+        f"{one_of(multiples_around(world_size, tensor_parallel_size))} ranks (deepspeed --num_gpus), or take "
+        f"tensor_parallel_size {one_of(divisors(world_size))}.",
     )
     shape = (world_size // tensor_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))

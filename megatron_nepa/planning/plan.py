@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import get_args
 
-from megatron_nepa.config import ActivationCheckpointing, ModelConfig, RunConfig, require
+from megatron_nepa.config import (
+    ActivationCheckpointing,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    divisors,
+    multiples_around,
+    one_of,
+    require,
+)
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, optimizer_seconds, outer_work
 from megatron_nepa.planning.hardware import GPUS_PER_NODE, Gpu
@@ -82,7 +92,11 @@ def predict(run: RunConfig, layout: Layout, gpu: Gpu) -> Plan:
             divide, a batch that the replicas do not.
     """
     size = layout.tensor_parallel_size
-    require(layout.gpus % size == 0, f"tensor_parallel_size {size} does not divide {layout.gpus} GPUs.")
+    require(
+        layout.gpus % size == 0,
+        f"tensor_parallel_size {size} does not divide {layout.gpus} GPUs: take "
+        f"{one_of(multiples_around(layout.gpus, size))} GPUs, or tensor_parallel_size {one_of(divisors(layout.gpus))}.",
+    )
     run = layout.apply(run)
     accumulation = run.accumulation_steps(layout.data_parallel_size)
     memory = plan_memory(run.model, layout, accumulation, run.optimizer.ema_decay > 0)
@@ -170,12 +184,23 @@ def find_plans(run: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     """
     require(gpus >= 1, f"--gpus is {gpus}; it must be at least 1.")
     plans = [predict(run, layout, gpu) for layout in layouts(run, gpus)]
-    require(
-        bool(plans),
-        f"no layout divides global_batch_size {run.global_batch_size} over {gpus} GPUs: with tensor-parallel sizes up "
-        f"to {GPUS_PER_NODE} the number of replicas must divide the batch; take a power of two.",
-    )
+    if not plans:
+        raise ConfigError(
+            f"no layout divides global_batch_size {run.global_batch_size} over {gpus} GPUs: with tensor-parallel sizes "
+            f"up to {GPUS_PER_NODE} the number of replicas must divide the batch; take "
+            f"{_possible_gpus(run, gpus)} GPUs."
+        )
     return sorted(plans, key=lambda plan: (not plan.fits, -plan.images_per_second if plan.fits else plan.memory.total))
+
+
+def _possible_gpus(run: RunConfig, gpus: int) -> str:
+    """The numbers of GPUs next to the one asked for that some layout serves, one below and one above."""
+    most = GPUS_PER_NODE * run.global_batch_size
+
+    def first(numbers: range) -> list[int]:
+        return list(islice((number for number in numbers if any(True for _ in layouts(run, number))), 1))
+
+    return one_of(first(range(min(gpus, most), 0, -1)) + first(range(gpus + 1, most + 1)))
 
 
 def layouts(run: RunConfig, gpus: int) -> Iterator[Layout]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.saving.store import Progress
-from megatron_nepa.config import RunConfig, require
+from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -59,11 +59,12 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     if run.compile:
         for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
             block.compile()
-    require(
-        progress.samples % run.global_batch_size == 0,
-        f"{found.checkpoint} stands at sample {progress.samples}, which is no multiple of global_batch_size "
-        f"{run.global_batch_size}: keep the batch size, or start from its weights with --init_from.",
-    )
+    if progress.samples % run.global_batch_size:
+        raise ConfigError(
+            f"{found.checkpoint} stands at sample {progress.samples}, which is no multiple of global_batch_size "
+            f"{run.global_batch_size}: take its --global_batch_size {found.manifest['run']['global_batch_size']}, or "
+            "start from its weights with --init_from."
+        )
     directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
     peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])

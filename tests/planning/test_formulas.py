@@ -150,7 +150,7 @@ def test_published_utilisation_is_reproduced_from_the_published_rates() -> None:
     assert all(anchor.ratio > 1 for anchor in anchors)  # the planner's time is a lower bound
 
 
-@pytest.mark.parametrize(("gpus", "words"), [(0, "at least 1"), (7, "no layout divides"), (1 << 20, "no layout")])
+@pytest.mark.parametrize(("gpus", "words"), [(0, "at least 1"), (7, "take 4 or 8 GPUs"), (1 << 20, "take 16384 GPUs")])
 def test_an_impossible_number_of_gpus_is_named(gpus: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         find_plans(PRETRAINING_RECIPES["nepa_b"](), gpus, H100)

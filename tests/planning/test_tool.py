@@ -51,7 +51,7 @@ def test_validation_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gpus", "24"], "no layout divides global_batch_size 4096 over 24 GPUs"),
+        (["--gpus", "24"], "must divide the batch; take 16 or 32 GPUs."),
         (["--gpu", "z9"], "--gpu z9 is unknown; there are h100, a100."),
         (["--top", "0"], "--top is 0; it must be at least 1."),
         (["--json", "--dry_run"], "--dry_run prints a table, not JSON"),

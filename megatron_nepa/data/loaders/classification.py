@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import AugmentationConfig, DataConfig, require
+from megatron_nepa.config import AugmentationConfig, DataConfig, divisors, multiples_around, one_of, require
 from megatron_nepa.data.augmentation.timm_augmentation import Pixels, RandAugmenter, erase, mix
 from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
@@ -70,7 +70,7 @@ class FinetuningLoader:
         require(
             not mixing or share.local_size % augmentation.mix_group == 0,
             f"--augmentation.mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a "
-            "rank decodes of a micro-batch: choose an even divisor of them.",
+            f"rank decodes of a micro-batch: {_possible_groups(augmentation.mix_group, share)}.",
         )
         self._label, self._share, self._seed, self._num_classes = label, share, seed, num_classes
         self._augmentation, self._flip, self._device, self._dtype = augmentation, config.horizontal_flip, device, dtype
@@ -133,3 +133,12 @@ class FinetuningLoader:
         parts, numbers = self._pending.popleft()
         augmented = torch.from_numpy(np.concatenate([part.result() for part in parts])).to(self._device)
         return normalise(augmented.permute(0, 3, 1, 2).contiguous(), None, torch.float32), numbers
+
+
+def _possible_groups(mix_group: int, share: Share) -> str:
+    """A group that the rank's share of a micro-batch holds a whole number of, or else a micro-batch for this one."""
+    groups = [size for size in divisors(share.local_size) if size % 2 == 0 and size < mix_group]
+    if groups:
+        return f"take --augmentation.mix_group {groups[-1]}"
+    micro_batches = multiples_around(share.micro_batch_size, mix_group * share.tensor_size)
+    return f"take --micro_batch_size {one_of(micro_batches)}"

@@ -156,7 +156,7 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         asked in ("auto", accumulation),
         f'"gradient_accumulation_steps" in the DeepSpeed config is {asked}, but global_batch_size '
         f"{run.global_batch_size} / (micro_batch_size {run.micro_batch_size} x data-parallel size "
-        f"{data_parallel_size}) = {accumulation}.",
+        f'{data_parallel_size}) = {accumulation}: set it to {accumulation} or "auto".',
     )
     zero = {} if run.optimizer.name == "lars" else dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
