@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.data.index.headers import UnreadableImageError, open_image
 
 Pixels = NDArray[np.uint8]
 _MOST_PATCHES = 10_000  # a head's attention is then 400 MB
@@ -65,9 +66,9 @@ def to_tensor(pixels: Pixels) -> Tensor:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise ConfigError(f"there is no image {path}.") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, UnreadableImageError) as error:
         raise ConfigError(f"{path} cannot be read as an image: {error}.") from None

@@ -25,6 +25,7 @@ from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import PREFETCH, DecoderOptions
 from megatron_nepa.data.index.builtin import cache_folder, photograph_files
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.headers import open_image
 from megatron_nepa.data.index.index_file import load_index, save_index
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
 from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
@@ -166,7 +167,7 @@ class _Folder(torch.utils.data.Dataset[Tensor]):
         return len(self._paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        with Image.open(self._paths[i]) as image:
+        with open_image(self._paths[i]) as image:
             transformed: Tensor = self._transform(image.convert("RGB"))
         return transformed
 

@@ -79,7 +79,7 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     # an image that cannot be decoded while running: skip shows another in its place, fail ends the run
     on_bad_image: Literal["skip", "fail"] = "skip"
-    # share of samples that skip may replace before the run ends
+    # share of the images that may be bad, ten more aside, before skip ends the run too
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:

@@ -81,8 +81,12 @@ def test_bad_images_are_named(photographs: Path, tmp_path: Path) -> None:
     shutil.copytree(photographs, folder)
     index = scan_folder(folder)
     victim = folder / "bee" / "04.jpg"
-    victim.write_bytes(victim.read_bytes()[:300])
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
     with pytest.raises(ConfigError, match=f"{victim} cannot be decoded"):
+        list(make_loader(index))
+    victim.write_bytes(content[:300])
+    with pytest.raises(ConfigError, match=f"{victim} cannot be read: damaged or cut short"):
         list(make_loader(index))
     victim.unlink()
     with pytest.raises(ConfigError, match=f"{victim} cannot be read: no such file"):

@@ -192,12 +192,15 @@ def damage(folder: Path, kind: str) -> list[str]:
             path.write_bytes(b"hello world" * 100)
         elif kind == "empty":
             path.write_bytes(b"")
-        else:
-            path.write_bytes(path.read_bytes()[:300])  # header kept, no pixel left
+        elif kind == "cut_header":
+            path.write_bytes(path.read_bytes()[:300])
+        else:  # header kept, no pixel left
+            content = path.read_bytes()
+            path.write_bytes(content[: content.index(b"\xff\xda") + 20])
     return names
 
 
-@pytest.mark.parametrize("kind", ["missing", "garbage", "empty", "truncated"])
+@pytest.mark.parametrize("kind", ["missing", "garbage", "empty", "cut_header", "truncated"])
 def test_bad_images_are_replaced(photographs: Path, tmp_path: Path, kind: str) -> None:
     """Images that go bad during a run give way to the next of the permutation, the same on every grid."""
     folder, log = tmp_path / "data", tmp_path / "bad_images.jsonl"

@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_nepa.config import DataConfig
-from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline, decodes_alone
+from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline, undecodable_slots
+from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, ImagePipeline, Interpolation
 from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.decoding.substitution import SubstitutingPipeline
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.sampling.order import IntArray, crop_boxes
 from megatron_nepa.data.sampling.rank_share import Share
 
@@ -49,7 +49,7 @@ class CropStream:
     ) -> None:
         self._index, self._config, self._seed, self._share = index, config, seed, share
         self._image_size, self._options, self._interpolation = image_size, options, interpolation
-        self._store = ImageStore(index)
+        self._store = EncodedImages(index)
         self._reader = SampleReader(
             index, config, seed, share.local_samples, lambda sample, image: self._store.read(image), bad_image_log
         )
@@ -94,5 +94,4 @@ class CropStream:
         return EncodedBatch(contents, boxes[:, :2].copy(), boxes[:, 2:].copy())
 
     def _undecodable_slots(self, micro_batch: int) -> list[int]:
-        batch = self._encoded(micro_batch)
-        return [slot for slot in range(len(batch.encoded)) if not decodes_alone(batch, slot, self._options)]
+        return undecodable_slots(self._encoded(micro_batch), self._options)

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, types
 
+from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
-from megatron_nepa.data.index.storage import ImageStore
 
 
 def full_decode(data: npt.NDArray[np.uint8], size: tuple[int, int], device: str) -> None:
@@ -35,10 +35,10 @@ def full_decode(data: npt.NDArray[np.uint8], size: tuple[int, int], device: str)
         raise UnreadableImageError(f"its header says {size[0]} x {size[1]}, the decoder {shape[1]} x {shape[0]}")
 
 
-def decodes_whole(store: ImageStore, index: DatasetIndex, image: int, device: str) -> bool:
+def decodes_whole(images: EncodedImages, index: DatasetIndex, image: int, device: str) -> bool:
     """Whether image ``image`` can be read and passes :func:`full_decode`."""
     try:
-        full_decode(store.read(image), (int(index.width[image]), int(index.height[image])), device)
+        full_decode(images.read(image), (int(index.width[image]), int(index.height[image])), device)
     except UnreadableImageError:
         return False
     return True

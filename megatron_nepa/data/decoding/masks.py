@@ -6,11 +6,11 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from megatron_nepa.config import IGNORED, ConfigError, MaskConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.headers import UnreadableImageError, open_image
 from megatron_nepa.data.index.pairs import require_masks
 from megatron_nepa.data.sampling.order import IntArray
 
@@ -46,7 +46,7 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
     """
     name = index.masks[image]
     try:
-        with Image.open(io.BytesIO((index.root / name).read_bytes())) as mask:
+        with open_image(io.BytesIO((index.root / name).read_bytes())) as mask:
             mode, values = mask.mode, np.array(mask, np.uint8)
     except Exception as error:  # PIL raises a dozen types on damaged files
         reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error  # PIL names no file here

@@ -21,7 +21,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.sampling.order import IntArray, image_of_sample
 
-_ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few samples says anything
+_ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few images says anything
 
 _SAID = 10  # bad images that are also named on the terminal; the log has all
 
@@ -87,8 +87,9 @@ class SampleReader(Generic[T]):
         self._samples_of, self._read, self._log = samples_of, read, bad_image_log
         self._read_ahead = ReadAhead(samples_of, self._read_samples, config.num_threads)
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
-        self._bad: dict[tuple[int, int], str] = {}  # (sample, image) -> reason
-        self._num_samples = 0
+        self._bad: set[tuple[int, int]] = set()  # (sample, image)
+        self._bad_images: set[int] = set()
+        self._newest, self._num_samples = -1, 0  # the last micro-batch that was asked for, and the samples until there
 
     def __call__(self, micro_batch: int) -> tuple[list[T], IntArray]:
         """What ``read`` gave for each sample of ``micro_batch``, and the images shown, int64 [n].
@@ -100,7 +101,8 @@ class SampleReader(Generic[T]):
         """
         parts = self._read_ahead(micro_batch)
         images = np.array([image for _, shown in parts for image in shown])
-        self._num_samples += len(images)
+        if micro_batch > self._newest:  # it is asked for again where the decoder refuses an image of it
+            self._newest, self._num_samples = micro_batch, self._num_samples + len(images)
         return [item for items, _ in parts for item in items], images
 
     @property
@@ -155,12 +157,13 @@ class SampleReader(Generic[T]):
             return
         if self._config.on_bad_image == "fail":
             raise ConfigError(f"sample {sample} cannot be decoded: {reason} (data.on_bad_image is fail).")
-        self._bad[sample, image] = reason
-        allowed = _ALWAYS_ALLOWED + self._config.max_bad_share * self._num_samples
-        if len(self._bad) > allowed:
+        self._bad.add((sample, image))
+        self._bad_images.add(image)  # counted once, however often it comes round in many epochs
+        bad, read = len(self._bad_images), min(self._num_samples, len(self._index))
+        if bad > _ALWAYS_ALLOWED + self._config.max_bad_share * read:
             raise ConfigError(
-                f"{len(self._bad)} of {self._num_samples} samples of this rank could not be decoded, more than "
-                f"data.max_bad_share {self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
+                f"{bad} of the first {read} images of this rank cannot be used, more than data.max_bad_share "
+                f"{self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
             )
         if len(self._bad) <= _SAID:
             print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)

@@ -1,13 +1,11 @@
-"""What an image file's first bytes say: enough to keep bytes that are no image away from the decoder.
-
-DALI ends the whole process with a segmentation fault when its decoder is handed bytes of no known format, so every byte
-string passes :func:`check_signature` first.
-"""
+"""What an image file's first bytes say: whether it is an image that can be used, and its size."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -17,6 +15,7 @@ MODES = {"RGB", "L", "CMYK", "YCbCr", "RGBA", "LA", "P", "1"}
 # names that are taken for images when a folder is listed; the ones that are not decoded are then quarantined by name
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 2**28  # of one image: DALI allocates 3 bytes for each
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower, and its error gives no width and height: see open_image
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -33,6 +32,19 @@ def check_signature(data: bytes) -> None:
         raise UnreadableImageError(f"not a JPEG, PNG or WebP: it begins with {data[:4].hex(' ')}")
 
 
+def open_image(file: str | Path | IO[bytes]) -> Image.Image:
+    """``Image.open`` with :data:`MAX_PIXELS` as the limit; no pixel is decoded yet.
+
+    Raises:
+        UnreadableImageError: the image is larger; whatever else is wrong raises what Pillow raises.
+    """
+    image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise UnreadableImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    return image
+
+
 def image_size(data: bytes) -> tuple[int, int]:
     """Stored width and height (EXIF orientation not applied) from the header; no pixel is decoded.
 
@@ -45,11 +57,13 @@ def image_size(data: bytes) -> tuple[int, int]:
     check_signature(data)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's decompression bomb warning: MAX_PIXELS is our own limit
-            with Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")  # of odd metadata, which is not used
+            with open_image(io.BytesIO(data)) as image:
                 width, height, mode = image.width, image.height, image.mode
                 kind, frames = image.format, getattr(image, "n_frames", 1)
                 animated = frames > 1 or "disposal" in image.info  # PIL counts one frame where the count is damaged
+    except UnreadableImageError:
+        raise
     except Exception as error:  # PIL raises a dozen types on damaged headers, struct.error and SyntaxError among them
         raise UnreadableImageError(f"damaged header ({type(error).__name__})") from error
     if kind not in FORMATS:
@@ -58,6 +72,4 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise UnreadableImageError(f"pixels of mode {mode} are not supported")
     if animated and kind != "MPO":  # of an MPO both decoders take the first frame
         raise UnreadableImageError("an animation")
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
     return width, height

@@ -13,10 +13,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import UnreadableImageError, image_size
+from megatron_nepa.data.index.headers import UnreadableImageError, image_size, open_image
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.workers import SPAWN, worker_pool
 
@@ -129,7 +128,7 @@ def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int], verify: Ver
         content = (images.root / name).read_bytes()
         mask = image_size(content)
         if verify == "full":
-            with Image.open(io.BytesIO(content)) as picture:  # training reads masks by PIL
+            with open_image(io.BytesIO(content)) as picture:  # training reads masks by PIL
                 picture.load()
     except Exception as error:  # PIL raises a dozen types on damaged files
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)

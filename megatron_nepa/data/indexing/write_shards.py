@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_nepa.config import require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.headers import open_image
 from megatron_nepa.data.index.sources import CLASSES_FILE
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.lock import claimed
@@ -116,7 +117,7 @@ def _members(
 
 
 def _scaled(data: bytes, shorter_side: int) -> bytes:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         # EXIF orientation is not carried over: training ignores it, and so sees the same picture
         scale = shorter_side / min(image.size)
         size = tuple(int(np.rint(side * scale)) for side in image.size)

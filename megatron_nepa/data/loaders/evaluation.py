@@ -13,6 +13,7 @@ from nvidia.dali import fn, types
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.full_decode import decodes_whole
 from megatron_nepa.data.decoding.pipelines import (
     INTERPOLATIONS,
@@ -25,7 +26,6 @@ from megatron_nepa.data.decoding.pipelines import (
 from megatron_nepa.data.decoding.sample_reader import ReadAhead
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
-from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.sampling.order import IntArray
 
 
@@ -48,6 +48,7 @@ class Geometry(NamedTuple):
 
 
 Side = npt.NDArray[np.integer]
+_REMEDY = "tools/index_dataset.py --verify full leaves such images out"
 
 
 class OnePassLoader:
@@ -90,15 +91,15 @@ class OnePassLoader:
         return -(-len(self._index) // (self._batch_size * self._data_size))
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        store = ImageStore(self._index)
+        encoded = EncodedImages(self._index)
         reader = ReadAhead(
-            self._images_of, lambda part: [self._read(store, int(i)) for i in part], self._options.num_threads
+            self._images_of, lambda part: [self._read(encoded, int(i)) for i in part], self._options.num_threads
         )
         pipeline = self._build(reader)
         label = np.asarray(self._index.label)
         try:
             for batch in range(len(self)):
-                numbers, images = self._images_of(batch), self._decode(pipeline, batch)
+                numbers, images = self._images_of(batch), self._decode(pipeline, encoded, batch)
                 place = self._data_rank + self._data_size * np.arange(
                     batch * self._batch_size, (batch + 1) * self._batch_size
                 )
@@ -111,7 +112,7 @@ class OnePassLoader:
         finally:
             pipeline.close()
             reader.close()
-            store.close()
+            encoded.close()
 
     def _images_of(self, batch: int) -> IntArray:
         """Images of this rank's batch; past the end of the data its last image, past the last batch nothing."""
@@ -120,11 +121,11 @@ class OnePassLoader:
         places = np.arange(batch * self._batch_size, (batch + 1) * self._batch_size)
         return np.minimum(self._data_rank + self._data_size * places, len(self._index) - 1)
 
-    def _read(self, store: ImageStore, image: int) -> npt.NDArray[np.uint8]:
+    def _read(self, encoded: EncodedImages, image: int) -> npt.NDArray[np.uint8]:
         try:
-            return store.read(image)
+            return encoded.read(image)
         except UnreadableImageError as error:
-            raise ConfigError(f"{self._index.where(image)} cannot be read: {error}.") from error
+            raise ConfigError(f"{self._index.where(image)} cannot be read: {error}; {_REMEDY}.") from error
 
     def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> DaliImages:
         def source(batch: int) -> tuple[Any, ...]:
@@ -150,18 +151,15 @@ class OnePassLoader:
         pipeline.build()
         return DaliImages(pipeline, self._device)
 
-    def _decode(self, pipeline: DaliImages, batch: int) -> Tensor:
+    def _decode(self, pipeline: DaliImages, encoded: EncodedImages, batch: int) -> Tensor:
         try:
             return pipeline.next_images()
         except RuntimeError as error:
-            store, device = ImageStore(self._index), self._device.type
-            images = self._images_of(batch).tolist()
-            bad = [self._index.where(i) for i in images if not decodes_whole(store, self._index, i, device)]
+            images, device = self._images_of(batch).tolist(), self._device.type
+            bad = [self._index.where(i) for i in images if not decodes_whole(encoded, self._index, i, device)]
             if not bad:  # every image decodes by itself: whatever it was, it was no bad image
                 raise
-            raise ConfigError(
-                f"{', '.join(bad)} cannot be decoded: tools/index_dataset.py --verify full leaves such images out."
-            ) from error
+            raise ConfigError(f"{', '.join(bad)} cannot be decoded; {_REMEDY}.") from error
 
 
 class EvaluationLoader(OnePassLoader):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_nepa.config import IGNORED, ConfigError, CropConfig, DataConfig, MaskConfig
 from megatron_nepa.data.augmentation.photometric import distort
+from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.full_decode import decodes_whole
 from megatron_nepa.data.decoding.masks import CROP_TRIES, choose_crop, load_mask, scaled_size
 from megatron_nepa.data.decoding.pipelines import DaliImages, DecoderOptions, ImagePipeline, new_pipeline, normalise
@@ -26,7 +27,6 @@ from megatron_nepa.data.decoding.substitution import SubstitutingPipeline
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.pairs import require_masks
-from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.loaders.evaluation import Geometry, OnePassLoader, Side
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.order import flips
@@ -88,7 +88,7 @@ class SegmentationLoader:
         self._seed, self._share = seed, share
         self._device, self._dtype = device, dtype
         self._options = DecoderOptions.of(config, index, device)
-        self._store = ImageStore(index)
+        self._store = EncodedImages(index)
         self._reader = SampleReader(index, config, seed, share.local_samples, self._read, bad_image_log)
         self._masks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # of the micro-batches under way
         self._pipeline = SubstitutingPipeline(

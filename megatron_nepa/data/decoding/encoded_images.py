@@ -1,0 +1,53 @@
+"""Encoded images that DALI's decoder can be handed: one that it cannot parse may end the process.
+
+DALI parses a batch's headers in its threads and, beside them, in the thread that runs the decoder. What raises in the
+latter frees memory that the former still work on: a segmentation fault (DALI 2.4). Headers that the parser refuses
+raise there, PNGs that are cut short among them, and regions outside their image; an image that parses and does not
+decode is an ordinary error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.storage import ImageStore
+
+
+class EncodedImages:
+    """Reads the images of an index for DALI; safe to call from several threads.
+
+    Args:
+        index: the images.
+    """
+
+    def __init__(self, index: DatasetIndex) -> None:
+        # DALI's own parser, which comes with it; imported here because it looks at the current GPU, by now the rank's
+        from nvidia import nvimgcodec
+
+        self._index, self._store, self._parse = index, ImageStore(index), nvimgcodec.CodeStream
+
+    def read(self, image: int) -> npt.NDArray[np.uint8]:
+        """The encoded bytes of image ``image``, uint8 [n]; the decoder parses them, and finds the index's size.
+
+        Raises:
+            UnreadableImageError: it does not, or the file cannot be read.
+        """
+        data = self._store.read(image)
+        try:
+            stream = self._parse(data)
+            size, _ = (stream.width, stream.height), stream.dtype  # which fails where the bits of a pixel make no type
+        except (RuntimeError, TypeError) as error:
+            raise UnreadableImageError("damaged or cut short: the decoder cannot parse it") from error
+        indexed = int(self._index.width[image]), int(self._index.height[image])
+        if size != indexed:
+            raise UnreadableImageError(
+                f"has {size[0]} x {size[1]} pixels, and {indexed[0]} x {indexed[1]} when indexed"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the open files."""
+        self._store.close()
