@@ -4,7 +4,7 @@ PYTHON ?= python3
 DALI ?= cuda13
 BIN := .venv/bin
 
-.PHONY: help install pretrain test test-all test-gpu test-slurm lint clean
+.PHONY: help install pretrain test test-all test-gpu test-slurm lint docs clean
 
 help:
 	@echo "make install    create .venv and install the project into it"
@@ -14,11 +14,12 @@ help:
 	@echo "make test-gpu   the tests that need CUDA devices"
 	@echo "make test-slurm a run under a real Slurm of two virtual nodes (installs Debian packages)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation pages, into build/docs"
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[$(DALI),test,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(DALI),test,dev,docs]"
 	touch $@
 
 install: .venv/installed
@@ -43,6 +44,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build *.egg-info

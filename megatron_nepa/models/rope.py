@@ -19,7 +19,8 @@ def rope_angles(
     of the head's channels (paired with the third) turns with y, the second (paired with the fourth) with x.
 
     Args:
-        grid_height, grid_width: patches of the image, raster order.
+        grid_height: rows of patches of the image.
+        grid_width: patches of a row; raster order.
         head_size: channels d of a head, divisible by 4.
         theta: base of the frequencies theta ** (-4 j / d).
         num_prefix: leading tokens that are not rotated (BOS).

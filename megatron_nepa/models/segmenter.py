@@ -77,7 +77,8 @@ class Segmenter(nn.Module):
         """Loss of a micro-batch, or the logits without labels.
 
         Args:
-            images, sample_index: as of :meth:`Trunk.forward`.
+            images: as of :meth:`Trunk.forward`.
+            sample_index: likewise.
             labels: int64 [b, H, W] of those images, 255 where a pixel counts for nothing.
 
         Returns:

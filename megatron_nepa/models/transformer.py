@@ -148,10 +148,14 @@ class Block(nn.Module):
         Args:
             stream: residual stream, this rank's rows [n, D].
             normed: ``norm1`` of it, [n, D].
-            next_norm_weight, next_norm_bias: the norm that follows this block.
-            angles, rope_scale: of :func:`~megatron_nepa.models.rope.rope_angles` and the RoPE rescale, or None.
-            attention_scale, feed_forward_scale: DropPath factor of every row, fp32 [n], or None.
-            num_samples, period: the replica's rows are ``num_samples`` samples of ``period`` tokens.
+            next_norm_weight: factor of the norm that follows this block, [D].
+            next_norm_bias: its summand, [D].
+            angles: of :func:`~megatron_nepa.models.rope.rope_angles`, or None.
+            rope_scale: the RoPE rescale of every sample, or None.
+            attention_scale: DropPath factor of the attention branch, a row each, fp32 [n], or None.
+            feed_forward_scale: likewise of the feed-forward branch.
+            num_samples: samples whose rows the replica holds.
+            period: tokens of a sample.
 
         Returns:
             The new stream and its next norm, both [n, D].

@@ -91,7 +91,8 @@ class ConvNormRelu(nn.Module):
     """Convolution without bias at stride 1, BatchNorm, ReLU.
 
     Args:
-        in_channels, out_channels: of the convolution.
+        in_channels: channels that enter the convolution.
+        out_channels: channels that leave it.
         kernel_size: odd; the map keeps its size.
         new_norm: builds the BatchNorm.
     """

@@ -106,7 +106,8 @@ class ColumnParallelLinear(nn.Module):
     """``x W^T + b`` with the output columns split over the ranks.
 
     Args:
-        in_features, out_features: of the whole layer.
+        in_features: width of the whole layer's input.
+        out_features: width of the whole layer's output.
         tensor: the ranks that share it.
         sequence_parallel: the input is this rank's rows [n, in] rather than all rows [N, in].
         sections: independent outputs fused in one product (3 for q, k, v); each is split, so this rank's columns
@@ -135,7 +136,8 @@ class RowParallelLinear(nn.Module):
     """``x W^T`` with the input columns split over the ranks; the bias is left to the caller, who fuses its addition.
 
     Args:
-        in_features, out_features: of the whole layer.
+        in_features: width of the whole layer's input.
+        out_features: width of the whole layer's output.
         tensor: the ranks that share it.
         sequence_parallel: return this rank's rows rather than all rows.
     """

@@ -47,7 +47,8 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
     """Run both models of this project's or the release's format on four photographs.
 
     Args:
-        first, second: checkpoints, OUTPUT_DIRs or folders of released models.
+        first: a checkpoint, an OUTPUT_DIR or the folder of a released model.
+        second: the one to compare it with, likewise.
         choice: average or raw weights, where there are both; None takes the average where there is one.
 
     Raises:

@@ -59,7 +59,8 @@ class OnePassLoader:
         config: its num_threads and hw_decoder_load.
         geometry: of stored widths and heights, [n] each.
         batch_size: images of a batch, at most.
-        data_rank, data_size: which of how many ranks this is; image i is evaluated by rank i mod data_size.
+        data_rank: which rank this is; image i is evaluated by rank i mod ``data_size``.
+        data_size: number of ranks that see different images.
         device: where images are decoded and delivered.
         dtype: of the images.
         interpolation: of the resize, which is antialiased.
@@ -171,7 +172,12 @@ class EvaluationLoader(OnePassLoader):
         image_size: side S of the crop.
         resize_size: length of the shorter side before the crop.
         squash: resize both sides to ``resize_size``, whatever the ratio (the release's evaluation of its large model).
-        batch_size, data_rank, data_size, device, dtype, interpolation: as in :class:`OnePassLoader`.
+        batch_size: as in :class:`OnePassLoader`, like the five that follow.
+        data_rank: see there.
+        data_size: see there.
+        device: see there.
+        dtype: see there.
+        interpolation: see there.
 
     Raises:
         ConfigError: a crop larger than the resized image; while iterating, an image that cannot be decoded, by name.

@@ -35,7 +35,8 @@ def residual_norm_reference(
         branch_bias: that projection's bias, [D].
         layer_scale: LayerScale gamma, [D], or None.
         row_scale: DropPath factor of every row, fp32 [n]: 0 or 1 / keep probability; None means 1.
-        norm_weight, norm_bias: affine of the LayerNorm that follows, [D].
+        norm_weight: factor of the LayerNorm that follows, [D].
+        norm_bias: its summand, [D].
         eps: added to the variance in fp32.
 
     Returns:
