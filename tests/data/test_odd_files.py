@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damage import encoded
 from PIL import Image
 
 from megatron_nepa.config import DataConfig
@@ -18,13 +18,6 @@ from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.build import build_and_save_index
 
 SIDE = 64
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The bytes of a saved image."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
