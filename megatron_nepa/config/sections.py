@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_nepa.config.checks import divisors, one_of, require, require_finite
 from megatron_nepa.config.model import ModelConfig
 
+MOST_INITIAL_SHARE = 0.01  # of an average that is taken for one of trained weights
 MAX_THREADS = 1024  # of one rank's decoder, which ends the process where the system refuses one
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -130,7 +131,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     # decay of the average of the fp32 master weights, updated every step; 0 switches it off
     ema_decay: float = 0.9999
-    # ramp the decay as min(ema_decay, (1 + step) / (10 + step)), for short runs
+    # ramp the decay as min(ema_decay, (1 + step) / (10 + step)), so that the average follows runs of any length
     ema_warmup: bool = False
 
     def __post_init__(self) -> None:
@@ -144,3 +145,22 @@ class OptimizerConfig:
             require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1).")
         require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
         require(self.clip_grad >= 0, f"optimizer.clip_grad is {self.clip_grad}; it must not be negative.")
+
+    def ema_decay_at(self, step: int) -> float:
+        """The average's decay in its update after applied step number ``step``, counted from 1."""
+        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
+
+    def ema_initial_share(self, steps: int) -> float:
+        """The share of the average, after ``steps`` updates, that is still the weights it began with."""
+        if not self.ema_warmup:
+            return self.ema_decay**steps
+        share = 1.0
+        for step in range(1, steps + 1):
+            share *= self.ema_decay_at(step)
+            if share < 1e-6:  # after some 40 steps
+                break
+        return share
+
+    def ema_is_young(self, steps: int) -> bool:
+        """Whether the average after ``steps`` updates is still so near to its beginning that it says little."""
+        return self.ema_decay > 0 and self.ema_initial_share(steps) > MOST_INITIAL_SHARE

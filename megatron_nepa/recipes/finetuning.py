@@ -29,7 +29,8 @@ def imagenet_ft_b() -> ClassificationConfig:
         model=_finetuned(nepa_b().model, drop_path=0.1),
         # the crop's flip is part of the augmentation that the paper takes from MAE
         data=DataConfig(horizontal_flip=True),
-        optimizer=OptimizerConfig(base_lr=1e-3, beta2=0.999, warmup_ratio=5 / 100),
+        # the average would stay the untrained head in a short run, where --steps or --epochs makes it one
+        optimizer=OptimizerConfig(base_lr=1e-3, beta2=0.999, warmup_ratio=5 / 100, ema_warmup=True),
         layer_decay=LayerDecayConfig(rate=0.35, rate_end=1.0),
         augmentation=AugmentationConfig(random_erasing=0.0),
         output_dir="runs/imagenet_ft_b",

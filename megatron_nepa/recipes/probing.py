@@ -16,7 +16,13 @@ def imagenet_probe_b() -> ProbingConfig:
         model=nepa_b().model,
         data=DataConfig(horizontal_flip=True),
         optimizer=OptimizerConfig(
-            name="lars", base_lr=0.1, warmup_ratio=10 / 90, weight_decay=0.0, clip_grad=0.0, ema_decay=0.0
+            name="lars",
+            base_lr=0.1,
+            warmup_ratio=10 / 90,
+            weight_decay=0.0,
+            clip_grad=0.0,
+            ema_decay=0.0,
+            ema_warmup=True,  # of an average that a flag switches on
         ),
         output_dir="runs/imagenet_probe_b",
         epochs=90,

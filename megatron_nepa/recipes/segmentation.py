@@ -36,6 +36,7 @@ def ade20k_upernet_b() -> SegmentationConfig:
             beta2=0.999,
             clip_grad=0.0,
             ema_decay=0.0,
+            ema_warmup=True,  # of an average that a flag switches on
         ),
         layer_decay=LayerDecayConfig(rate=0.65),
         evaluation=SegmentationEvaluationConfig(every=16_000, stride=341),

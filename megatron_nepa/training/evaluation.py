@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.task import Evaluator, Task
 
+RESULT_OF_AVERAGE = "ema_"  # what the average's results have in their names in the log, after the evaluator's prefix
+
 
 def evaluate_engine(
     engine: TrainingEngine, evaluator: Evaluator, interrupted: Callable[[], bool]
@@ -39,7 +42,7 @@ def evaluate_engine(
     results: dict[str, float] = {}
     weights: list[tuple[str, contextlib.AbstractContextManager[None]]] = [("", contextlib.nullcontext())]
     if engine.ema is not None:
-        weights.append(("ema_", engine.averaged_weights()))
+        weights.append((RESULT_OF_AVERAGE, engine.averaged_weights()))
     for kind, chosen in weights:
         with chosen, evaluation_mode(engine.module):
             found = evaluator.evaluate(engine.module, interrupted)
@@ -49,16 +52,53 @@ def evaluate_engine(
     return results
 
 
-def best_metric(evaluator: Evaluator, has_ema: bool) -> str | None:
-    """The name in the log of the result by which the best checkpoint is kept: the average's where there is one."""
-    return None if evaluator.best is None else f"{evaluator.prefix}{'ema_' if has_ema else ''}{evaluator.best}"
+def best_of(evaluator: Evaluator, results: dict[str, float], is_young: bool) -> tuple[str, float] | None:
+    """The result by which the best checkpoint is kept: of the average, or of the raw weights where they are ahead.
+
+    Args:
+        evaluator: that measured.
+        results: of :func:`evaluate_engine`.
+        is_young: whether the average is still so near to its beginning that only the raw weights count.
+
+    Returns:
+        Its name in the log, and the value; None where the evaluator names none.
+    """
+    if evaluator.best is None:
+        return None
+    raw, average = _names_of_best(evaluator)
+    name = raw if is_young or results.get(average, -math.inf) < results[raw] else average
+    return name, results[name]
+
+
+def describe_lag(evaluator: Evaluator, results: dict[str, float], initial_share: float, is_young: bool) -> str | None:
+    """The sentence for an evaluation in which the average is behind the raw weights, or is young; None elsewhere.
+
+    Args:
+        evaluator: that measured.
+        results: of :func:`evaluate_engine`.
+        initial_share: of the average, that is still the weights which it began with.
+        is_young: whether that share is too large for the average to say much.
+    """
+    raw, average = _names_of_best(evaluator)
+    if evaluator.best is None or average not in results or (results[average] >= results[raw] and not is_young):
+        return None
+    numbers = f"{average} {results[average]:.4f}, {raw} {results[raw]:.4f}"
+    if is_young:
+        return f"the weight average is still {initial_share:.0%} the weights that the run began with: {numbers}"
+    return f"the weight average is behind the raw weights: {numbers}"
+
+
+def _names_of_best(evaluator: Evaluator) -> tuple[str, str]:
+    """The names in the log of the raw weights' and the average's result."""
+    return f"{evaluator.prefix}{evaluator.best}", f"{evaluator.prefix}{RESULT_OF_AVERAGE}{evaluator.best}"
 
 
 def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topology) -> dict[str, float]:
     """Evaluate a checkpoint without training; every rank calls it.
 
     The weights are those of ``run.init_from`` (any checkpoint, the release's included), or else of the best or newest
-    checkpoint in ``run.output_dir``. The results go to ``evaluation.json`` there and to the console.
+    checkpoint in ``run.output_dir``: the average, or of the best one the raw weights where they made it the best. The
+    results go to ``evaluation.json`` there and to the console.
 
     Raises:
         ConfigError: where there is no checkpoint, or it does not fit the model.
@@ -67,15 +107,18 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     assert evaluator is not None
     output_dir = Path(run.output_dir)
     source = run.init_from
+    choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
     if source is None:
         store = CheckpointStore(output_dir / "checkpoints", run.keep_last)
-        source = str(store.best() or find_checkpoint(run.output_dir))
+        best = store.best()
+        source = str(best or find_checkpoint(run.output_dir))
+        if best is not None and not store.best_metric().startswith(f"{evaluator.prefix}{RESULT_OF_AVERAGE}"):
+            choice = "raw"
     if not is_release(Path(source)):
         trained = read_manifest(find_checkpoint(source))["run"]
         _require_same_classes(source, trained.get("classes", []), task.classes)
         _require_same_features(source, trained.get("trunk"), run.to_dict().get("trunk"))
     model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
-    choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
     origin = load_weights(model, source, choice, run.model, topology)
     with evaluation_mode(model):
         results = evaluator.evaluate(model, lambda: False)

@@ -78,7 +78,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     log = None
     if topology.is_main:
         log = RunLog(directory.path, run, total_steps, progress.step)
-        log.message(describe_start(run, engine, topology, kernels, found, progress, peak.source))
+        log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
     loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
     loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)

@@ -13,7 +13,7 @@ from megatron_nepa.checkpoint.saving.store import Progress, SaveError
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
-from megatron_nepa.training.evaluation import best_metric, evaluate_engine
+from megatron_nepa.training.evaluation import best_of, describe_lag, evaluate_engine
 from megatron_nepa.training.reporting.announce import describe_failure
 from megatron_nepa.training.reporting.device_memory import memory_gb
 from megatron_nepa.training.reporting.log import RunLog, read_metrics
@@ -65,8 +65,6 @@ class TrainingLoop:
         self.peak_flops = peak_flops
         self.step_seconds = 0.0  # of the last one
         self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
-        evaluator = task.evaluator
-        self.best = best_metric(evaluator, engine.ema is not None) if evaluator is not None else None
         self.description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
         self.saver = CheckpointSaver(directory.checkpoints, self.topology, run.async_save)
         self.save_time = SaveTime(
@@ -223,22 +221,33 @@ class TrainingLoop:
         results = evaluate_engine(self.engine, evaluator, interrupted)
         if results is None:
             self.message(f"the evaluation after step {progress.step} was cut short")
+        elif self.log is not None:
+            optimizer, steps = self.run.optimizer, progress.applied_steps
+            is_young = optimizer.ema_is_young(steps)
+            self.log.warn(describe_lag(evaluator, results, optimizer.ema_initial_share(steps), is_young))
         self.last_end = time.perf_counter()  # the time to evaluate is not the next step's
         return results
 
     def is_best(self, results: dict[str, float]) -> bool:
         """Whether the results are better than those of the best checkpoint; the same on every rank."""
-        if self.best is None:
+        best = self.best_of(results)
+        if best is None:
             return False
         former = on_all_ranks(self.topology, self.checkpoints.best_value)[0]
-        return former is None or results[self.best] > former
+        return former is None or best[1] > former
+
+    def best_of(self, results: dict[str, float]) -> tuple[str, float] | None:
+        """The result by which the best checkpoint is kept, by its name in the log."""
+        assert self.task.evaluator is not None
+        return best_of(self.task.evaluator, results, self.run.optimizer.ema_is_young(self.engine.applied_steps))
 
     def mark_best(self, path: Path, results: dict[str, float]) -> None:
-        """Keep a checkpoint as the best one."""
-        assert self.best is not None
+        """Keep a checkpoint as the best one, by its average or its raw weights, whichever is ahead."""
+        best = self.best_of(results)
+        assert best is not None
         if self.topology.is_main:
-            self.checkpoints.mark_best(path, self.best, results[self.best])
-        self.message(f"best so far: {self.best} {results[self.best]:.4f}")
+            self.checkpoints.mark_best(path, *best)
+        self.message(f"best so far: {best[0]} {best[1]:.4f}")
 
     def write_log(self, progress: Progress, results: dict[str, float]) -> None:
         """Write the rows since the last call, with what was measured at the last step; every rank calls it."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from megatron_nepa.checkpoint.reading.weights import read_weights
 from megatron_nepa.tasks.classification import ClassificationEvaluator
 from tests.distributed.ranks import run_ranks
 from tests.runs import call_script, make_images, pretrain, read_metrics, signal_in_step
@@ -45,7 +46,6 @@ def flags_of(labelled: dict[str, Path], output_dir: Path) -> list[str]:
         "--save_every=1000",
         "--log_every=1",
         "--base_lr=0.2",
-        "--optimizer.ema_warmup",
         f"--data={labelled['train']}",
         f"--validation_data={labelled['val']}",
         f"--output_dir={output_dir}",
@@ -83,8 +83,7 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
     evaluated = [row["step"] for row in rows if "val_top1" in row]
     assert evaluated == [2, 4, 6]
     best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
-    assert best["metric"] == "val_ema_top1"
-    assert best["value"] == max(row["val_ema_top1"] for row in rows if "val_top1" in row)
+    assert best["value"] == max(row[name] for row in rows if "val_top1" in row for name in ("val_top1", "val_ema_top1"))
     assert (tmp_path / "run/checkpoints" / best["checkpoint"]).is_dir()
     kept = {path.name for path in (tmp_path / "run/checkpoints").glob("step_*")}
     assert kept == {best["checkpoint"], "step_00000006"}
@@ -106,6 +105,25 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
     assert json.loads((tmp_path / "other/evaluation.json").read_text())["loss"] == pytest.approx(
         rows[-1]["val_loss"], abs=1e-9
     )
+
+
+def test_an_average_that_is_still_its_beginning_is_named_and_not_the_best(
+    labelled: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags_of(labelled, tmp_path / "run"), "--steps=8", "--evaluation.every=4", "--optimizer.ema_warmup=false"]
+    assert run_ranks(1, finetune, flags) == [None]
+    said = capfd.readouterr().out
+    assert "(optimizer.ema_decay 0.9999) cannot follow a run of 8 steps: 100% of it will still be" in said
+    row = read_metrics(tmp_path / "run")[-1]
+    numbers = f"val_ema_top1 {row['val_ema_top1']:.4f}, val_top1 {row['val_top1']:.4f}"
+    assert f"the weight average is still 100% the weights that the run began with: {numbers}" in said
+    assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["metric"] == "val_top1"
+
+    assert run_ranks(1, finetune, [*flags, "--evaluate_only"]) == [None]
+    alone = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert alone["top1"] == row["val_top1"]
+    assert "raw weights of" in alone["weights"]
+    assert "100% of which is still the weights that its run began with" in read_weights(tmp_path / "run").origin
 
 
 def test_a_stopped_run_continues_bit_for_bit(labelled: dict[str, Path], tmp_path: Path) -> None:
@@ -146,7 +164,7 @@ def runs_without_an_average(flags: list[str], output_dir: Path) -> list[str | No
 
 def test_a_run_without_an_average(labelled: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = [*flags_of(labelled, run), "--steps=1", "--optimizer.ema_warmup=false", "--optimizer.ema_decay=0"]
+    flags = [*flags_of(labelled, run), "--steps=1", "--optimizer.ema_decay=0"]
     trained, evaluated, started, probed, neighbours = run_ranks(1, runs_without_an_average, flags, run)[0]
     assert trained is evaluated is neighbours is None
     row = read_metrics(run)[-1]

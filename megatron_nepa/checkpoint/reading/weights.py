@@ -21,7 +21,7 @@ from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sync_folder
-from megatron_nepa.config import ConfigError, ModelConfig, ParallelConfig, require
+from megatron_nepa.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.layers import ParameterLayout, layout_of
@@ -100,7 +100,15 @@ def choose_kind(
 
 def describe_origin(checkpoint: Path, manifest: dict[str, Any], kind: Literal["ema", "master"]) -> str:
     """What the weights of a kind are, in words ("average of runs/a/checkpoints/step_00001000")."""
-    return manifest.get("origin") or f"{'average' if kind == 'ema' else 'raw weights'} of {checkpoint}"
+    if "origin" in manifest:
+        return str(manifest["origin"])
+    if kind == "master":
+        return f"raw weights of {checkpoint}"
+    optimizer, steps = manifest["run"].get("optimizer", {}), manifest["progress"]["applied_steps"]
+    known = {key: optimizer[key] for key in ("ema_decay", "ema_warmup") if key in optimizer}
+    average = OptimizerConfig(**known)
+    young = f", {average.ema_initial_share(steps):.0%} of which is still the weights that its run began with"
+    return f"average of {checkpoint}{young if known and average.ema_is_young(steps) else ''}"
 
 
 def write_weights(weights: Weights, folder: Path) -> None:

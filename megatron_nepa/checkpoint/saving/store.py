@@ -108,6 +108,10 @@ class CheckpointStore:
         value = self._best_entry().get("value")
         return value if self.best() is not None and isinstance(value, int | float) else None
 
+    def best_metric(self) -> str:
+        """The name of what the best checkpoint was measured by, or ""."""
+        return str(self._best_entry().get("metric", ""))
+
     def mark_best(self, path: Path, metric: str, value: float) -> None:
         """Keep a checkpoint beyond ``keep_last``, until a better one is marked; the main rank calls it.
 

@@ -79,7 +79,7 @@ class TrainingEngine:
         self.masters: Masters = find_masters(self.deepspeed, self.module)
         self.ema: ExponentialMovingAverage | None = None
         if run.optimizer.ema_decay > 0:
-            self.ema = ExponentialMovingAverage(self.masters.flats, run.optimizer.ema_decay, run.optimizer.ema_warmup)
+            self.ema = ExponentialMovingAverage(self.masters.flats, run.optimizer)
         self.applied_steps = 0
         self.skipped_in_a_row = 0
 

@@ -20,6 +20,7 @@ def describe_start(
     kernels: Kernels,
     found: Found,
     progress: Progress,
+    total_steps: int,
     peak_source: str,
 ) -> str:
     """The lines before the first step: what is trained, on what, from where."""
@@ -37,6 +38,12 @@ def describe_start(
         "kernels: " + ", ".join(f"{name} {served}" for name, served in kernels.describe().items()),
         f"MFU is of {peak_source}",
     ]
+    if run.optimizer.ema_is_young(total_steps):
+        lines.append(
+            f"warning: the weight average (optimizer.ema_decay {run.optimizer.ema_decay:g}) cannot follow a run of "
+            f"{total_steps} steps: {run.optimizer.ema_initial_share(total_steps):.0%} of it will still be the weights "
+            "that the run began with; give --optimizer.ema_warmup, or --optimizer.ema_decay 0"
+        )
     lines += [f"warning: checkpoint passed over: {damage}" for damage in found.damage]
     if found.checkpoint is not None:
         lines.append(f"continuing {found.checkpoint} at step {progress.step}")
