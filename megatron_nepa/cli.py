@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import inspect
 import re
 import types
@@ -13,23 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Union
 
-from megatron_nepa.config import ConfigError, Run, RunConfig, override
-
-# the fields that people set most are flags of one word, spelled as in DeepSpeed and Megatron
-SHORT_NAMES = {
-    "data.path": "data",
-    "evaluation.data": "validation_data",
-    "evaluation.only": "evaluate_only",
-    "probe.every": "probe_every",
-    "probe.data": "probe_data",
-    "probe.validation_data": "probe_validation_data",
-    "trunk.path": "trunk",
-    "data.on_bad_image": "on_bad_image",
-    "optimizer.base_lr": "base_lr",
-    "parallel.tensor_parallel_size": "tensor_parallel_size",
-    "parallel.sequence_parallel": "sequence_parallel",
-    "parallel.activation_checkpointing": "activation_checkpointing",
-}
+from megatron_nepa.config import SHORT_NAMES, ConfigError, Run, RunConfig, override
 
 # what a flag of several values means where none is given
 BARE_VALUES = {"parallel.activation_checkpointing": "full"}
@@ -155,6 +140,7 @@ def _add_field(group: argparse._ArgumentGroup, cls: type, name: str, short: str 
     group.add_argument(*flags, **options)
 
 
+@functools.cache  # reading a source takes long
 def _comments(cls: type) -> dict[str, str]:
     """The comment lines right above each field of a dataclass and of those that it extends."""
     found: dict[str, str] = {}

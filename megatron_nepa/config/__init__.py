@@ -15,6 +15,7 @@ from megatron_nepa.config.finetuning import (
     LayerDecayConfig,
     ValidationConfig,
 )
+from megatron_nepa.config.flags import SHORT_NAMES, flag_of
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.config.pretraining import PretrainingConfig, ProbeConfig
 from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
@@ -37,6 +38,7 @@ from megatron_nepa.config.segmentation import (
 __all__ = [
     "IGNORED",
     "IMAGE_CHANNELS",
+    "SHORT_NAMES",
     "ActivationCheckpointing",
     "AugmentationConfig",
     "ClassificationConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "SegmentationEvaluationConfig",
     "ValidationConfig",
     "divisors",
+    "flag_of",
     "multiples_around",
     "one_of",
     "override",

@@ -147,6 +147,16 @@ class RunConfig:
         """The config as nested plain values, as config.json holds it."""
         return dataclasses.asdict(self)
 
+    def fields_by_name(self) -> dict[str, Any]:
+        """Every value under the name that :func:`override` takes: "field" or "section.field"."""
+        flat: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            if isinstance(value, dict):
+                flat |= {f"{name}.{key}": item for key, item in value.items()}
+            else:
+                flat[name] = value
+        return flat
+
 
 Run = TypeVar("Run", bound=RunConfig)
 

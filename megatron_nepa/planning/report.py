@@ -6,7 +6,8 @@ import dataclasses
 from collections import defaultdict
 from typing import Any
 
-from megatron_nepa.config import RunConfig
+from megatron_nepa.config import PretrainingConfig
+from megatron_nepa.planning.command import start_command
 from megatron_nepa.planning.communication import data_ring, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, outer_work
 from megatron_nepa.planning.hardware import Gpu
@@ -39,7 +40,7 @@ def _mark(on: bool) -> str:
     return "yes" if on else "-"
 
 
-def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> str:
+def format_details(run: PretrainingConfig, plan: Plan, need: Requirements, gpu: Gpu) -> str:
     """The best plan at length: memory, time, collectives, kernels, data, and the command that starts it."""
     memory = "\n".join(f"  {name:<14}{amount / 1e9:>8.2f} GB" for name, amount in vars(plan.memory).items() if amount)
     time = "\n".join(
@@ -66,8 +67,8 @@ def format_details(run: RunConfig, plan: Plan, need: Requirements, gpu: Gpu) -> 
             f"Checkpoint: {need.checkpoint_bytes / 1e9:.1f} GB",
             f"Run: {need.steps:,} steps, {need.images:,} images, {need.days:.2f} days, {need.gpu_hours:,.0f} GPU-hours",
             "",
-            "Start it (with --data, on every node as examples/slurm/README.md shows):",
-            f"  {command(run, plan)}",
+            f"Start it on {plan.layout.gpus} GPUs, your images for IMAGES (several nodes: examples/slurm/README.md):",
+            f"  {start_command(run, plan.layout)}",
         ]
     )
 
@@ -94,7 +95,7 @@ def _collective_lines(plan: Plan, gpu: Gpu) -> list[str]:
     return lines
 
 
-def _kernel_lines(run: RunConfig, plan: Plan, gpu: Gpu) -> list[str]:
+def _kernel_lines(run: PretrainingConfig, plan: Plan, gpu: Gpu) -> list[str]:
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for work, times in _all_work(run, plan, gpu):
         for i, amount in enumerate((work.flops, work.bytes, work.seconds)):
@@ -106,29 +107,13 @@ def _kernel_lines(run: RunConfig, plan: Plan, gpu: Gpu) -> list[str]:
     return lines
 
 
-def _all_work(run: RunConfig, plan: Plan, gpu: Gpu) -> list[tuple[Work, int]]:
+def _all_work(run: PretrainingConfig, plan: Plan, gpu: Gpu) -> list[tuple[Work, int]]:
     """The kernels of a micro-batch, each with how many times it runs."""
     inside = [(work, run.model.num_layers) for work in block_work(run.model, plan.layout, gpu)]
     return inside + [(work, 1) for work in outer_work(run.model, plan.layout, gpu)]
 
 
-def command(run: RunConfig, plan: Plan) -> str:
-    """The command line that starts ``plan``."""
-    layout = plan.layout
-    flags = [
-        f"deepspeed pretrain_nepa.py --ds_config ds_configs/zero{layout.zero_stage}.json --recipe {run.recipe}",
-        f"--micro_batch_size {layout.micro_batch_size}",
-    ]
-    if layout.tensor_parallel_size > 1:
-        flags.append(f"--tensor_parallel_size {layout.tensor_parallel_size}")
-    flags += ["--sequence_parallel"] * layout.sequence_parallel
-    if layout.activation_checkpointing != "none":
-        flags.append(f"--activation_checkpointing {layout.activation_checkpointing}")
-    flags += ["--dtype bf16"] * (run.dtype != "bf16")
-    return " ".join(flags)
-
-
-def to_dict(run: RunConfig, plan: Plan, need: Requirements) -> dict[str, Any]:
+def to_dict(run: PretrainingConfig, plan: Plan, need: Requirements) -> dict[str, Any]:
     """Everything about a plan as plain values; bytes, seconds and images/s."""
     return {
         "layout": dataclasses.asdict(plan.layout) | {"data_parallel_size": plan.layout.data_parallel_size},
@@ -141,11 +126,11 @@ def to_dict(run: RunConfig, plan: Plan, need: Requirements) -> dict[str, Any]:
         "host_bound": plan.host_bound,
         "collectives": [dataclasses.asdict(each) | {"seconds": seconds} for each, seconds in plan.collectives],
         "requirements": dataclasses.asdict(need),
-        "command": command(run, plan),
+        "command": start_command(run, plan.layout),
     }
 
 
-def heading(run: RunConfig, gpus: int, gpu: Gpu) -> str:
+def heading(run: PretrainingConfig, gpus: int, gpu: Gpu) -> str:
     """What is planned, in a line."""
     numbers = count_parameters(run.model).local
     return (
