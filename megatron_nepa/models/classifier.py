@@ -24,8 +24,8 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, std: float = 0.0) -> None:
         super().__init__()
-        self.weight = parameter((out_features, in_features), constant=None if std else 0.0, std=std)
-        self.bias = parameter((out_features,), constant=0.0)
+        self.weight = parameter((out_features, in_features), "whole", constant=None if std else 0.0, std=std)
+        self.bias = parameter((out_features,), "whole", constant=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in] to [B, out]."""
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.trunk = Trunk(config, parallel, 0.0, seed, tensor, kernels)
-        self.fc_norm = Norm(config.hidden_size) if pooling == "mean" else None
+        self.fc_norm = Norm(config.hidden_size, "whole") if pooling == "mean" else None
         self.classifier = Linear(config.hidden_size, num_classes)
         initialize_parameters(self, seed, config.init_std, tensor)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, multiples_around, one_of, require
-from megatron_nepa.parallel.collectives import gather_rows, sum_gradients
-from megatron_nepa.parallel.layers import parameter
+from megatron_nepa.parallel.collectives import gather_rows
+from megatron_nepa.parallel.layers import parameter, sum_shares
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup
 
@@ -30,12 +30,12 @@ class PatchEmbedding(nn.Module):
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         width = config.hidden_size
-        self.weight = parameter((width, IMAGE_CHANNELS, config.patch_size, config.patch_size))
-        self.bias = parameter((width,), constant=0.0)
-        self.bos_token = parameter((width,)) if config.bos_token else None
+        self.weight = parameter((width, IMAGE_CHANNELS, config.patch_size, config.patch_size), "images")
+        self.bias = parameter((width,), "images", constant=0.0)
+        self.bos_token = parameter((width,), "images") if config.bos_token else None
         learned = config.position_embedding == "learned"
-        self.positions = parameter((config.sequence_length, width)) if learned else None
-        self.mask_token = parameter((width,)) if masking else None
+        self.positions = parameter((config.sequence_length, width), "rows") if learned else None
+        self.mask_token = parameter((width,), "rows") if masking else None
         if config.freeze_patch_embedding:
             self.weight.requires_grad_(False)
             self.bias.requires_grad_(False)
@@ -83,13 +83,13 @@ class PatchEmbedding(nn.Module):
         return target, trunk_input
 
     def _shared_parameters(self, is_share: bool) -> list[Tensor | None]:
-        embedding: list[Tensor | None] = [self.weight, self.bias, self.bos_token]
-        on_input: list[Tensor | None] = [self.positions, self.mask_token]
+        parameters = (self.weight, self.bias, self.bos_token, self.positions, self.mask_token)
+        split: tuple[str, ...] = ()
         if self.sequence_parallel:
-            return sum_gradients(embedding + on_input, self.tensor)
-        if is_share:  # all rows are rebuilt on every rank before positions and mask, whose gradients are equal there
-            return sum_gradients(embedding, self.tensor) + on_input
-        return embedding + on_input
+            split = ("images", "rows")
+        elif is_share:  # all rows are rebuilt on every rank before positions and mask, whose gradients are equal there
+            split = ("images",)
+        return sum_shares(parameters, split, self.tensor)
 
     def _tokens(self, images: Tensor, weight: Tensor | None, bias: Tensor | None, bos_token: Tensor | None) -> Tensor:
         assert weight is not None

@@ -46,8 +46,8 @@ class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         # of the variance that torch draws for its ConvTranspose2d
-        self.weight = parameter((width, width, 2, 2), std=1 / math.sqrt(3 * 4 * width))
-        self.bias = parameter((width,), constant=0.0)
+        self.weight = parameter((width, width, 2, 2), "images", std=1 / math.sqrt(3 * 4 * width))
+        self.bias = parameter((width,), "images", constant=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D, h, w] to [B, D, 2h, 2w]."""

@@ -14,8 +14,8 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.pyramid import FeaturePyramid, NormFactory
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.models.upernet import FcnHead, UperNetHead, resize
-from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group, sum_gradients
-from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group
+from megatron_nepa.parallel.layers import initialize_parameters, sum_shares
 from megatron_nepa.parallel.rows import RowShard, holds_whole_samples
 from megatron_nepa.parallel.topology import TensorGroup
 
@@ -121,9 +121,8 @@ class Segmenter(nn.Module):
     def _decode(self, maps: list[Tensor], sample_index: Tensor, on_share: bool) -> tuple[Tensor, Tensor]:
         if not on_share or self.tensor.size == 1:
             return cast("tuple[Tensor, Tensor]", self.decoder(maps, sample_index))
-        # every rank has a share of the gradients
         names, parameters = zip(*self.decoder.named_parameters(), strict=True)
-        summed = cast("list[Tensor]", sum_gradients(parameters, self.tensor))
+        summed = cast("list[Tensor]", sum_shares(parameters, ("images",), self.tensor))
         decoded = functional_call(self.decoder, dict(zip(names, summed, strict=True)), (maps, sample_index))
         return cast("tuple[Tensor, Tensor]", decoded)
 

@@ -18,18 +18,17 @@ from torch import Tensor, nn
 from megatron_nepa.config import ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.recomputation import called, recomputed
-from megatron_nepa.parallel.collectives import sum_gradients
-from megatron_nepa.parallel.layers import ColumnParallelLinear, RowParallelLinear, parameter
+from megatron_nepa.parallel.layers import ColumnParallelLinear, GradientRule, RowParallelLinear, parameter, sum_shares
 from megatron_nepa.parallel.topology import TensorGroup
 
 
 class Norm(nn.Module):
     """Affine parameters of a LayerNorm; the operations that apply it are fused with their neighbours."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, gradient: GradientRule = "rows") -> None:
         super().__init__()
-        self.weight = parameter((width,), constant=1.0)
-        self.bias = parameter((width,), constant=0.0)
+        self.weight = parameter((width,), gradient, constant=1.0)
+        self.bias = parameter((width,), gradient, constant=0.0)
 
 
 class Attention(nn.Module):
@@ -46,8 +45,8 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.qkv = ColumnParallelLinear(width, 3 * width, tensor, sequence_parallel, sections=3)
         affine = config.qk_norm == "affine"
-        self.q_norm = parameter((config.head_size,), constant=1.0) if affine else None
-        self.k_norm = parameter((config.head_size,), constant=1.0) if affine else None
+        self.q_norm = parameter((config.head_size,), "heads", constant=1.0) if affine else None
+        self.k_norm = parameter((config.head_size,), "heads", constant=1.0) if affine else None
         self.out = RowParallelLinear(width, width, tensor, sequence_parallel)
 
     def forward(
@@ -125,10 +124,10 @@ class Block(nn.Module):
         width, scale = config.hidden_size, config.layer_scale_init
         self.norm1 = Norm(width)
         self.attention = Attention(config, tensor, parallel.sequence_parallel, kernels)
-        self.layer_scale1 = parameter((width,), constant=scale) if scale is not None else None
+        self.layer_scale1 = parameter((width,), "rows", constant=scale) if scale is not None else None
         self.norm2 = Norm(width)
         self.feed_forward = FeedForward(config, tensor, parallel, kernels)
-        self.layer_scale2 = parameter((width,), constant=scale) if scale is not None else None
+        self.layer_scale2 = parameter((width,), "rows", constant=scale) if scale is not None else None
 
     def forward(
         self,
@@ -189,11 +188,9 @@ class Block(nn.Module):
 
     def _replicated(self, next_norm_weight: Tensor, next_norm_bias: Tensor) -> _Replicated:
         """What every rank holds whole, with the sum of its gradient over the ranks where each computes a share."""
-        qk_norms: tuple[Tensor | None, ...] = (
+        parameters = (
             self.attention.q_norm,
             self.attention.k_norm,
-        )  # used on each rank's heads
-        on_rows = (
             self.attention.out.bias,
             self.layer_scale1,
             self.norm2.weight,
@@ -203,7 +200,5 @@ class Block(nn.Module):
             next_norm_weight,
             next_norm_bias,
         )
-        if self.sequence_parallel:
-            return _Replicated(*sum_gradients((*qk_norms, *on_rows), self.tensor))  # type: ignore[arg-type]
-        q_norm, k_norm = sum_gradients(qk_norms, self.tensor)
-        return _Replicated(q_norm, k_norm, *on_rows)
+        split: tuple[str, ...] = ("heads", "rows") if self.sequence_parallel else ("heads",)
+        return _Replicated(*sum_shares(parameters, split, self.tensor))  # type: ignore[arg-type]

@@ -100,7 +100,9 @@ class ConvNormRelu(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, new_norm: NormFactory) -> None:
         super().__init__()
         fan_out = out_channels * kernel_size**2
-        self.weight = parameter((out_channels, in_channels, kernel_size, kernel_size), std=math.sqrt(2 / fan_out))
+        self.weight = parameter(
+            (out_channels, in_channels, kernel_size, kernel_size), "images", std=math.sqrt(2 / fan_out)
+        )
         self.norm = new_norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,8 +124,8 @@ class PixelClassifier(nn.Module):
         super().__init__()
         self.purpose = purpose
         self.seed = seed
-        self.weight = parameter((num_classes, width, 1, 1), std=0.01)
-        self.bias = parameter((num_classes,), constant=0.0)
+        self.weight = parameter((num_classes, width, 1, 1), "images", std=0.01)
+        self.bias = parameter((num_classes,), "images", constant=0.0)
 
     def forward(self, x: Tensor, sample_index: Tensor) -> Tensor:
         """[B, D, h, w] to [B, K, h, w]; sample numbers int64 [B]."""

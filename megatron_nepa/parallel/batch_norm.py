@@ -48,7 +48,7 @@ class BatchNorm(nn.Module):
         self.eps = eps
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             if affine:
-                self.register_parameter(name, parameter((num_channels,), constant=value))
+                self.register_parameter(name, parameter((num_channels,), "images", constant=value))
             else:
                 self.register_buffer(name, torch.full((num_channels,), value), persistent=False)
         self.register_buffer("running_mean", torch.zeros(num_channels))

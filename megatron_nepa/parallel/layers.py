@@ -6,8 +6,9 @@ weights and keeps this rank's slice, so any tensor-parallel size starts from the
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megatron_nepa.parallel.collectives import (
     reduce_from_group,
     reduce_scatter_rows,
     reduce_scatter_rows_async,
+    sum_gradients,
 )
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import TensorGroup
@@ -50,9 +52,12 @@ class ParameterLayout:
 
 REPLICATED = ParameterLayout()
 
+GradientRule = Literal["local", "whole", "rows", "heads", "images"]
+
 
 def parameter(
     shape: tuple[int, ...],
+    gradient: GradientRule,
     layout: ParameterLayout = REPLICATED,
     constant: float | None = None,
     std: float | None = None,
@@ -61,11 +66,16 @@ def parameter(
 
     Args:
         shape: of this rank's part.
+        gradient: what a rank's gradient of it covers: "local" of a split parameter, whose shard's gradient is complete;
+            "whole" where every tensor-parallel rank computes all of it; "rows", "heads" or "images" where each
+            computes the share of its token rows, attention heads or images. :func:`sum_shares` adds the shares up.
         layout: how the whole tensor is split.
         constant: initial value of every element; None draws a truncated normal.
         std: standard deviation of that normal; None takes the model's.
     """
+    assert (gradient == "local") == (layout.split_dim is not None), "a split parameter's gradient is local"
     result = nn.Parameter(torch.full(shape, float("nan")))
+    result.gradient_rule = gradient  # type: ignore[attr-defined]
     result.parallel_layout = layout  # type: ignore[attr-defined]
     result.constant = constant  # type: ignore[attr-defined]
     result.init_std = std  # type: ignore[attr-defined]
@@ -80,6 +90,20 @@ def layout_of(param: nn.Parameter) -> ParameterLayout:
     layout = getattr(param, "parallel_layout", REPLICATED)
     assert isinstance(layout, ParameterLayout)
     return layout
+
+
+def sum_shares(parameters: Sequence[Tensor | None], split: Collection[str], tensor: TensorGroup) -> list[Tensor | None]:
+    """The parameters of one forward pass, with the sum of their gradients over the tensor-parallel ranks where each
+    rank computes a share only: one collective for all of them.
+
+    Args:
+        parameters: made by :func:`parameter`, of one dtype; None entries are passed through.
+        split: the gradient rules that are shares where the parameters are used, such as ("rows", "heads").
+        tensor: the ranks.
+    """
+    shared = [p is not None and p.gradient_rule in split for p in parameters]  # type: ignore[attr-defined]
+    summed = iter(sum_gradients([p for p, share in zip(parameters, shared, strict=True) if share], tensor))
+    return [next(summed) if share else p for p, share in zip(parameters, shared, strict=True)]
 
 
 @torch.no_grad()
@@ -121,8 +145,8 @@ class ColumnParallelLinear(nn.Module):
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         layout = ParameterLayout(split_dim=0, sections=sections)
-        self.weight = parameter((out_features // tensor.size, in_features), layout)
-        self.bias = parameter((out_features // tensor.size,), layout, constant=0.0)
+        self.weight = parameter((out_features // tensor.size, in_features), "local", layout)
+        self.bias = parameter((out_features // tensor.size,), "local", layout, constant=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] to [N, out / size], N being n * size under sequence parallelism and n elsewhere."""
@@ -147,8 +171,8 @@ class RowParallelLinear(nn.Module):
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         layout = ParameterLayout(split_dim=1)
-        self.weight = parameter((out_features, in_features // tensor.size), layout)
-        self.bias = parameter((out_features,), constant=0.0)
+        self.weight = parameter((out_features, in_features // tensor.size), "local", layout)
+        self.bias = parameter((out_features,), "rows", constant=0.0)  # added to this rank's rows
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in / size] to [n, out] without the bias, n being N / size under sequence parallelism and N elsewhere."""
