@@ -26,9 +26,10 @@ from megatron_nepa.parallel.topology import TensorGroup, Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.flops import train_flops
+from megatron_nepa.training.task import Task
 
 
-class ClassificationTask:
+class ClassificationTask(Task):
     """Cross-entropy with the augmented images' soft targets.
 
     Args:
@@ -38,8 +39,6 @@ class ClassificationTask:
     Raises:
         ConfigError: for data without labels, or whose classes do not fit each other or the head.
     """
-
-    metric_names = ("loss",)
 
     def __init__(self, run: ClassificationConfig, topology: Topology) -> None:
         self.run = run
@@ -83,18 +82,11 @@ class ClassificationTask:
         """A rate for every layer."""
         return LearningRates(self.run, total_steps, self.run.layer_decay)
 
-    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch."""
         logits: Tensor = engine.forward(batch.images, batch.sample_index)
         loss = soft_cross_entropy(logits, batch.labels, self.topology.tensor)
-        return loss, loss.detach().view(1)
-
-    def health(self) -> None:
-        """Nothing to watch besides the loss."""
-
-    def read_health(self, flat: Tensor) -> dict[str, float]:
-        """Nothing."""
-        return {}
+        return loss, {"loss": loss.detach()}
 
 
 class ClassificationEvaluator:

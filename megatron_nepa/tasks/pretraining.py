@@ -19,9 +19,10 @@ from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.flops import train_flops
 from megatron_nepa.training.reporting.health import embedding_health, read_health
+from megatron_nepa.training.task import Task
 
 
-class PretrainingTask:
+class PretrainingTask(Task):
     """Next-embedding prediction on unlabelled images.
 
     Args:
@@ -31,10 +32,6 @@ class PretrainingTask:
     Raises:
         ConfigError: for a data folder, or labelled images of the probe, that cannot serve the run.
     """
-
-    metric_names = ("loss", "prediction_norm", "target_norm")
-    classes = ()
-    reset_head = False
 
     def __init__(self, run: PretrainingConfig, topology: Topology) -> None:
         self.run = run
@@ -65,11 +62,13 @@ class PretrainingTask:
         """One rate for all layers."""
         return LearningRates(self.run, total_steps)
 
-    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch."""
         output: PretrainingOutput = engine.forward(batch.images, batch.sample_index)
         self._output = output
-        return output.loss, torch.cat((output.loss.detach().view(1), output.health[1:]))
+        _, prediction_norm, target_norm = output.health
+        norms = {"prediction_norm": prediction_norm, "target_norm": target_norm}
+        return output.loss, {"loss": output.loss.detach(), **norms}
 
     def health(self) -> Tensor | None:
         """Spread of this rank's last targets and predictions: a collapse shows here, not in the loss."""

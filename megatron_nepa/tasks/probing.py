@@ -36,12 +36,13 @@ from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.evaluation import load_weights, write_results
 from megatron_nepa.training.reporting.flops import forward_flops
+from megatron_nepa.training.task import Task
 
 # MAE's probe sees random crops and flips alone
 CROPS_ONLY = AugmentationConfig(rand_augment=None, random_erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 
 
-class ProbingTask:
+class ProbingTask(Task):
     """A linear layer on the features of a trunk that stays as it is; what is trained and saved is the layer alone.
 
     Args:
@@ -55,9 +56,6 @@ class ProbingTask:
     Raises:
         ConfigError: for data that cannot serve, or a checkpoint that holds no such trunk.
     """
-
-    metric_names = ("loss",)
-    reset_head = False
 
     def __init__(self, run: ProbingConfig, topology: Topology, kernels: Kernels) -> None:
         path = run.trunk.path
@@ -105,18 +103,11 @@ class ProbingTask:
         """One rate."""
         return LearningRates(self.run, total_steps)
 
-    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch."""
         logits: Tensor = engine.forward(self.features(batch.images, batch.sample_index))
         loss = soft_cross_entropy(logits, batch.labels, self.topology.tensor)
-        return loss, loss.detach().view(1)
-
-    def health(self) -> None:
-        """Nothing to watch besides the loss."""
-
-    def read_health(self, flat: Tensor) -> dict[str, float]:
-        """Nothing."""
-        return {}
+        return loss, {"loss": loss.detach()}
 
 
 class ProbingEvaluator(ClassificationEvaluator):

@@ -27,9 +27,10 @@ from megatron_nepa.tasks.segmentation_evaluation import SegmentationEvaluator
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.flops import train_flops
+from megatron_nepa.training.task import Task
 
 
-class SegmentationTask:
+class SegmentationTask(Task):
     """UPerNet on a trunk.
 
     Args:
@@ -39,8 +40,6 @@ class SegmentationTask:
     Raises:
         ConfigError: for data that cannot serve the run.
     """
-
-    metric_names = ("loss", "head_loss", "auxiliary_loss", "pixel_accuracy")
 
     def __init__(self, run: SegmentationConfig, topology: Topology) -> None:
         self.run = run
@@ -93,17 +92,11 @@ class SegmentationTask:
         """Layer-wise decayed rates; the neck and heads have the run's own."""
         return LearningRates(self.run, total_steps, self.run.layer_decay)
 
-    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch."""
         output: SegmentationOutput = engine.forward(batch.images, batch.sample_index, batch.labels)
-        return output.loss, torch.cat((output.loss.detach().view(1), output.parts))
-
-    def health(self) -> None:
-        """Nothing to watch besides the loss."""
-
-    def read_health(self, flat: Tensor) -> dict[str, float]:
-        """Nothing."""
-        return {}
+        parts = dict(zip(("head_loss", "auxiliary_loss", "pixel_accuracy"), output.parts, strict=True))
+        return output.loss, {"loss": output.loss.detach(), **parts}
 
 
 def decoder_train_flops(run: SegmentationConfig) -> int:

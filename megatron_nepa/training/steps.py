@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
 from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
@@ -64,7 +64,7 @@ class TrainingLoop:
         self.flops_per_step = task.flops_per_image * run.global_batch_size / self.topology.world_size
         self.peak_flops = peak_flops
         self.step_seconds = 0.0  # of the last one
-        self.window = MetricWindow((*task.metric_names, "grad_norm"), self.topology)
+        self.window = MetricWindow(self.topology)
         self.description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
         self.saver = CheckpointSaver(directory.checkpoints, self.topology, run.async_save)
         self.save_time = SaveTime(
@@ -121,7 +121,7 @@ class TrainingLoop:
         run, task, engine, topology = self.run, self.task, self.engine, self.topology
         number = progress.step + 1
         learning_rates = self.rates.at(progress.step)
-        metrics = torch.zeros(len(task.metric_names), device=topology.device)
+        metrics: dict[str, Tensor] = {}
         data_wait = 0.0
         for micro_batch in range(engine.accumulation_steps):
             self.stall.at("waiting for data", number)
@@ -137,7 +137,9 @@ class TrainingLoop:
                 loss, values = task.forward(engine, batch)
             with self.profiler.part("backward"):
                 engine.backward(loss)
-            metrics += values / engine.accumulation_steps
+            for name, value in values.items():
+                share = value / engine.accumulation_steps
+                metrics[name] = metrics[name] + share if name in metrics else share
             if micro_batch < engine.accumulation_steps - 1:
                 engine.end_micro_batch()
         self.stall.at("in the weight update", number)
@@ -168,7 +170,7 @@ class TrainingLoop:
             "skipped_steps": number - progress.applied_steps,
             "bad_images": self.loader.num_bad_images,
         }
-        self.window.add(row, torch.cat((metrics, result.grad_norm.view(1))))
+        self.window.add(row, {**metrics, "grad_norm": result.grad_norm})
         return progress, result.applied
 
     def is_due(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,9 @@ from megatron_nepa.training.engine.learning_rates import LearningRates
 class Loader(Protocol):
     """Micro-batches of one rank, forever."""
 
-    num_bad_images: int
+    @property
+    def num_bad_images(self) -> int:
+        """Images of this rank that could not be decoded."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -27,17 +30,19 @@ class Loader(Protocol):
 
 
 class Evaluator(Protocol):
-    """Measures a model now and then while it is trained.
+    """Measures a model now and then while it is trained."""
 
-    Attributes:
-        every: steps between two evaluations; one is always made at the end.
-        prefix: of the results' names in the log, such as "val_".
-        best: the result, larger being better, by which the best checkpoint is kept; None keeps none.
-    """
+    @property
+    def every(self) -> int:
+        """Steps between two evaluations; one is always made at the end."""
 
-    every: int
-    prefix: str
-    best: str | None
+    @property
+    def prefix(self) -> str:
+        """Of the results' names in the log, such as "val_"."""
+
+    @property
+    def best(self) -> str | None:
+        """The result, larger being better, by which the best checkpoint is kept; None keeps none."""
 
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Results by name, equal on all ranks, of a model in evaluation mode; every rank calls it.
@@ -47,11 +52,10 @@ class Evaluator(Protocol):
         """
 
 
-class Task(Protocol):
-    """What the loop asks of a task.
+class Task(ABC):
+    """What the loop asks of a task; what most tasks have no use for has a default.
 
     Attributes:
-        metric_names: of the scalars that :meth:`forward` returns.
         num_images: of the training data, or None where it is endless.
         data_fingerprint: equal for equal training data, or None where there are no files.
         flops_per_image: model FLOPs of one training step on one image.
@@ -60,28 +64,36 @@ class Task(Protocol):
         reset_head: whether a head in ``run.init_from`` that does not fit the model's is left out.
     """
 
-    metric_names: tuple[str, ...]
     num_images: int | None
     data_fingerprint: str | None
     flops_per_image: float
-    evaluator: Evaluator | None
-    classes: tuple[str, ...]
-    reset_head: bool
+    evaluator: Evaluator | None = None
+    classes: tuple[str, ...] = ()
+    reset_head: bool = False
 
+    @abstractmethod
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The freshly initialised fp32 model."""
 
+    @abstractmethod
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> Loader:
         """The data from sample ``consumed_samples`` on."""
 
+    @abstractmethod
     def learning_rates(self, total_steps: int) -> LearningRates:
         """The parameter groups and their schedule."""
 
-    def forward(self, engine: TrainingEngine, batch: Any) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch, and its metrics as a detached fp32 tensor [len(metric_names)]."""
+    @abstractmethod
+    def forward(self, engine: TrainingEngine, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch, and what the log shows of it by name: detached fp32 scalars on the device.
+
+        The loss is among them, as "loss"; :mod:`~megatron_nepa.training.reporting.metric_table` says how each is shown.
+        """
 
     def health(self) -> Tensor | None:
         """Flat fp32 device tensor about the last micro-batch, or None."""
+        return None
 
     def read_health(self, flat: Tensor) -> dict[str, float]:
         """The log's numbers from :meth:`health`'s tensor on the host."""
+        return {}

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_nepa.config import ModelConfig, RunConfig
-from megatron_nepa.training.reporting.log import KEYS, Row, RunLog, dense_line, read_metrics, truncate_metrics
+from megatron_nepa.training.reporting.log import Row, RunLog, dense_line, read_metrics, truncate_metrics
+from megatron_nepa.training.reporting.metric_table import METRICS
 
 ROW: Row = {
     "step": 120,
@@ -54,11 +55,12 @@ def test_metrics_are_ordered_valid_json(tmp_path: Path, capsys: pytest.CaptureFi
     log.write([{"accuracy": 0.5, "loss": math.nan, "grad_norm": math.inf, "step": 1}])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # flushed while the log is open
     assert lines == ['{"step": 1, "loss": null, "grad_norm": null, "accuracy": 0.5}']
-    log.write([dict.fromkeys(reversed(KEYS), 2), {"step": 3, "loss": -0.1}])
+    keys = [metric.name for metric in METRICS]
+    log.write([dict.fromkeys(reversed(keys), 2), {"step": 3, "loss": -0.1}])
     log.close()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert tuple(rows[1]) == KEYS
+    assert list(rows[1]) == keys
     assert capsys.readouterr().out.splitlines()[0] == "step   1/200 | loss nan | grad inf"
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from megatron_nepa.training.reporting.log import read_metrics
+from megatron_nepa.training.reporting.metric_table import METRICS
 
 Array = NDArray[np.float64]
 
@@ -53,35 +54,17 @@ class Panel(NamedTuple):
     curves: tuple[tuple[str, str, str], ...]
 
 
-PANELS = (
-    Panel(
-        "Effective rank",
-        "directions in use",
-        (("target_effective_rank", "target", BLUE), ("prediction_effective_rank", "prediction", ORANGE)),
-    ),
-    Panel(
-        "Spread of directions",
-        "0 = collapsed, 1 = isotropic",
-        (("target_std", "target", BLUE), ("prediction_std", "prediction", ORANGE)),
-    ),
-    Panel(
-        "Embedding norm", "mean L2 norm", (("target_norm", "target", BLUE), ("prediction_norm", "prediction", ORANGE))
-    ),
-    Panel("Gradient norm", "global L2 norm, before clipping", (("grad_norm", "gradient", GREY),)),
-)
-
-RAW, AVERAGE = "raw weights", "their average"
-EVALUATION_PANELS = tuple(
-    Panel(title, unit, ((key, RAW, BLUE), (key.replace("_", "_ema_", 1), AVERAGE, ORANGE)))
-    for title, unit, key in (
-        ("Top-1 accuracy", "share of the images", "val_top1"),
-        ("Top-5 accuracy", "share of the images", "val_top5"),
-        ("Validation loss", "cross-entropy", "val_loss"),
-        ("mIoU", "mean over classes", "val_mean_iou"),
-        ("Probe: nearest neighbours", "top-1 accuracy", "probe_knn_top1"),
-        ("Probe: linear", "top-1 accuracy", "probe_linear_top1"),
-    )
-)
+def panels_of(figure: str) -> tuple[Panel, ...]:
+    """The plots of a figure's file, in the order of the table of metrics."""
+    plotted = [metric for metric in METRICS if metric.panel and metric.figure == figure]
+    titles = dict.fromkeys(metric.panel for metric in plotted)
+    panels = []
+    for title in titles:
+        own = [metric for metric in plotted if metric.panel == title]
+        colours = (BLUE, ORANGE) if len(own) > 1 else (GREY,)
+        curves = tuple((metric.name, metric.curve, colour) for metric, colour in zip(own, colours, strict=True))
+        panels.append(Panel(title, own[0].unit, curves))
+    return tuple(panels)
 
 
 def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
@@ -106,7 +89,7 @@ def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
     with rc_context(STYLE):  # type: ignore[arg-type]
         if "loss" in metrics:
             drawn.append(save_figure(_loss_figure(metrics), figures_dir / "loss.png"))
-        for name, every in (("health.png", PANELS), ("evaluation.png", EVALUATION_PANELS)):
+        for name, every in (("health.png", panels_of("health")), ("evaluation.png", panels_of("evaluation"))):
             panels = [panel for panel in every if any(key in metrics for key, _, _ in panel.curves)]
             if panels:
                 drawn.append(save_figure(_panel_figure(metrics, panels), figures_dir / name))

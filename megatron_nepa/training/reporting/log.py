@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,7 @@ from tqdm import tqdm
 
 from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import RunConfig
-
-# A row of metrics.jsonl has those that were measured, in this order, then any others. Units: step_ms and data_wait_ms
-# milliseconds; samples_per_second of the whole run; mfu a share of 1; memory_gb 1e9 bytes.
-KEYS = (
-    "step",
-    "epoch",
-    "samples",
-    "loss",
-    "grad_norm",
-    "lr",
-    "step_ms",
-    "data_wait_ms",
-    "samples_per_second",
-    "tflops_per_device",
-    "mfu",
-    "memory_gb",
-    "skipped_steps",
-    "target_std",
-    "target_effective_rank",
-    "target_mean_direction",
-    "prediction_std",
-    "prediction_effective_rank",
-    "prediction_norm",
-    "target_norm",
-)
+from megatron_nepa.training.reporting.metric_table import METRICS
 
 Row = dict[str, float | int]
 
@@ -74,7 +50,7 @@ class RunLog:
             )
 
     def write(self, rows: list[Row]) -> None:
-        """Log consecutive steps; a row holds any of :data:`KEYS` and others, its "step" counts from 1."""
+        """Log consecutive steps; a row holds any of the table of metrics and others, its "step" counts from 1."""
         self._append([json.dumps(_ordered(row), allow_nan=False) for row in rows])
         for row in rows:
             if self._bar is None:
@@ -169,37 +145,13 @@ def dense_line(row: Row, total_steps: int) -> str:
 
 
 def _parts(row: Row) -> list[str]:
-    parts: dict[str, Callable[[float], str]] = {
-        "loss": lambda value: f"loss {value:.4f}",
-        "grad_norm": lambda value: f"grad {_short(value)}",
-        "lr": lambda value: f"lr {value:.1e}",
-        "samples_per_second": lambda value: f"{_short(value)} img/s",
-        "tflops_per_device": lambda value: f"{_short(value)} TFLOP/s",
-        "mfu": lambda value: f"MFU {value:.1%}",
-        "data_wait_ms": lambda value: f"data {value:.0f} ms",
-        "memory_gb": lambda value: f"{value:.1f} GB",
-        "target_effective_rank": lambda value: f"eff. rank {value:.1f}",
-        "val_top1": lambda value: f"top-1 {value:.1%}",
-        "val_ema_top1": lambda value: f"EMA top-1 {value:.1%}",
-        "val_mean_iou": lambda value: f"mIoU {value:.1%}",
-        "val_ema_mean_iou": lambda value: f"EMA mIoU {value:.1%}",
-        "probe_knn_top1": lambda value: f"kNN {value:.1%}",
-        "probe_ema_knn_top1": lambda value: f"EMA kNN {value:.1%}",
-        "probe_linear_top1": lambda value: f"linear {value:.1%}",
-        "probe_ema_linear_top1": lambda value: f"EMA linear {value:.1%}",
-        "skipped_steps": lambda value: f"skipped {value:.0f}",
-    }
-    shown = [key for key in parts if key in row and (key != "skipped_steps" or row[key])]
-    return [parts[key](row[key]) for key in shown]
-
-
-def _short(value: float) -> str:
-    """At least three digits, without an exponent for the sizes that occur."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    shown = (metric.console(row[metric.name]) for metric in METRICS if metric.console and metric.name in row)
+    return [part for part in shown if part]
 
 
 def _ordered(row: Row) -> dict[str, float | int | None]:
-    keys = [key for key in KEYS if key in row] + [key for key in row if key not in KEYS]
+    known = [metric.name for metric in METRICS]
+    keys = [key for key in known if key in row] + [key for key in row if key not in known]
     # JSON has no nan and no infinity
     return {key: row[key] if math.isfinite(row[key]) else None for key in keys}
 

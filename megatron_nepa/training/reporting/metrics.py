@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ class MetricWindow:
     """Rows of the steps since the last :meth:`read`: host numbers, and device scalars that nobody has waited for.
 
     Args:
-        names: of the device scalars of every step.
         topology: the scalars are averaged over its data-parallel ranks when they are read.
 
     Attributes:
@@ -27,18 +26,18 @@ class MetricWindow:
             own was not (none where only the gradient norm, which is common to all, was not).
     """
 
-    def __init__(self, names: Sequence[str], topology: Topology) -> None:
-        self.names = list(names)
+    def __init__(self, topology: Topology) -> None:
+        self.names: list[str] = []  # of the device scalars, those of the first step
         self.topology = topology
         self.not_finite: dict[int, list[int]] = {}
-        self._own = [i for i, name in enumerate(self.names) if name != "grad_norm"]
         self._rows: list[Row] = []
         self._scalars: list[Tensor] = []
 
-    def add(self, row: Row, scalars: Tensor) -> None:
-        """Add a step: its host numbers and its device scalars, fp32 [len(names)]."""
+    def add(self, row: Row, scalars: Mapping[str, Tensor]) -> None:
+        """Add a step: its host numbers, and its device scalars, fp32 [] or [1], by the same names every step."""
+        self.names = self.names or list(scalars)
         self._rows.append(row)
-        self._scalars.append(scalars)
+        self._scalars.append(torch.cat([scalars[name].view(1) for name in self.names]))
 
     def read(self, extra: Tensor | None = None) -> tuple[list[Row], Tensor]:
         """The complete rows, oldest first, and ``extra`` on the host; empties the window.
@@ -62,7 +61,8 @@ class MetricWindow:
         rows: list[Row] = [{**row, **scalars} for row, scalars in zip(self._rows, named, strict=True)]
         # every data-parallel rank has the same averages, so all of them come here or none
         steps = [i for i, line in enumerate(table) if not all(map(math.isfinite, line))]
-        blamed = ranks_not_finite(own[steps][:, self._own], self.topology) if steps else []
+        of_this_rank = [i for i, name in enumerate(self.names) if name != "grad_norm"]
+        blamed = ranks_not_finite(own[steps][:, of_this_rank], self.topology) if steps else []
         self.not_finite = {int(rows[i]["step"]): ranks for i, ranks in zip(steps, blamed, strict=True)}
         self._rows, self._scalars = [], []
         return rows, host[flat.numel() :]

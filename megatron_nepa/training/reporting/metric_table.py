@@ -1,0 +1,93 @@
+"""Every number that a run logs: its name in metrics.jsonl, its unit, and where people see it.
+
+A metric that is not in the table is still logged, after those that are; a line here puts it on the console or into a
+plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+
+def _short(value: float) -> str:
+    """At least three digits, without an exponent for the sizes that occur."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+class Metric(NamedTuple):
+    """One number of a row of metrics.jsonl.
+
+    Attributes:
+        name: its key.
+        unit: of the value; the label of its plot's y axis.
+        console: its part of the line that a step prints; None leaves it out.
+        panel: title of its plot; "" draws none.
+        curve: its name among the plot's curves.
+        figure: file of the plot, without ".png".
+    """
+
+    name: str
+    unit: str
+    console: Callable[[float], str] | None = None
+    panel: str = ""
+    curve: str = ""
+    figure: Literal["health", "evaluation"] = "health"
+
+    @property
+    def is_average(self) -> bool:
+        """Whether it was measured on the weight average, the same having been measured on the raw weights."""
+        return "_ema_" in self.name
+
+
+def _of_both(name: str, unit: str, panel: str, console: str = "") -> tuple[Metric, Metric]:
+    """A share that an evaluation measures on the raw weights and on their average; ``console`` names it there."""
+    shown = (lambda value: f"{console} {value:.1%}", lambda value: f"EMA {console} {value:.1%}")
+    raw, average = shown if console else (None, None)
+    return (
+        Metric(name, unit, raw, panel, "raw weights", "evaluation"),
+        Metric(name.replace("_", "_ema_", 1), unit, average, panel, "their average", "evaluation"),
+    )
+
+
+METRICS = (
+    Metric("step", "optimizer steps"),
+    Metric("epoch", "passes over the images"),
+    Metric("samples", "images"),
+    Metric("loss", "of the objective", lambda value: f"loss {value:.4f}"),
+    Metric(
+        "grad_norm",
+        "global L2 norm, before clipping",
+        lambda value: f"grad {_short(value)}",
+        panel="Gradient norm",
+        curve="gradient",
+    ),
+    Metric("lr", "largest of all groups", lambda value: f"lr {value:.1e}"),
+    Metric("step_ms", "milliseconds"),
+    Metric("samples_per_second", "images of the whole run", lambda value: f"{_short(value)} img/s"),
+    Metric("tflops_per_device", "1e12 model FLOPs a second", lambda value: f"{_short(value)} TFLOP/s"),
+    Metric("mfu", "share of the device's peak", lambda value: f"MFU {value:.1%}"),
+    Metric("data_wait_ms", "milliseconds", lambda value: f"data {value:.0f} ms"),
+    Metric("memory_gb", "1e9 bytes", lambda value: f"{value:.1f} GB"),
+    Metric("skipped_steps", "steps whose gradient was not finite", lambda value: f"skipped {value:.0f}" * bool(value)),
+    Metric("bad_images", "of this rank that could not be decoded"),
+    Metric(
+        "target_effective_rank",
+        "directions in use",
+        lambda value: f"eff. rank {value:.1f}",
+        panel="Effective rank",
+        curve="target",
+    ),
+    Metric("prediction_effective_rank", "directions in use", panel="Effective rank", curve="prediction"),
+    Metric("target_std", "0 = collapsed, 1 = isotropic", panel="Spread of directions", curve="target"),
+    Metric("prediction_std", "0 = collapsed, 1 = isotropic", panel="Spread of directions", curve="prediction"),
+    Metric("target_mean_direction", "0 = directions cancel, 1 = all are the same"),
+    Metric("target_norm", "mean L2 norm", panel="Embedding norm", curve="target"),
+    Metric("prediction_norm", "mean L2 norm", panel="Embedding norm", curve="prediction"),
+    *_of_both("val_top1", "share of the images", "Top-1 accuracy", "top-1"),
+    *_of_both("val_top5", "share of the images", "Top-5 accuracy"),
+    *_of_both("val_loss", "cross-entropy", "Validation loss"),
+    *_of_both("val_mean_iou", "mean over classes", "mIoU", "mIoU"),
+    *_of_both("probe_knn_top1", "top-1 accuracy", "Probe: nearest neighbours", "kNN"),
+    *_of_both("probe_linear_top1", "top-1 accuracy", "Probe: linear", "linear"),
+)
