@@ -18,7 +18,7 @@ from megatron_nepa.analysis.queries import Patch, choose_queries
 from megatron_nepa.checkpoint.conversion.compare import read_any
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.checkpoint.saving.store import CheckpointStore, beside
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, beside, step_of
 from megatron_nepa.config import ConfigError, ModelConfig, require
 
 _MOST_ROWS = 8  # of an evolution, where the steps are not chosen
@@ -155,8 +155,10 @@ def choose_checkpoints(run: Path, steps: Sequence[int] = ()) -> dict[int, Path]:
     Raises:
         ConfigError: where the run has none, or not those.
     """
-    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    found = {int(path.name.removeprefix("step_")): path for path in CheckpointStore(folder, 0).newest_first()}
+    store = CheckpointStore.of(run)
+    if not store.folder.is_dir():
+        store = CheckpointStore(run)
+    found = {step_of(path): path for path in store.newest_first()}
     there = sorted(step for step, path in found.items() if path.is_dir())
     require(bool(there), f"{run} holds no checkpoints: give the OUTPUT_DIR of a run.")
     for step in steps:

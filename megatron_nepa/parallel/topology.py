@@ -39,6 +39,8 @@ class Topology:
     data_group: dist.ProcessGroup
     # gloo group of all ranks: small host-side agreements (stop flags, messages) never touch the device
     host_group: dist.ProcessGroup
+    # the tensor-parallel ranks once more, for tensors that lie in host memory; None at tensor-parallel size 1
+    tensor_host_mesh: DeviceMesh | None
 
     @property
     def rank(self) -> int:
@@ -179,7 +181,18 @@ def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
         data_size=shape[0],
         data_group=mesh.get_group("data"),
         host_group=host_group,
+        tensor_host_mesh=None if tensor.group is None else _host_mesh(tensor.group, device),
     )
+
+
+def _host_mesh(group: dist.ProcessGroup, device: torch.device) -> DeviceMesh:
+    if device.type != "cpu":
+        ranks = dist.get_process_group_ranks(group)
+        # its members alone take part: of thousands of replicas each makes its own
+        host_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert isinstance(host_group, dist.ProcessGroup)
+        group = host_group
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tensor",))
 
 
 def _free_port() -> int:

@@ -109,7 +109,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     source = run.init_from
     choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
     if source is None:
-        store = CheckpointStore(output_dir / "checkpoints", run.keep_last)
+        store = CheckpointStore.of(output_dir)
         best = store.best()
         source = str(best or find_checkpoint(run.output_dir))
         if best is not None and not store.best_metric().startswith(f"{evaluator.prefix}{RESULT_OF_AVERAGE}"):

@@ -47,6 +47,13 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         run.profile is None or run.profiled_steps.start <= total_steps,
         f"--profile {run.profile} begins after the last of the run's {total_steps} steps: choose earlier ones.",
     )
+    stands = found.manifest["progress"]["step"] if found.checkpoint is not None else 0
+    asked = f"--steps {run.steps}" if run.steps is not None else f"--epochs {run.epochs} ({total_steps} steps)"
+    require(
+        stands <= total_steps,
+        f"{asked} ends before step {stands} of {found.checkpoint}, which this run would continue: ask for more, or "
+        "continue an older checkpoint with --resume PATH.",
+    )
     rates = task.learning_rates(total_steps)
     model = task.build_model(kernels)
     engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))
@@ -98,5 +105,5 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 draw_figures(directory.metrics_path, directory.figures_path)
         except OSError as error:
             print(f"warning: the figures could not be drawn: {error}", flush=True)
-        print(describe_end(directory, progress, total_steps), flush=True)
+        print(describe_end(directory, progress, total_steps, finished_before=stands == total_steps), flush=True)
     return progress

@@ -253,6 +253,17 @@ def test_the_script_starts_from_another_run(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+def test_a_run_does_not_end_before_the_checkpoint_that_it_continues(tmp_path: Path) -> None:
+    common = [*TINY, f"--data={make_images(tmp_path / 'images')}"]
+    assert run_ranks(1, pretrain, [*common, "--steps=2", f"--output_dir={tmp_path / 'a'}"]) == [None]
+    other = [*common, f"--resume={tmp_path / 'a'}", f"--output_dir={tmp_path / 'b'}"]
+    for flag, said in (("--steps=1", "--steps 1"), ("--epochs=0.4", "--epochs 0.4 (1 steps)")):
+        (error,) = run_ranks(1, pretrain, [*other, flag])
+        assert f"{said} ends before step 2 of {tmp_path}/a/checkpoints/step_00000002" in error
+    assert not (tmp_path / "b").exists()
+    assert run_ranks(1, pretrain, [*other, "--steps=2"]) == [None]
+
+
 def load_tool() -> ModuleType:
     path = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
     spec = importlib.util.spec_from_file_location("convert_checkpoint", path)

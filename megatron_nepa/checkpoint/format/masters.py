@@ -57,6 +57,12 @@ def view_fragment(flats: list[Tensor], fragment: Fragment) -> Tensor:
     return flat[fragment.flat_start : fragment.flat_start + fragment.numel]
 
 
+def fill_fragment(flats: list[Tensor], fragment: Fragment, whole: Tensor) -> None:
+    """Copy into ``flats`` the part that a fragment describes of a parameter, or of a tensor of its shape."""
+    part = whole.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
+    view_fragment(flats, fragment).copy_(part)
+
+
 def join_fragments(
     param: nn.Parameter,
     fragment: Fragment | None,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_nepa.checkpoint.format.masters import Masters, join_fragments, view_fragment
+from megatron_nepa.checkpoint.format.masters import Masters, fill_fragment, join_fragments
+from megatron_nepa.checkpoint.format.shares import Piece, share_out
 from megatron_nepa.parallel.layers import layout_of
 from megatron_nepa.parallel.topology import Topology
 
@@ -46,22 +47,31 @@ def collect_state(train: TrainState) -> dict[str, Tensor]:
     """A copy of this rank's share of the checkpoint in host memory; a collective over the data-parallel ranks.
 
     The fragments of a parameter are summed on one owner among the data-parallel ranks (a fragment plus zeros is exact),
-    so each logical tensor is written once and no rank holds more than its share. Training may go on meanwhile.
+    so each logical tensor is written once; ``shares.py`` says by whom, evenly. Training may go on meanwhile.
+
+    At its peak the device holds 4 max(n) bytes more, with n the elements of this rank's part of a parameter: one tensor
+    at a time is joined there. The host holds 4 S / R bytes, with S the elements of all the checkpoint's tensors and R
+    the ranks of the run, as far as whole tensors divide evenly.
     """
     _seed_optimizer_state(train)
     topology = train.topology
+    held = [
+        (f"{kind}.{name}", name, param, flats)
+        for name, param in train.module.named_parameters()
+        for kind, flats in _kinds(train, param)
+    ]
+    pieces = {key: Piece(param.numel(), layout_of(param).split_dim is not None) for key, _, param, _ in held}
+    owners = share_out(pieces, topology.data_size, topology.tensor.size)
     state: dict[str, Tensor] = {}
-    for position, (name, param) in enumerate(train.module.named_parameters()):
-        owner = position % topology.data_size
-        for kind, flats in _kinds(train, param):
-            if flats is None:
-                local = param.detach()
-            else:
-                fragment = train.masters.fragments[name]
-                local = join_fragments(param, fragment, flats, topology.data_group, owner)
-            writes = topology.data_rank == owner and (_is_split(param) or topology.tensor.rank == 0)
-            if writes:
-                state[f"{kind}.{name}"] = _logical(_to_host(local), param, topology)
+    for key, name, param, flats in held:
+        owner = owners[key]
+        if flats is None:
+            local = param.detach()
+        else:
+            fragment = train.masters.fragments[name]
+            local = join_fragments(param, fragment, flats, topology.data_group, owner.data_rank)
+        if owner.is_at(topology.data_rank, topology.tensor.rank):
+            state[key] = _logical(_to_host(local), param, topology)
     if topology.is_main:
         for name, buffer in persistent_buffers(train.module).items():
             state[f"buffer.{name}"] = _to_host(buffer)
@@ -80,7 +90,11 @@ def stored_dtype(value: Tensor) -> torch.dtype:
 
 
 def empty_state(train: TrainState) -> dict[str, Tensor]:
-    """Tensors on the CPU to read a checkpoint into: whole replicated ones, this rank's part of split parameters."""
+    """Tensors on the CPU to read a checkpoint into: whole replicated ones, this rank's part of split parameters.
+
+    They take 4 K N bytes of host memory and none of the device's, with N the elements of this rank's parameters and K
+    the kinds of tensors that are kept of each (4 under Adam with a weight average).
+    """
     _seed_optimizer_state(train)
     state = {
         f"{kind}.{name}": _logical(torch.empty(param.shape), param, train.topology)
@@ -96,13 +110,11 @@ def restore_state(train: TrainState, state: dict[str, Tensor]) -> None:
     for name, param in train.module.named_parameters():
         for kind, flats in _kinds(train, param):
             value = state[f"{kind}.{name}"]
-            local = (value.to_local() if isinstance(value, DTensor) else value).reshape(param.shape)
             if kind == "master":
-                param.copy_(local)
+                param.copy_(_local(value, param))
             fragment = train.masters.fragments.get(name)
             if flats is not None and fragment is not None:
-                part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
-                view_fragment(flats, fragment).copy_(part)
+                fill_fragment(flats, fragment, _local(value, param))
     for name, buffer in persistent_buffers(train.module).items():
         buffer.copy_(state[f"buffer.{name}"])
 
@@ -125,13 +137,12 @@ def restore_weights(train: TrainState, weights: dict[str, Tensor]) -> None:
             buffers[name].copy_(value)
             continue
         param = train.module.get_parameter(name)
-        local = (value.to_local() if isinstance(value, DTensor) else value).reshape(param.shape)
+        local = _local(value, param)
         param.copy_(local)
         fragment = train.masters.fragments.get(name)
         for flats in (train.masters.flats, train.ema):
             if flats is not None and fragment is not None:
-                part = local.flatten()[fragment.param_start : fragment.param_start + fragment.numel]
-                view_fragment(flats, fragment).copy_(part)
+                fill_fragment(flats, fragment, local)
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -140,7 +151,11 @@ def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def set_optimizer_step(train: TrainState, step: int) -> None:
-    """Set the step count of AdamW's bias correction."""
+    """Set the step count of Adam's bias correction.
+
+    torch and DeepSpeed count in the state of each tensor, apex in the parameter groups, where nothing shows it before
+    the first step: both are set, and an optimizer reads its own.
+    """
     optimizer = train.masters.optimizer
     for flat in train.masters.flats:
         count = optimizer.state[flat].get("step")
@@ -149,7 +164,9 @@ def set_optimizer_step(train: TrainState, step: int) -> None:
         else:
             optimizer.state[flat]["step"] = step
     for group in optimizer.param_groups:
-        if "step" in group:
+        if isinstance(group.get("step"), Tensor):
+            group["step"].fill_(step)
+        else:
             group["step"] = step
 
 
@@ -188,15 +205,20 @@ def _seed_optimizer_state(train: TrainState) -> None:
             state.update({kind: torch.zeros_like(flat) for kind in moments_of(optimizer)})
 
 
-def _is_split(param: nn.Parameter) -> bool:
-    return layout_of(param).split_dim is not None
+def _local(value: Tensor, param: nn.Parameter) -> Tensor:
+    """This rank's part of a logical tensor, in its parameter's shape."""
+    return (value.to_local() if isinstance(value, DTensor) else value).reshape(param.shape)
 
 
 def _logical(local: Tensor, param: nn.Parameter, topology: Topology) -> Tensor:
+    """A tensor in host memory as the part of a logical one, which stays in host memory."""
     layout = layout_of(param)
     if layout.split_dim is None:
         return local
     dim = layout.split_dim
     if layout.sections > 1:
         local, dim = local.view(layout.sections, -1, *local.shape[1:]), dim + 1
-    return DTensor.from_local(local, topology.mesh["tensor"], [Shard(dim)], run_check=False)
+    if topology.tensor_host_mesh is None:
+        return local
+    # a mesh of GPUs would take the tensor back to the GPU
+    return DTensor.from_local(local, topology.tensor_host_mesh, [Shard(dim)], run_check=False)

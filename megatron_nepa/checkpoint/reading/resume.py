@@ -64,8 +64,8 @@ def find_checkpoint(path: str) -> Path:
     folder = Path(path)
     if (folder / STATE_FILE).is_file():
         return folder
-    for candidate in (folder, folder / "checkpoints"):
-        newest = CheckpointStore(candidate, keep_last=0).latest()
+    for store in (CheckpointStore(folder), CheckpointStore.of(folder)):
+        newest = store.latest()
         if newest is not None:
             return newest
     raise ConfigError(

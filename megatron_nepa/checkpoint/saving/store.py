@@ -23,6 +23,9 @@ from megatron_nepa.checkpoint.format.manifest import file_facts, write_manifest
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
 from megatron_nepa.parallel.topology import Topology
 
+CHECKPOINTS = "checkpoints"  # the folder of them in an OUTPUT_DIR
+_STEP = "step_"
+
 
 class SaveError(RuntimeError):
     """A checkpoint that could not be written; the older ones are as they were."""
@@ -46,18 +49,23 @@ class Progress:
 
 
 class CheckpointStore:
-    """The ``checkpoints`` folder of a run.
+    """A folder of checkpoints.
 
     Args:
-        folder: OUTPUT_DIR/checkpoints.
+        folder: where they stand; of a run :meth:`of` knows it.
         keep_last: newest checkpoints that are kept; 0 keeps all.
         keep_every: checkpoints of steps that this divides are kept as well; 0 keeps none of them.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, keep_last: int = 0, keep_every: int = 0) -> None:
         self.folder = folder
         self.keep_last = keep_last
         self.keep_every = keep_every
+
+    @classmethod
+    def of(cls, output_dir: Path, keep_last: int = 0, keep_every: int = 0) -> CheckpointStore:
+        """The checkpoints of the run in an OUTPUT_DIR."""
+        return cls(output_dir / CHECKPOINTS, keep_last, keep_every)
 
     def save(self, train: TrainState, progress: Progress, zero_stage: int, run: dict[str, Any]) -> Path:
         """Write a checkpoint; every rank calls it. It appears under its name in one piece, or not at all.
@@ -83,14 +91,16 @@ class CheckpointStore:
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint after a step stands, or would."""
-        return self.folder / f"step_{step:08d}"
+        return self.folder / f"{_STEP}{step:08d}"
 
     def newest_first(self) -> list[Path]:
         """The checkpoint that ``latest`` names, there or not, and the older ones; all where it names none."""
-        found = sorted((path for path in self.folder.glob("step_*") if path.is_dir()), reverse=True)
+        found = sorted(
+            (path for path in self.folder.glob(f"{_STEP}*") if path.is_dir() and _is_step(path)), reverse=True
+        )
         with contextlib.suppress(OSError, UnicodeDecodeError):
             name = (self.folder / "latest").read_text().strip()
-            if re.fullmatch(r"step_\d{8,}", name):
+            if _is_step(Path(name)):
                 return [self.folder / name, *(path for path in found if path.name < name)]
         return found
 
@@ -132,7 +142,7 @@ class CheckpointStore:
 
     def remove_partial(self) -> None:
         """Remove what a save or removal that was cut short left behind."""
-        for path in self.folder.glob(".step_*.partial"):
+        for path in self.folder.glob(f".{_STEP}*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, partial: Path, final: Path) -> None:
@@ -145,7 +155,7 @@ class CheckpointStore:
         if self.keep_last > 0:
             best = self.best()
             for path in self.newest_first()[self.keep_last :]:
-                is_milestone = self.keep_every and int(path.name.removeprefix("step_")) % self.keep_every == 0
+                is_milestone = self.keep_every and step_of(path) % self.keep_every == 0
                 if not is_milestone and path != best:
                     _discard(path)
 
@@ -234,6 +244,15 @@ def _cause(error: RankError | CheckpointException) -> str:
     # torch adds the traceback of every rank
     rank, (cause, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {cause or type(cause).__name__}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint of a :class:`CheckpointStore` was written, by its name."""
+    return int(checkpoint.name.removeprefix(_STEP))
+
+
+def _is_step(path: Path) -> bool:
+    return re.fullmatch(rf"{_STEP}\d{{8,}}", path.name) is not None
 
 
 def beside(path: Path) -> Path:

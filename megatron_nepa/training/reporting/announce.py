@@ -69,11 +69,12 @@ def describe_failure(run: RunConfig, progress: Progress, newest: Path | None) ->
     )
 
 
-def describe_end(directory: RunDirectory, progress: Progress, total_steps: int) -> str:
+def describe_end(directory: RunDirectory, progress: Progress, total_steps: int, finished_before: bool = False) -> str:
     """The lines after the last step: where everything is."""
     figures = ", ".join(sorted(path.name for path in directory.figures_path.glob("*.png")))
+    already = ", the run was finished before: there was nothing left to train" if finished_before else ""
     return (
-        f"step {progress.step} of {total_steps} done\n"
+        f"step {progress.step} of {total_steps} done{already}\n"
         f"  checkpoint  {directory.checkpoints.latest()}\n"
         f"  metrics     {directory.metrics_path}\n"
         f"  figures     {directory.figures_path}/{figures}"

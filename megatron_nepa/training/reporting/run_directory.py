@@ -74,7 +74,7 @@ class RunDirectory:
         self.figures_path = self.path / "figures"
         self.profile_path = self.path / "profile"
         self._lock: TextIO | None = None
-        self.checkpoints = CheckpointStore(self.path / "checkpoints", run.keep_last, run.keep_every)
+        self.checkpoints = CheckpointStore.of(self.path, run.keep_last, run.keep_every)
 
     def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
         """The checkpoint that this run continues; every rank calls it, and nothing changes on disk.
