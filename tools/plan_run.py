@@ -37,7 +37,7 @@ from dataclasses import replace
 
 from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError, PretrainingConfig, require
-from megatron_nepa.planning.hardware import GPUS, Gpu
+from megatron_nepa.planning.cluster import GPUS, Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.planning.report import format_details, format_table, heading, to_dict
 from megatron_nepa.planning.requirements import requirements

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from megatron_nepa.benchmarks.machine import cpu_name
-from megatron_nepa.training.reporting.curves import BLUE, GREY, STYLE, save_figure
+from megatron_nepa.training.reporting.plot_style import BLUE, GREY, STYLE, save_figure
 
 Result = tuple[int, bool, float]  # per cent of the labels, whether pre-trained, accuracy
 

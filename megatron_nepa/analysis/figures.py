@@ -27,7 +27,7 @@ from megatron_nepa.analysis.panels import (
     mark_legend,
     signed_scale,
 )
-from megatron_nepa.training.reporting.curves import GREY, STYLE, save_figure
+from megatron_nepa.training.reporting.plot_style import GREY, STYLE, save_figure
 
 _PANEL = 2.3  # longer side of a panel, inches
 _NARROWEST, _WIDEST = 3 * _PANEL, 18.0  # of a figure, inches

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_nepa.analysis.images import Pixels
 from megatron_nepa.analysis.maps import Maps
-from megatron_nepa.training.reporting.curves import ORANGE
+from megatron_nepa.training.reporting.plot_style import ORANGE
 
 BLANK = "#f3f4f6"
 NEXT = "#22d3ee"

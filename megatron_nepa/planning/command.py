@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_nepa.config import PretrainingConfig, flag_of
-from megatron_nepa.planning.hardware import GPUS_PER_NODE
+from megatron_nepa.planning.cluster import GPUS_PER_NODE
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
-from megatron_nepa.planning.hardware import COLLECTIVE_START, GPUS_PER_NODE, Gpu, Ring, ring_of
+from megatron_nepa.planning.cluster import COLLECTIVE_START, GPUS_PER_NODE, Gpu, Ring, ring_of
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BF16, BUCKET_NUMBERS, FP32, JOINED_NUMBERS
 

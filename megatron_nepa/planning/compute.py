@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
-from megatron_nepa.planning.hardware import Gpu
+from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BF16
 

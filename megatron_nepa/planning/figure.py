@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from megatron_nepa.config import ConfigError, RunConfig, require
-from megatron_nepa.planning.hardware import Gpu
+from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
-from megatron_nepa.training.reporting.curves import BLUE, GREY, ORANGE, STYLE
+from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYLE
 
 GPU_COUNTS = tuple(8 * 2**i for i in range(10))  # 8 to 4,096
 

@@ -17,9 +17,9 @@ from megatron_nepa.config import (
     one_of,
     require,
 )
+from megatron_nepa.planning.cluster import GPUS_PER_NODE, Gpu
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, optimizer_seconds, outer_work
-from megatron_nepa.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BUCKET_NUMBERS, Memory, plan_memory
 from megatron_nepa.training.reporting.flops import train_flops

@@ -7,10 +7,10 @@ from collections import defaultdict
 from typing import Any
 
 from megatron_nepa.config import PretrainingConfig
+from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.command import start_command
 from megatron_nepa.planning.communication import data_ring, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, outer_work
-from megatron_nepa.planning.hardware import Gpu
 from megatron_nepa.planning.layout import count_parameters
 from megatron_nepa.planning.plan import Plan
 from megatron_nepa.planning.requirements import Requirements

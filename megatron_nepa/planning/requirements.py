@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_nepa.config import RunConfig
-from megatron_nepa.planning.hardware import GPUS_PER_NODE
+from megatron_nepa.planning.cluster import GPUS_PER_NODE
 from megatron_nepa.planning.layout import count_parameters
 from megatron_nepa.planning.memory import FP32
 from megatron_nepa.planning.plan import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_nepa.config import ModelConfig, RunConfig
-from megatron_nepa.planning.hardware import GPUS
+from megatron_nepa.planning.cluster import GPUS
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 

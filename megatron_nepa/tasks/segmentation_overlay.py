@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from megatron_nepa.config import IGNORED
-from megatron_nepa.training.reporting.curves import save_figure
+from megatron_nepa.training.reporting.plot_style import save_figure
 
 Pixels = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.integer]

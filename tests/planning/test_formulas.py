@@ -14,9 +14,9 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.kernels.proofs.cases import model_cases
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.topology import TensorGroup
+from megatron_nepa.planning.cluster import GPUS, ring_of
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import block_work, outer_work
-from megatron_nepa.planning.hardware import GPUS, ring_of
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.plan import find_plans, predict
 from megatron_nepa.planning.requirements import IMAGES_PER_CORE, requirements

@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_nepa.hardware import data_sheet
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.training.reporting.flops import bf16_peak, device_peak_flops, forward_flops, train_flops
+from megatron_nepa.training.reporting.flops import device_peak_flops, forward_flops, train_flops
 
 SMALL = ModelConfig(image_size=32, patch_size=8, hidden_size=48, num_layers=3, num_heads=4, mlp_hidden_size=64)
 GELU = dataclasses.replace(
@@ -92,12 +93,15 @@ def test_published_figures(width: int, layers: int, heads: int, giga_macs: float
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A10G", None),
-        ("NVIDIA H20", None),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA B300", 2250e12),
+        ("NVIDIA GB300", 2500e12),
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
 def test_peak_by_device_name(name: str, expected: float | None) -> None:
-    assert bf16_peak(name) == expected
+    sheet = data_sheet(name)
+    assert (sheet and sheet.bf16_peak) == expected
 
 
 def test_cpu_peak_is_measured() -> None:

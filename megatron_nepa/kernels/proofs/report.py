@@ -11,6 +11,7 @@ import warnings
 from dataclasses import asdict, dataclass
 
 from megatron_nepa.config import ModelConfig, require
+from megatron_nepa.hardware import data_sheet
 from megatron_nepa.kernels.launching.interpreter import is_interpreting
 from megatron_nepa.kernels.launching.launch import Launch, intercept_launches
 from megatron_nepa.kernels.proofs.byte_count import LaunchCount, device_bytes
@@ -18,7 +19,6 @@ from megatron_nepa.kernels.proofs.cases import model_cases
 from megatron_nepa.kernels.proofs.machine_code import MachineCode, compile_launch
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 
-H100_BYTES_PER_SECOND = 3.35e12  # HBM3 of the SXM part, from its data sheet
 ALLOWANCE = 1.05  # on the minimum, for statistics, tables, parameters and partial sums
 
 
@@ -37,7 +37,9 @@ class Row:
     @property
     def microseconds(self) -> float:
         """Time at H100 bandwidth if nothing but device memory limits the kernel: a prediction, not a measurement."""
-        return self.device_bytes / H100_BYTES_PER_SECOND * 1e6
+        h100 = data_sheet("NVIDIA H100 80GB HBM3")
+        assert h100 is not None
+        return self.device_bytes / h100.memory_bandwidth * 1e6
 
     @property
     def faults(self) -> list[str]:

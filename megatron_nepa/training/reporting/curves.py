@@ -14,28 +14,10 @@ from numpy.typing import NDArray
 
 from megatron_nepa.training.reporting.log import read_metrics
 from megatron_nepa.training.reporting.metric_table import METRICS
+from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYLE, save_figure
 
 Array = NDArray[np.float64]
 
-BLUE, ORANGE, GREY = "#2563a8", "#d9730d", "#6b7280"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9ca3af",
-    "axes.labelcolor": "#374151",
-    "xtick.color": "#4b5563",
-    "ytick.color": "#4b5563",
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-}
 SIZE_OF_A_FEW = 60  # up to so many rows each one is marked by a dot
 
 
@@ -193,11 +175,3 @@ def _scientific() -> ScalarFormatter:
     formatter = ScalarFormatter(useMathText=True)
     formatter.set_powerlimits((-2, 3))
     return formatter
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as a PNG file in one piece; returns ``path``."""
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", dpi=130)
-    beside.replace(path)
-    return path

@@ -7,32 +7,13 @@ adds no model FLOPs: it lowers the MFU, as it should. Selective activation check
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 
 import torch
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
-
-# Dense bf16 peaks in FLOP/s, fp32 accumulation, by a pattern of torch.cuda.get_device_name; the first match counts.
-# From NVIDIA's data sheets, which for most of these print twice the number, "with sparsity".
-BF16_PEAKS = (
-    (r"A100|A800", 312e12),
-    (r"(H100|H800) PCIe", 756e12),
-    (r"(H100|H200) NVL", 835e12),
-    (r"H100|H800|H200", 989e12),
-    (r"GB200", 2500e12),
-    (r"B200", 2250e12),
-    (r"L40S", 362e12),
-    (r"L40\b", 181e12),
-    (r"L4\b", 121e12),
-    (r"A40\b", 150e12),
-    (r"A30\b", 165e12),
-    (r"RTX A6000", 155e12),
-    (r"RTX 3090$", 71e12),
-    (r"RTX 4090$", 165e12),
-)
+from megatron_nepa.hardware import data_sheet
 
 _MEASURED_SECONDS = 0.3  # of a matrix product
 
@@ -76,19 +57,12 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> DevicePeak:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        peak = bf16_peak(name)
-        if peak is not None:
-            return DevicePeak(peak, f"dense bf16 peak of {name}")
+        sheet = data_sheet(name)
+        if sheet is not None:
+            return DevicePeak(sheet.bf16_peak, f"dense bf16 peak of {name}")
     size = 1024 if device.type == "cpu" else 4096
     kind = str(dtype).removeprefix("torch.")
     return DevicePeak(measure_matmul(device, dtype, size), f"measured {kind} matrix product of {size} x {size}")
-
-
-def bf16_peak(device_name: str) -> float | None:
-    """The data sheet's dense bf16 peak in FLOP/s of a CUDA device by its name; None where it is not known."""
-    if "MIG" in device_name or "Laptop" in device_name:  # a slice of the GPU, or a slower chip of the same name
-        return None
-    return next((peak for pattern, peak in BF16_PEAKS if re.search(pattern, device_name)), None)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nepa.training.reporting.flops import bf16_peak
+from megatron_nepa.hardware import DataSheet, data_sheet
 
 GPUS_PER_NODE = 8
 # NCCL keeps 370 of NVLink's 450 GB/s: "protocol overhead (~20 %)" (NVIDIA's maintainer, nccl-tests issue 212)
@@ -45,30 +45,33 @@ class Gpu:
     network_bandwidth: float
 
 
-def _peak(name: str) -> float:
-    peak = bf16_peak(name)
-    assert peak is not None
-    return peak
+def _sheet(name: str) -> DataSheet:
+    sheet = data_sheet(name)
+    assert sheet is not None
+    return sheet
+
+
+H100, A100 = _sheet("NVIDIA H100 80GB HBM3"), _sheet("NVIDIA A100-SXM4-80GB")
 
 
 GPUS = {
     "h100": Gpu(
         "H100 SXM 80 GB",
         memory_bytes=80e9,
-        peak_flops=_peak("H100"),
+        peak_flops=H100.bf16_peak,
         matmul_flops=792.1e12,  # "maximum achievable matmul FLOPS", S. Bekman, ML Engineering (CUDA 12.1)
         attention_flops=141e12,  # head width 64, 512 tokens: the shortest of flash-attention's own charts
-        memory_bandwidth=3.35e12,
+        memory_bandwidth=H100.memory_bandwidth,
         nvlink_bandwidth=450e9,
         network_bandwidth=50e9,
     ),
     "a100": Gpu(
         "A100 SXM 80 GB",
         memory_bytes=80e9,
-        peak_flops=_peak("A100"),
+        peak_flops=A100.bf16_peak,
         matmul_flops=267.9e12,  # same table
         attention_flops=88e12,  # same charts
-        memory_bandwidth=2.039e12,
+        memory_bandwidth=A100.memory_bandwidth,
         nvlink_bandwidth=300e9,
         network_bandwidth=25e9,
     ),
