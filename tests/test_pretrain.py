@@ -47,7 +47,7 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_the_deepspeed_command_trains_on_a_grid(images: Path, tmp_path: Path) -> None:
     """As a user starts it: the default trunk on two ranks, tensor and sequence parallel, bf16, wandb offline."""
     output = tmp_path / "run"
-    arguments = [f"--data={images}", f"--output_dir={output}", "--steps=3", "--global_batch_size=8"]
+    arguments = [f"--data={images}", f"--output_dir={output}", "--steps=3", "--global_batch_size=8", "--log_every=3"]
     arguments += ["--micro_batch_size=4", "--dtype=bf16", "--data.num_threads=1", "--wandb=offline"]
     arguments += ["--tensor_parallel_size=2", "--sequence_parallel"]
     deepspeed = Path(sys.executable).parent / "deepspeed"
@@ -79,7 +79,8 @@ def test_the_deepspeed_command_trains_on_a_grid(images: Path, tmp_path: Path) ->
     assert config["kernels"]["qk_norm_rope"]
     assert (output / "figures/loss.png").stat().st_size > 1000
     assert (output / "figures/health.png").stat().st_size > 1000
-    assert list(output.glob("wandb/offline-run-*")), "wandb wrote nothing"
+    session = next(output.glob("wandb/offline-run-*"))
+    assert f"wandb sync {session}" in done.stdout
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
@@ -146,12 +147,19 @@ def test_a_run_continues_on_another_grid(images: Path, tmp_path: Path) -> None:
 
 def test_sigterm_saves_and_the_same_command_continues(images: Path, tmp_path: Path) -> None:
     arguments = flags(images, tmp_path / "run", "--steps=5")
-    stopped = "RunStopped: stopped by SIGTERM after step 2; the same command continues from there"
+    saved = f"saved {tmp_path / 'run/checkpoints/step_00000002'}"
+    stopped = f"RunStopped: stopped by SIGTERM after step 2; {saved}; the same command continues from there"
     assert run_ranks(2, pretrain, arguments, partial(signal_in_step, 2)) == [stopped, stopped]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000002"
     assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2]
     assert run_ranks(2, pretrain, arguments) == [None, None]
     assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_the_first_step_is_written_at_once(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="Killed"):
+        run_ranks(1, pretrain, flags(images, tmp_path, "--steps=9", "--log_every=9"), partial(kill_in_step, 2))
+    assert [step for step, _, _ in losses(tmp_path)] == [1]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(images: Path, tmp_path: Path) -> None:

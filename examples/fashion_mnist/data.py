@@ -10,8 +10,8 @@ The data set (Xiao et al. 2017, MIT licence) is Debian's package ``dataset-fashi
 from __future__ import annotations
 
 import gzip
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,8 @@ def prepare(source: Path, folder: Path) -> None:
         return
     require(not folder.exists(), f"{folder} exists but holds no prepared data: remove it, or choose another --data.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    beside = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")  # mkdtemp would lock out others
+    beside.mkdir()
     try:
         for split, (prefix, count) in SPLITS.items():
             images = _read_idx(source / f"{prefix}-images-idx3-ubyte.gz", (count, SIDE, SIDE))
@@ -61,7 +62,6 @@ def prepare(source: Path, folder: Path) -> None:
             for percent in PERCENTS:
                 name = "train.index" if percent == 100 else f"train_{percent}.index"
                 save_index(index.select(first_of_each_class(labels, percent)), beside / name)
-        beside.chmod(0o755)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

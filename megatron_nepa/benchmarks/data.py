@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -270,5 +271,5 @@ def lines(report: DataReport, threads: int) -> Iterator[str]:
     yield f"start-up on an index of {IMAGENET_IMAGES:,} images: {report.startup_seconds:.2f} s"
     yield (
         f"{report.images_per_second_per_core:.0f} images/s a core: decoding on the CPU, one H100 at "
-        f"{H100_IMAGES_PER_SECOND} images/s needs {report.cores_per_h100:.0f} cores"
+        f"{H100_IMAGES_PER_SECOND} images/s needs {math.ceil(report.cores_per_h100)} cores"
     )

@@ -41,6 +41,15 @@ _STRUCTURE = (
     "position_embedding",
     "bos_token",
 )
+# settings of training that every start chooses anew: they change nothing that the weights compute
+_UNTOUCHED = (
+    "drop_path",
+    "freeze_patch_embedding",
+    "init_std",
+    "layer_scale_init",
+    "rope_rescale",
+    "rope_rescale_group",
+)
 
 _MOST_NAMED = 4  # tensors in a message
 
@@ -106,7 +115,7 @@ def start_from(
     differing = [
         f"model.{key} {value} there, {ours.get(key)} here"
         for key, value in sorted(source.model.items())
-        if value != ours.get(key)
+        if value != ours.get(key) and key not in _UNTOUCHED
     ]
     if differing:
         lines.append(f"  its model differs: {'; '.join(differing)}")

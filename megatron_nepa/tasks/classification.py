@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
@@ -112,7 +113,9 @@ class ClassificationEvaluator:
         run, topology = self.run, self.topology
         loader = evaluation_loader(run, self.index, topology, DTYPES[run.dtype])
         sums = torch.zeros(4, dtype=torch.float64, device=topology.device)  # images, top-1, top-5, cross-entropy
-        for batch in loader:
+        for batch in tqdm(
+            loader, "evaluating", unit=" batches", leave=False, disable=None if topology.is_main else True
+        ):
             if interrupted():
                 return None
             logits = model(batch.images, batch.image_index)

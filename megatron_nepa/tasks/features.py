@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_nepa.data.loaders.evaluation import OnePassLoader
 from megatron_nepa.models.probe import TrunkFeatures
@@ -49,7 +50,7 @@ def extract_features(
         The features, or None where ``interrupted`` said so.
     """
     values, labels = [], []
-    for batch in loader:
+    for batch in tqdm(loader, "features", unit=" batches", leave=False, disable=None if topology.is_main else True):
         if interrupted():
             return None
         values.append(features(batch.images, batch.image_index))

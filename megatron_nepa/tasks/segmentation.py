@@ -27,6 +27,7 @@ from megatron_nepa.tasks.segmentation_evaluation import SegmentationEvaluator
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.flops import train_flops
+from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.task import Task
 
 
@@ -113,7 +114,8 @@ def _pairs(
 ) -> DatasetIndex:
     require(path is not None, "segmentation needs image and mask pairs: give --data (a folder or an index of pairs).")
     assert path is not None
-    index = pair_index(path, split, verbose=topology.is_main)
+    with waiting_for(f"reading the headers of the {split} images and masks in {path}", topology.is_main):
+        index = pair_index(path, split, verbose=topology.is_main)
     sides = np.minimum(index.width, index.height)
     smallest = int(sides.argmin())
     require(
@@ -121,5 +123,6 @@ def _pairs(
         f"{index.where(smallest)} is {index.width[smallest]} x {index.height[smallest]} pixels, smaller than a patch "
         f"of model.patch_size {run.model.patch_size}: take it out.",
     )
-    check_masks(index, run.masks, allowed_share)
+    with waiting_for(f"checking the values of some {split} masks", topology.is_main):
+        check_masks(index, run.masks, allowed_share)
     return index

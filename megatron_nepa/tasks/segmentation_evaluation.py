@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import SegmentationConfig
@@ -54,7 +55,7 @@ class SegmentationEvaluator:
         """Scores in [0, 1]: mean_iou, mean_accuracy, pixel_accuracy."""
         run, topology = self.run, self.topology
         matrix = ConfusionMatrix(run.masks.num_classes, topology.device)
-        for item in evaluate_segmentation(
+        items = evaluate_segmentation(
             self.index,
             run.data,
             run.crops,
@@ -64,7 +65,10 @@ class SegmentationEvaluator:
             topology.data_size,
             topology.device,
             DTYPES[run.dtype],
-        ):
+        )
+        count = -(-len(self.index) // topology.data_size)
+        shown = None if topology.is_main else True  # None: where there is a terminal
+        for item in tqdm(items, "evaluating", count, unit=" images", leave=False, disable=shown):
             if interrupted():
                 return None
             logits = resize(self._logits(model, item.images), item.labels.shape)

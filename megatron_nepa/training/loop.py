@@ -20,6 +20,7 @@ from megatron_nepa.training.reporting.curves import draw_figures
 from megatron_nepa.training.reporting.flops import device_peak_flops
 from megatron_nepa.training.reporting.log import RunLog
 from megatron_nepa.training.reporting.run_directory import RunDirectory
+from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.steps import TrainingLoop
 from megatron_nepa.training.stopping.errors import RunStopped
 from megatron_nepa.training.task import Task
@@ -41,7 +42,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     """
     ds_config = resolve(run, ds_config, topology.data_size)
     directory = RunDirectory(run)
-    found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
+    with waiting_for(f"verifying the newest checkpoint in {directory.path}", topology.is_main):
+        found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
     total_steps = run.total_steps(task.num_images)
     require(
         run.profile is None or run.profiled_steps.start <= total_steps,
@@ -55,14 +57,18 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         "continue an older checkpoint with --resume PATH.",
     )
     rates = task.learning_rates(total_steps)
-    model = task.build_model(kernels)
-    engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))
+    with waiting_for("drawing the weights", topology.is_main):
+        model = task.build_model(kernels)
+    with waiting_for("setting up DeepSpeed", topology.is_main):
+        engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))
     progress, start = Progress(), None
     if found.checkpoint is not None:
-        progress = load(engine.train_state, found.checkpoint, found.manifest, run.to_dict()["model"])
+        with waiting_for(f"reading {found.checkpoint}", topology.is_main):
+            progress = load(engine.train_state, found.checkpoint, found.manifest, run.to_dict()["model"])
         engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
     elif run.init_from is not None:
-        start = start_from(engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head)
+        with waiting_for(f"reading {run.init_from}", topology.is_main):
+            start = start_from(engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head)
     if run.compile:
         for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
             block.compile()
@@ -74,7 +80,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         )
     directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
-    peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])
+    with waiting_for("measuring this device's matrix products", topology.is_main):
+        peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])
     facts = {
         "data_fingerprint": task.data_fingerprint,
         "ds_config": ds_config,
@@ -87,7 +94,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log = RunLog(directory.path, run, total_steps, progress.step)
         log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
-    loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
+    with waiting_for("building the data pipeline", topology.is_main):
+        loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
     loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)
     try:
         progress, stopped = loop.run_from(progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from megatron_nepa.training.reporting.metrics import MetricWindow
 from megatron_nepa.training.reporting.non_finite import describe_non_finite
 from megatron_nepa.training.reporting.profiling import StepProfiler
 from megatron_nepa.training.reporting.run_directory import RunDirectory
+from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.stopping.errors import RankTrainingError, TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_TRAINING_FAILED
 from megatron_nepa.training.stopping.lost_rank import LostRankWatch
@@ -84,9 +86,14 @@ class TrainingLoop:
         with self.stop, lost, self.stall, self.profiler:
             stopped_by = self.make_up_evaluation(progress)
             self.last_end = time.perf_counter()
+            first = progress.step + 1
             while stopped_by is None and progress.step < self.total_steps:
                 self.profiler.before(progress.step + 1)
-                progress, applied = self.step(progress)
+                starts = progress.step + 1 == first
+                with self.waiting_for(f"waiting for step {first}, the first") if starts else nullcontext():
+                    progress, applied = self.step(progress)
+                if self.log is not None:
+                    self.log.advance(progress.step)
                 profile = self.profiler.after(progress.step)
                 if profile is not None:
                     self.message(f"profile written to {profile}")
@@ -101,7 +108,8 @@ class TrainingLoop:
                     stopped_by = self.stop.agreed(topology.host_group, topology.world_size)
                 is_best = results is not None and self.is_best(results)
                 saves = is_last or is_best or stopped_by is not None or progress.step % run.save_every == 0
-                if failed or saves or results or not applied or progress.step % run.log_every == 0:
+                is_logged = progress.step == first or progress.step % run.log_every == 0
+                if failed or saves or results or not applied or is_logged:
                     self.write_log(progress, results or {})
                 self.conclude_save(wait=failed or saves)  # one at a time
                 if failed:
@@ -112,7 +120,9 @@ class TrainingLoop:
                         self.mark_best(path, results)
             if stopped_by is None or (progress.step == self.total_steps and not self.lacks_evaluation(progress.step)):
                 return progress, None
-        stopped = f"stopped by {stopped_by} after step {progress.step}; the same command continues from there"
+        newest = self.checkpoints.latest()
+        saved = f"saved {newest}" if newest is not None else "nothing was saved"
+        stopped = f"stopped by {stopped_by} after step {progress.step}; {saved}; the same command continues from there"
         self.message(stopped)
         return progress, stopped
 
@@ -220,7 +230,8 @@ class TrainingLoop:
             self.stall.at("evaluating", progress.step)
             return self.stop.agreed(topology.host_group, topology.world_size) is not None
 
-        results = evaluate_engine(self.engine, evaluator, interrupted)
+        with self.waiting_for(f"evaluating after step {progress.step}"):
+            results = evaluate_engine(self.engine, evaluator, interrupted)
         if results is None:
             self.message(f"the evaluation after step {progress.step} was cut short")
         elif self.log is not None:
@@ -265,11 +276,12 @@ class TrainingLoop:
     def save(self, progress: Progress, wait: bool) -> Path:
         """Write a checkpoint, or with ``async_save`` begin to unless ``wait``; every rank calls it."""
         self.stall.at("saving the checkpoint", progress.step)
-        try:
-            path = self.saver.save(self.engine.train_state, progress, self.engine.zero_stage, self.description)
-        except SaveError as error:
-            raise TrainingError(str(error)) from error
-        self.conclude_save(wait)
+        with self.waiting_for(f"saving the checkpoint of step {progress.step}"):
+            try:
+                path = self.saver.save(self.engine.train_state, progress, self.engine.zero_stage, self.description)
+            except SaveError as error:
+                raise TrainingError(str(error)) from error
+            self.conclude_save(wait)
         self.last_end = time.perf_counter()  # the time to save is not the next step's
         return path
 
@@ -286,6 +298,10 @@ class TrainingLoop:
         self.message(f"saved {saved.path}")
         if self.log is not None:
             self.log.warn(self.save_time.warning(self.step_seconds))
+
+    def waiting_for(self, what: str) -> AbstractContextManager[None]:
+        """A block that the main rank names where it takes long."""
+        return waiting_for(what, self.topology.is_main, self.message)
 
     def message(self, text: str) -> None:
         """Say something on the main rank."""

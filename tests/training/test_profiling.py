@@ -34,13 +34,14 @@ def test_a_run_writes_the_trace_of_its_steps(tmp_path: Path) -> None:
     assert run_ranks(1, pretrain, [*flags, "--steps=3"]) == [None]
 
 
-def test_a_run_that_ends_early_keeps_what_was_recorded(tmp_path: Path) -> None:
+def test_a_run_that_ends_early_keeps_what_was_recorded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with StepProfiler(range(1, 10), tmp_path / "profile", CPU) as profiler:
         profiler.before(1)
         with profiler.part("forward"):
             torch.ones(2) + 1
         assert profiler.after(1) is None
     assert (tmp_path / "profile/trace.json").is_file()
+    assert "ERROR" not in capfd.readouterr().err  # of a GPU that a CPU has not
 
 
 def test_nothing_is_written_without_a_profile(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nepa.checkpoint.conversion.release_config import model_from_release, model_to_release
@@ -20,6 +20,7 @@ from megatron_nepa.checkpoint.format.release_names import (
     require_releasable,
     to_release,
 )
+from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, trunk_layouts
 from megatron_nepa.checkpoint.saving.store import beside
 from megatron_nepa.config import ConfigError, require
@@ -92,7 +93,7 @@ def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[st
     partial.mkdir(parents=True)
     (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     # the parts of a fused tensor share its memory, which safetensors refuses
-    save_file(
+    write_safetensors(
         {name: value.float().clone() for name, value in state.items()}, partial / "model.safetensors", {"format": "pt"}
     )
     partial.rename(folder)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nepa.checkpoint.format.manifest import verify_files
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import MOMENTS, MOMENTUM
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import (
@@ -96,10 +97,10 @@ def export_universal(source: Path, folder: Path) -> Path:
     torch.save(_optimizer_state(run["optimizer"], progress), target / "zero/optimizer_state.pt")
     torch.save(_model_states(progress), target / "mp_rank_00_model_states.pt")
     if average:
-        save_file(average, target / _EMA)
+        write_safetensors(average, target / _EMA)
     buffers = load_whole(checkpoint, [f"buffer.{name}" for name in names_of("buffer", stored)], stored)
     if buffers:
-        save_file(buffers, target / _BUFFERS)
+        write_safetensors(buffers, target / _BUFFERS)
     description = {key: value for key, value in manifest.items() if key not in ("files", "format_version")}
     (target / _RUN).write_text(json.dumps(description, indent=1))
     (partial / _LATEST).write_text(target.name)

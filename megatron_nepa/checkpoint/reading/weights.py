@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from megatron_nepa.checkpoint.format.manifest import file_facts, verify_files, write_manifest
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sync_folder
@@ -171,7 +171,9 @@ def consolidate(weights: Weights, path: Path) -> None:
     partial = beside(path)
     metadata = {"format": "pt", "model": json.dumps(asdict(weights.model)), "origin": weights.origin}
     tensors = {**weights.tensors, **weights.buffers}
-    save_file({name: value.to(stored_dtype(value)).contiguous() for name, value in tensors.items()}, partial, metadata)
+    write_safetensors(
+        {name: value.to(stored_dtype(value)).contiguous() for name, value in tensors.items()}, partial, metadata
+    )
     partial.rename(path)
 
 

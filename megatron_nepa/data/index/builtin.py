@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def builtin_folder(verbose: bool = True) -> Path:
     photographs = list(photograph_files())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+        beside = target.with_name(f"{target.name}-{secrets.token_hex(4)}")  # mkdtemp would lock out others
+        beside.mkdir()
     except OSError as error:
         raise ConfigError(
             f"the built-in photographs cannot be written to {target.parent} ({error.strerror}): "
@@ -72,7 +73,6 @@ def builtin_folder(verbose: bool = True) -> Path:
         ) from error
     try:
         count = sum(_write_crops(photograph, beside) for photograph in photographs)
-        beside.chmod(0o755)  # mkdtemp's 0700 would lock out other users of a shared cache
         try:
             beside.rename(target)
         except OSError:

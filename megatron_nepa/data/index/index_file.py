@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,8 @@ def save_index(index: DatasetIndex, path: str | Path) -> None:
     require(not target.exists(), f"{target} exists already: remove it, or choose another name for the index.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+        beside = target.with_name(f"{target.name}-{secrets.token_hex(4)}")  # mkdtemp would lock out others
+        beside.mkdir()
     except OSError as error:
         raise ConfigError(f"the index {target} cannot be written: {error.strerror}.") from error
     try:
@@ -62,7 +63,6 @@ def save_index(index: DatasetIndex, path: str | Path) -> None:
             "quarantine": index.quarantine,
         }
         (beside / _JSON).write_text(json.dumps(facts, indent=1))
-        beside.chmod(0o755)
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -38,6 +38,7 @@ class RunLog:
         self._total_steps = total_steps
         self._torn = False  # whether the last write of the metrics may have ended inside a line
         self._warned: set[str] = set()
+        self._is_offline = run.wandb == "offline"
         self._bar: tqdm[Any] | None = None
         # before the bar, which what wandb prints at its start would break
         self._wandb = self._start_wandb(output_dir, run) if run.wandb != "disabled" else None
@@ -63,6 +64,11 @@ class RunLog:
             self._bar.update(int(rows[-1]["step"]) - self._bar.n)
             self._bar.refresh()
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar, where there is one, to a step whose row may be written later."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
     def message(self, text: str) -> None:
         """Print ``text`` to the console, above the progress bar where there is one."""
         with contextlib.suppress(OSError):  # a console on a full disk is no reason to stop
@@ -83,7 +89,11 @@ class RunLog:
             self._bar = None
         if self._wandb is not None:
             with self._wandb_guard():
-                self._wandb.finish()
+                session = self._wandb
+                session.finish()
+                if self._is_offline:
+                    folder = Path(session.dir).parent  # its own files lie in "files" there
+                    self.message(f"wandb wrote {folder} offline: send it with `wandb sync {folder}`")
             self._wandb = None
 
     def _append(self, lines: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -45,7 +47,8 @@ class StepProfiler:
         if step in self.steps and self._recording is None:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.on_gpu else [])
             self._recording = profile(activities=activities, record_shapes=True)
-            self._recording.start()
+            with contextlib.nullcontext() if self.on_gpu else _silent_stderr():
+                self._recording.start()
 
     def after(self, step: int) -> Path | None:
         """End the record after its last step; returns the folder once it is written."""
@@ -57,7 +60,8 @@ class StepProfiler:
         if self._recording is None:
             return None
         recorded, self._recording = self._recording, None
-        recorded.stop()
+        with contextlib.nullcontext() if self.on_gpu else _silent_stderr():
+            recorded.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / "trace.json.partial"
         recorded.export_chrome_trace(str(beside))
@@ -68,3 +72,16 @@ class StepProfiler:
         )
         (self.folder / "operations.txt").write_text(table)
         return self.folder
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what torch's profiler prints from C++ on a CPU: that its search for GPUs failed."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # one stop reaches a rank several times: from the terminal or Slurm, and from the launcher, which passes it on
 REPEAT_SECONDS = 3.0
 # kept free at the end of a job's time for the step in progress and the exit; the time to save comes on top
@@ -26,7 +27,10 @@ def job_end_time() -> float | None:
 
 
 class StopSignal:
-    """Context in which SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and the nearing end of the job's time ask the run to stop.
+    """Context in which a signal or the nearing end of the job's time asks the run to stop.
+
+    The signals are SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP (the terminal is gone, as it is after Ctrl-C where the
+    launcher that ends at once was all that ran there).
 
     The first signal only sets a flag; the same one again more than 3 seconds later ends the process at once, with exit
     status 128 plus the signal's number. Another one (Slurm sends SIGTERM after SIGUSR1) lets the save finish. The
@@ -47,7 +51,9 @@ class StopSignal:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # nohup ignores SIGHUP, which is to stay so
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._former = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(
@@ -88,4 +94,5 @@ class StopSignal:
         if self.announce:
             name, seconds = signal.Signals(number).name, f"{REPEAT_SECONDS:.0f} s"
             line = f"\n{name}: stopping after this step; the same signal more than {seconds} later exits at once.\n"
-            os.write(2, line.encode())  # print may be what the signal interrupted, and is not re-entrant
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, line.encode())  # print may be what the signal interrupted, and is not re-entrant
