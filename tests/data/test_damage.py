@@ -68,7 +68,7 @@ def test_every_format_is_handed_to_the_decoder(tmp_path: Path, name: str) -> Non
     with pytest.raises(UnreadableImageError, match=f"has {WIDTH} x {HEIGHT} pixels, and 9 x 7 when indexed"):
         one_image(tmp_path, content, (9, 7)).read(0)
     for tenth in range(10 if "png" in name else 1):
-        with pytest.raises(UnreadableImageError, match=r"cannot parse it|empty file"):
+        with pytest.raises(UnreadableImageError, match=r"damaged or cut short|empty file"):
             one_image(tmp_path, content[: len(content) * tenth // 10]).read(0)
 
 
@@ -77,6 +77,14 @@ def test_pixels_of_no_type_are_refused(tmp_path: Path) -> None:
     content = bytearray(formats(0)["plain.jpg"])
     content[content.index(b"\xff\xc0") + 4] = 200
     with pytest.raises(UnreadableImageError, match="cannot parse it"):
+        one_image(tmp_path, bytes(content)).read(0)
+
+
+def test_chunks_that_end_nowhere_are_refused(tmp_path: Path) -> None:
+    """A PNG with a chunk of 3 GB parses, and its decoder allocates them, however short the file."""
+    content = bytearray(formats(0)["plain.png"])
+    content[content.index(b"IDAT") - 4] = 0xBB
+    with pytest.raises(UnreadableImageError, match="do not lead to its end"):
         one_image(tmp_path, bytes(content)).read(0)
 
 

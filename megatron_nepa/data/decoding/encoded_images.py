@@ -3,10 +3,13 @@
 DALI parses a batch's headers in its threads and, beside them, in the thread that runs the decoder. What raises in the
 latter frees memory that the former still work on: a segmentation fault (DALI 2.4). Headers that the parser refuses
 raise there, PNGs that are cut short among them, and regions outside their image; an image that parses and does not
-decode is an ordinary error.
+decode is an ordinary error. Of a PNG, which parses with a chunk of any length above 2 GB, the decoder allocates that
+length first: 4 GB for a file of a few kB.
 """
 
 from __future__ import annotations
+
+import struct
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +39,8 @@ class EncodedImages:
             UnreadableImageError: it does not, or the file cannot be read.
         """
         data = self._store.read(image)
+        if data[:4].tobytes() == b"\x89PNG" and not _is_whole_png(data):
+            raise UnreadableImageError("damaged or cut short: its chunks do not lead to its end")
         try:
             stream = self._parse(data)
             size, _ = (stream.width, stream.height), stream.dtype  # which fails where the bits of a pixel make no type
@@ -51,3 +56,14 @@ class EncodedImages:
     def close(self) -> None:
         """Close the open files."""
         self._store.close()
+
+
+def _is_whole_png(png: npt.NDArray[np.uint8]) -> bool:
+    """Whether the lengths of a PNG's chunks lead from one to the next, up to the one that ends the image."""
+    place = 8  # behind the signature
+    while place + 12 <= len(png):  # length, kind, content, checksum
+        length, kind = struct.unpack_from(">I4s", png, place)
+        place += 12 + length
+        if kind == b"IEND":
+            return place <= len(png)
+    return False
