@@ -104,6 +104,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         if log is not None:
             log.close()
     if stopped is not None:
+        if log is not None:
+            log.message(stopped)  # below the progress bar, which is closed: the last line
         # leave together: a launcher takes the first status that is not 0 for a failure and kills the others
         dist.barrier(topology.host_group)
         raise RunStopped(stopped)

@@ -123,7 +123,6 @@ class TrainingLoop:
         newest = self.checkpoints.latest()
         saved = f"saved {newest}" if newest is not None else "nothing was saved"
         stopped = f"stopped by {stopped_by} after step {progress.step}; {saved}; the same command continues from there"
-        self.message(stopped)
         return progress, stopped
 
     def step(self, progress: Progress) -> tuple[Progress, bool]:
