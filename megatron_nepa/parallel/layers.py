@@ -101,6 +101,8 @@ def sum_shares(parameters: Sequence[Tensor | None], split: Collection[str], tens
         split: the gradient rules that are shares where the parameters are used, such as ("rows", "heads").
         tensor: the ranks.
     """
+    if tensor.size == 1:  # also where a copied module's parameters have lost their rules
+        return list(parameters)
     shared = [p is not None and p.gradient_rule in split for p in parameters]  # type: ignore[attr-defined]
     summed = iter(sum_gradients([p for p, share in zip(parameters, shared, strict=True) if share], tensor))
     return [next(summed) if share else p for p, share in zip(parameters, shared, strict=True)]
