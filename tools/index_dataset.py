@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+
+import numpy as np
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
@@ -73,14 +76,15 @@ def main() -> None:
         else:
             index = pack(args)
     except (ConfigError, UnreadableImageError) as error:
-        sys.exit(f"index_dataset: {error}")
+        print(f"index_dataset: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("index_dataset: interrupted; the same command continues.")
     for name, reason in index.quarantine:
         print(f"left out {name}: {reason}")
     print(
         f"{args.out}: {len(index)} images, {len(index.classes)} classes, {len(index.quarantine)} left out; "
-        f"largest {index.width.max()} x {index.height.max()}"
+        f"largest {index.width.max()} x {index.height.max()}" + "".join(f"; {note}" for note in index.notes)
     )
 
 
@@ -100,7 +104,14 @@ def pack(args: argparse.Namespace) -> DatasetIndex:
         check_shards(listing, args.shard_size, args.resize)  # indexing may take hours
         index = build_and_save_index(listing, f"{args.out}.source", args.verify, args.device, args.workers)
     write_shards(index, args.to_shards, args.shard_size, args.resize, args.workers)
-    return build_and_save_index(list_source(args.to_shards), args.out, "header", args.device, args.workers)
+    shards = list_source(args.to_shards)
+    require(
+        bool(np.array_equal(shards.label, index.label)) and shards.classes == index.classes,
+        f"the tar files of {args.to_shards} do not hold the images and labels that were packed, so others lie among "
+        "them: move those away, or choose another folder.",
+    )
+    packed = build_and_save_index(shards, args.out, "header", args.device, args.workers)
+    return replace(packed, notes=index.notes)
 
 
 if __name__ == "__main__":

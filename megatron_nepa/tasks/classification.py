@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig, require
+from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.labels import check_same_classes
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import Batch, build_index

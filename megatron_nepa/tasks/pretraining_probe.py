@@ -8,8 +8,8 @@ import numpy as np
 from torch import nn
 
 from megatron_nepa.config import PretrainingConfig, require
+from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.labels import check_same_classes
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.models.probe import TrunkFeatures

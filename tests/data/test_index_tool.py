@@ -131,7 +131,9 @@ def _alive(process: int) -> bool:
         return False
 
 
-def test_the_tool_refuses_before_it_works(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tool_refuses_before_it_works(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing is indexed, or written elsewhere, for a command that cannot end well."""
     tool = runpy.run_path(str(TOOL))
     index = tmp_path / "index"
@@ -146,13 +148,15 @@ def test_the_tool_refuses_before_it_works(photographs: Path, tmp_path: Path, mon
     }
     for message, arguments in cases.items():
         monkeypatch.setattr("sys.argv", ["index_dataset.py", *map(str, arguments)])
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit) as stop:
             tool["main"]()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
 def test_the_tool_says_what_is_wrong(tmp_path: Path) -> None:
     """One sentence and a non-zero exit."""
     result = run_tool(tmp_path / "nowhere", "--out", tmp_path / "index")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip() == f"index_dataset: the data folder {tmp_path / 'nowhere'} does not exist."

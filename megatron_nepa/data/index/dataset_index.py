@@ -67,6 +67,8 @@ class DatasetIndex:
     masks: PackedNames = field(default_factory=lambda: PackedNames.pack(()))
     # what was left out, and why: (name, reason)
     quarantine: tuple[tuple[str, str], ...] = ()
+    # what was passed over, or taken to mean, when the images were listed: for the user to read, not kept on disk
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)

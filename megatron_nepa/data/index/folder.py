@@ -5,8 +5,6 @@ Files are sorted by name, so every rank that looks gets the same index.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +12,12 @@ import numpy as np
 
 from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
-from megatron_nepa.data.index.headers import EXTENSIONS, UnreadableImageError
+from megatron_nepa.data.index.headers import EXTENSIONS, InaccessibleImageError, UnreadableImageError
 from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.index.walk import Walked, walk
+
+# the usual names of the parts of a data set
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def scan_folder(folder: str | Path) -> DatasetIndex:
@@ -29,7 +31,8 @@ def scan_folder(folder: str | Path) -> DatasetIndex:
         of an unsupported kind are in ``quarantine``.
 
     Raises:
-        ConfigError: no such folder, no images in it, none readable, or images both beside and inside class folders.
+        ConfigError: no such folder, one of which a part cannot be read, no images in it, none readable, or images both
+            beside and inside class folders.
     """
     return read_sizes(list_folder(Path(folder)))
 
@@ -38,7 +41,7 @@ def read_sizes(listing: DatasetIndex) -> DatasetIndex:
     """A listing with the sizes from its images' headers, without those that have no readable one (``quarantine``).
 
     Raises:
-        ConfigError: none is readable.
+        ConfigError: none is readable, or the system does not give one's bytes.
     """
     store = ImageStore(listing)
     sizes, kept, quarantine = [], [], []
@@ -46,6 +49,8 @@ def read_sizes(listing: DatasetIndex) -> DatasetIndex:
         try:
             sizes.append(store.image_size(i))
             kept.append(i)
+        except InaccessibleImageError as error:
+            raise ConfigError(f"{listing.where(i)} cannot be read: {error}.") from error
         except UnreadableImageError as error:
             quarantine.append((listing.names[i], str(error)))
     if not kept:
@@ -60,58 +65,60 @@ def read_sizes(listing: DatasetIndex) -> DatasetIndex:
 
 def list_folder(root: Path) -> DatasetIndex:
     """The images of a tree or folder by their extension, their sizes not known yet (0)."""
-    names, labels, classes = list_images(root)
+    return folder_listing(root, walked_folder(root))
+
+
+def folder_listing(root: Path, walked: Walked) -> DatasetIndex:
+    """The images that were found below ``root``, their sizes not known yet (0).
+
+    Raises:
+        ConfigError: none, or both beside and inside class folders.
+    """
+    names, labels, classes = _classified(root, walked)
     unknown = np.zeros(len(names), np.int32)
-    return DatasetIndex(root, PackedNames.pack(names), unknown, unknown, np.array(labels, np.int32), classes)
+    notes = walked.notes()
+    if len(classes) > 1 and _SPLITS.issuperset(name.lower() for name in classes):
+        notes += (f"its classes are {', '.join(classes)}: if these are the parts of a data set, give one of them",)
+    return DatasetIndex(
+        root, PackedNames.pack(names), unknown, unknown, np.array(labels, np.int32), classes, notes=notes
+    )
 
 
 def list_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
     """Image files below ``root`` by extension, sorted: (paths relative to root, class numbers or -1, class names)."""
+    return _classified(root, walked_folder(root))
+
+
+def walked_folder(root: Path) -> Walked:
+    """What lies below ``root``.
+
+    Raises:
+        ConfigError: no such folder, or one of which a part cannot be read.
+    """
     if not root.is_dir():
         wrong = "is a file: give its folder, or an index" if root.exists() else "does not exist"
         raise ConfigError(f"the data folder {root} {wrong}.")
-    try:
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ConfigError(f"the data folder {root} cannot be read: {error.strerror}.") from error
-    loose = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
-    folders = [entry.name for entry in entries if _is_followed(entry.path)]
-    images = {folder: _walk(root, folder) for folder in folders}
-    classes = tuple(folder for folder in folders if images[folder])
+    return walk(root)
+
+
+def _classified(root: Path, walked: Walked) -> tuple[list[str], list[int], tuple[str, ...]]:
+    loose = [name for name in walked.images if "/" not in name]
+    classes = tuple(sorted({name.split("/", 1)[0] for name in walked.images if "/" in name}))
     if loose and classes:
         raise ConfigError(
             f"{root} holds {len(loose)} images beside class folders ({classes[0]}, ...): an ImageFolder tree keeps "
             "every image in a class folder and a flat folder has no subfolders with images; move one kind away."
         )
-    if not loose and not classes:
-        raise ConfigError(f"the data folder {root} holds no images ({', '.join(sorted(EXTENSIONS))}).")
+    if not walked.images and any(name.lower().endswith(".tar") for name in walked.archives()):
+        raise ConfigError(
+            f"{root} holds tar shards: index them with tools/index_dataset.py and give the index as --data."
+        )
+    if not walked.images:
+        passed_over = "".join(f"; {note}" for note in walked.notes())
+        raise ConfigError(f"the data folder {root} holds no images ({', '.join(sorted(EXTENSIONS))}){passed_over}.")
     if loose:
         return loose, [-1] * len(loose), ()
-    names = [name for folder in classes for name in images[folder]]
-    labels = [number for number, folder in enumerate(classes) for _ in images[folder]]
-    return names, labels, classes
-
-
-def _walk(root: Path, folder: str) -> Sequence[str]:
-    found = []
-    for where, folders, files in os.walk(root / folder, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_back(os.path.join(where, name))]
-        relative = os.path.relpath(where, root)
-        found += [os.path.join(relative, file) for file in files if _is_image(file)]
-    return sorted(found)
-
-
-def _is_followed(path: str) -> bool:
-    return os.path.isdir(path) and not os.path.basename(path).startswith(".") and not _leads_back(path)
-
-
-def _leads_back(path: str) -> bool:
-    """Whether a symbolic link points to a folder that it lies in, whose images would be listed again and again."""
-    if not os.path.islink(path):
-        return False
-    target, inside = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
-    return os.path.commonpath((target, inside)) == target
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    number = {name: i for i, name in enumerate(classes)}
+    # by class, then by path: "a b/1.jpg" would sort before "a/1.jpg"
+    names = sorted(walked.images, key=lambda name: (number[name.split("/", 1)[0]], name))
+    return names, [number[name.split("/", 1)[0]] for name in names], classes

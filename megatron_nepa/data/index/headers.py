@@ -24,6 +24,10 @@ class UnreadableImageError(Exception):
     """The reason why one image cannot be used, in a few words."""
 
 
+class InaccessibleImageError(UnreadableImageError):
+    """The reason why the bytes of an image could not be had: nothing is known about the image itself."""
+
+
 def check_signature(data: bytes) -> None:
     """Raise :class:`UnreadableImageError` unless ``data`` begins like a JPEG, PNG or WebP file."""
     if not data:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from dataclasses import replace
+import posixpath
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.label_values import decode_text, number_classes, read_label
+from megatron_nepa.data.index.walk import example, is_image
+
+_SPACE = "a space"  # the documented delimiter
+_DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
 
 
 def with_labels(listing: DatasetIndex, labels: str | Path, devkit_meta: str | Path | None = None) -> DatasetIndex:
@@ -18,87 +25,206 @@ def with_labels(listing: DatasetIndex, labels: str | Path, devkit_meta: str | Pa
     Args:
         listing: the images.
         labels: one line an image: its label, the lines in the order of the file names; or its name and its label.
-            A label is a class number or a class name; classes are numbered in the order of their sorted names.
+            A name is the path below the data folder, or a base name where no two images share it. A label is a class
+            number or a class name; classes are numbered in the order of their sorted names.
         devkit_meta: ``meta.mat`` of ImageNet's development kit, which tells what the numbers 1 to 1000 of
             ILSVRC2012_validation_ground_truth.txt mean; the labels become those of the training set's sorted folders.
 
+    Returns:
+        The listing; its ``notes`` say by which rule the file was read, where it is not the plain one.
+
     Raises:
-        ConfigError: a file that cannot be read, or labels that do not match the images.
+        ConfigError: a file that cannot be read, or in two ways, or labels that do not match the images.
     """
     file = Path(labels)
     try:
-        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the labels in {file} cannot be read: {error}.") from error
-    require(
-        len(lines) == len(listing),
-        f"{file} holds {len(lines)} labels for the {len(listing)} images of {listing.root}.",
-    )
-    names = [os.path.basename(listing.names[i]) for i in range(len(listing))]
-    if all(len(line) == 2 for line in lines):
-        of_name = {os.path.basename(name): label for name, label in lines}
-        unknown = [name for name in names if name not in of_name]
-        require(not unknown, f"{file} has no label for {len(unknown)} images, such as {unknown[:1]}.")
-        values = [of_name[name] for name in names]
-    else:
-        require(
-            all(len(line) == 1 for line in lines),
-            f"the lines of {file} hold neither a label each nor a name and a label.",
-        )
-        values = [""] * len(names)
-        for place, i in enumerate(sorted(range(len(names)), key=names.__getitem__)):
-            values[i] = lines[place][0]
+        text = decode_text(file.read_bytes(), str(file))
+    except OSError as error:
+        raise ConfigError(f"the labels in {file} cannot be read: {error.strerror}.") from error
+    lines = [
+        _Line(number, content.strip())
+        for number, content in enumerate(re.split(r"\r\n|\n|\r", text), 1)
+        if content.strip()
+    ]
+    require(bool(lines), f"{file} holds no labels.")
+    images = [posixpath.normpath(listing.names[i]) for i in range(len(listing))]
+    found, notes = _named(file, lines, images, listing.root) or _in_order(file, lines, images, listing.root)
 
+    values = [read_label(line.text, f"line {line.number} of {file}") for line in found]
+    _require_one_spelling(file, found, values)
+    known = None
     if devkit_meta is not None:
         wnids = _devkit_classes(Path(devkit_meta))
-        require(set(values) <= set(wnids), f"{file} holds numbers that {devkit_meta} does not explain.")
-        values = [wnids[value] for value in values]
-        classes = tuple(sorted(wnids.values()))
-    elif all(value.isdigit() for value in values):
-        return replace(listing, label=np.array(values, np.int32), classes=())
-    else:
-        classes = tuple(sorted(set(values)))
-    number = {name: i for i, name in enumerate(classes)}
-    return replace(listing, label=np.array([number[value] for value in values], np.int32), classes=classes)
+        require({str(value) for value in values} <= set(wnids), f"{file} holds numbers {devkit_meta} does not explain.")
+        values = [wnids[str(value)] for value in values]
+        known = tuple(sorted(wnids.values()))
+    label, classes, more = number_classes(values, lambda i: f"line {found[i].number}", str(file), known)
+    return replace(listing, label=label, classes=classes, notes=(*listing.notes, *notes, *more))
 
 
-def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
-    """Refuse a validation set whose classes are not the training set's.
+@dataclass(frozen=True)
+class _Line:
+    number: int  # from 1
+    text: str
 
-    Where both name their classes, names and numbers must agree; elsewhere no validation label may lie beyond the
-    training labels.
 
-    Raises:
-        ConfigError: naming both sides.
+def _named(file: Path, lines: list[_Line], images: list[str], root: Path) -> tuple[list[_Line], tuple[str, ...]] | None:
+    """The label of each image from lines of a name and a label, by the one delimiter whose names are images.
+
+    None where no line begins with the name of an image.
     """
-    if train.classes and validation.classes:
-        missing = sorted(set(train.classes) - set(validation.classes))
-        unknown = sorted(set(validation.classes) - set(train.classes))
-        differing = [f"{_some(missing)} missing in the latter"] if missing else []
-        differing += [f"{_some(unknown)} unknown to the former"] if unknown else []
-        require(
-            not differing,
-            f"the training images in {train.root} have {len(train.classes)} classes and the validation images in "
-            f"{validation.root} {len(validation.classes)}: {' and '.join(differing)}.",
-        )
-        pairs = enumerate(zip(train.classes, validation.classes, strict=True))
-        other = [f"class {i} is {a} in the former and {b} in the latter" for i, (a, b) in pairs if a != b]
-        require(
-            not other,
-            f"the training images in {train.root} and the validation images in {validation.root} have the same classes "
-            f"under other numbers: {other[0] if other else ''}.",
-        )
+    readings = {}
+    for delimiter in (_SPACE, "the first space", *_DELIMITERS):
+        pairs = [_split(line, delimiter) for line in lines]
+        if all(pair is None for pair in pairs):
+            continue
+        matched = _match(pairs, images, root)
+        hits = sum(image is not None for image in matched)
+        if hits:
+            readings[delimiter] = hits, pairs, matched
+    if not readings:
+        return None
+    most = max(hits for hits, _, _ in readings.values())
+    best = {delimiter: reading for delimiter, reading in readings.items() if reading[0] == most}
+    delimiter, (_, pairs, matched) = next(iter(best.items()))
+    other = next((name for name, reading in best.items() if reading[1:] != (pairs, matched)), None)
+    require(
+        other is None,
+        f"the lines of {file} can be read in two ways, split at {_called(delimiter)} or at {_called(other)}: separate "
+        "names and labels by one space.",
+    )
+    notes = [] if delimiter == _SPACE else [f"its labels file is split at {_called(delimiter)}"]
+
+    label_of: dict[int, _Line] = {}
+    unmatched, repeated = [], []
+    for line, pair, image in zip(lines, pairs, matched, strict=True):
+        if pair is None:
+            raise ConfigError(
+                f"line {line.number} of {file} ({line.text[:60]}) is no name and label separated by "
+                f"{_called(delimiter)}, as the others are."
+            )
+        if image is None:
+            unmatched.append((line, pair[0]))
+            continue
+        label = _Line(line.number, pair[1])
+        known = label_of.setdefault(image, label)
+        if known is not label:
+            same = known.text == label.text
+            require(
+                same,
+                f"{file} gives {images[image]} the label {known.text} in line {known.number} and {label.text} in line "
+                f"{label.number}: keep one.",
+            )
+            repeated.append(label)
+    if unmatched and unmatched[0][0] is lines[0] and not is_image(unmatched[0][1]):
+        notes.append(f"line 1 of its labels file ({unmatched.pop(0)[0].text[:60]}) is taken for a header")
+    if unmatched:
+        notes.append(f"{len(unmatched)} lines of its labels file name no image (line {unmatched[0][0].number})")
+    if repeated:
+        notes.append(f"{len(repeated)} lines of its labels file repeat another (line {repeated[0].number})")
+    without = [image for i, image in enumerate(images) if i not in label_of]
+    require(
+        not without,
+        f"{file} has no label for {len(without)} of the {len(images)} images of {root} ({example(without)}): name each "
+        "by its path below that folder.",
+    )
+    return [label_of[i] for i in range(len(images))], tuple(notes)
+
+
+def _called(delimiter: str | None) -> str:
+    return _DELIMITERS.get(delimiter or "", delimiter or "")
+
+
+def _split(line: _Line, delimiter: str) -> tuple[str, str] | None:
+    """Name and label of a line, None where it is not two fields."""
+    if delimiter in _DELIMITERS:
+        try:
+            fields = next(csv.reader([line.text], delimiter=delimiter, skipinitialspace=True, strict=True), [])
+        except csv.Error:
+            return None
     else:
-        most, found = int(train.label.max()), int(validation.label.max())
-        require(
-            found <= most,
-            f"the validation images in {validation.root} have label {found}, but the training images in {train.root} "
-            f"only labels up to {most}.",
+        fields = line.text.rsplit(maxsplit=1) if delimiter == _SPACE else line.text.split(maxsplit=1)
+    fields = [field.strip() for field in fields]
+    return (fields[0], fields[1]) if len(fields) == 2 and all(fields) else None
+
+
+def _match(pairs: list[tuple[str, str] | None], images: list[str], root: Path) -> list[int | None]:
+    """Which image each name is: by its path below root, or by its base name where paths match nothing."""
+    place = {name: i for i, name in enumerate(images)}
+    names = ["" if pair is None else _below(pair[0], root) for pair in pairs]
+    by_path = [place.get(name) for name in names]
+    of_base = Counter(map(posixpath.basename, images))
+    base = {posixpath.basename(name): i for name, i in place.items() if of_base[posixpath.basename(name)] == 1}
+    paths_match = any(i is not None and "/" in name for i, name in zip(by_path, names, strict=True))
+    # a path that leads elsewhere is another image, wherever other paths lead to images
+    return [
+        i if i is not None or (paths_match and "/" in name) else base.get(posixpath.basename(name))
+        for i, name in zip(by_path, names, strict=True)
+    ]
+
+
+def _below(name: str, root: Path) -> str:
+    """A name as a path below ``root``, as far as it can be told."""
+    path = posixpath.normpath(name.replace("\\", "/"))
+    for home in (str(root), os.path.realpath(root), root.resolve().name):
+        if path.startswith(home + "/"):
+            return path[len(home) + 1 :]
+    return path
+
+
+def _in_order(file: Path, lines: list[_Line], images: list[str], root: Path) -> tuple[list[_Line], tuple[str, ...]]:
+    """The label of each image from lines of labels, which are in the order of the file names."""
+    odd = next((line for line in lines if len(line.text.split()) > 1 or "," in line.text or ";" in line.text), None)
+    if odd is not None:
+        raise ConfigError(
+            f"line {odd.number} of {file} ({odd.text[:60]}) is neither a label alone nor a label behind the name of "
+            f"one of the images of {root} (such as {images[0]})."
         )
+    require(
+        len(lines) == len(images),
+        f"{file} holds {len(lines)} labels for the {len(images)} images of {root}"
+        + (f": is line 1 ({lines[0].text[:60]}) a header?" if len(lines) == len(images) + 1 else "."),
+    )
+    by_path = sorted(range(len(images)), key=images.__getitem__)
+    bases = [posixpath.basename(name) for name in images]
+    order = sorted(by_path, key=bases.__getitem__)
+    way_out = f"give a name and a label a line in {file}."
+    require(
+        order == by_path or len(set(bases)) == len(bases),
+        f"labels in the order of the file names are ambiguous where images of {root} have the same name: {way_out}",
+    )
+    natural = sorted(order, key=lambda i: _natural(bases[i]))
+    first = next((k for k, pair in enumerate(zip(order, natural, strict=True)) if pair[0] != pair[1]), 0)
+    require(
+        natural == order,
+        f"the order of the file names of {root} can be read in two ways, {bases[order[first]]} or "
+        f"{bases[natural[first]]} being number {first + 1}: {way_out}",
+    )
+    found = [lines[0]] * len(images)
+    for line, i in zip(lines, order, strict=True):
+        found[i] = line
+    return found, () if order == by_path else ("labels are taken in the order of the base names",)
 
 
-def _some(classes: list[str]) -> str:
-    return f"class {classes[0]} is" if len(classes) == 1 else f"{len(classes)} classes ({classes[0]}, ...) are"
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts 2.jpg before 10.jpg, and letters whatever their case, as file managers do."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part]
+
+
+def _require_one_spelling(file: Path, lines: list[_Line], values: list[int | str]) -> None:
+    """Refuse 7 beside 007: one of them is a name, or they are the same class, which nobody can know."""
+    spelling: dict[tuple[int | str, bool], _Line] = {}
+    for line, value in zip(lines, values, strict=True):
+        if isinstance(value, int):
+            padded = len(line.text) > 1 and line.text[0] == "0" and line.text[1].isdigit()
+            spelling.setdefault((value, padded), line)
+            other = spelling.get((value, not padded))
+            require(
+                other is None,
+                f"{file} writes the class number {value} in two ways, {line.text} in line {line.number} and "
+                f"{other.text if other else ''} in line {other.number if other else 0}: write one of them.",
+            )
 
 
 def _devkit_classes(meta: Path) -> dict[str, str]:

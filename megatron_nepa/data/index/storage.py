@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import UnreadableImageError, check_signature, image_size
+from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError, check_signature, image_size
 
 _MAX_OPEN_SHARDS = 128
 _HEADER_BYTES = 65536
@@ -28,8 +28,9 @@ class ImageStore:
         """The encoded bytes of image ``i``, uint8 [n], or the first ``at_most`` of them.
 
         Raises:
-            UnreadableImageError: the file or shard is gone, cut short, or begins like no image; the reason alone, since
-                the caller knows which image it asked for (:meth:`DatasetIndex.where` names it).
+            InaccessibleImageError: the file or shard is gone, or the system does not give its bytes.
+            UnreadableImageError: the shard is cut short, or the bytes begin like no image. Both have the reason alone,
+                since the caller knows which image it asked for (:meth:`DatasetIndex.where` names it).
         """
         index = self._index
         try:
@@ -40,7 +41,7 @@ class ImageStore:
                 with open(index.root / index.names[i], "rb", buffering=0) as file:
                     data = file.readall() if at_most is None else file.read(at_most)
         except OSError as error:
-            raise UnreadableImageError((error.strerror or str(error)).lower()) from error
+            raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
         check_signature(data)
         return np.frombuffer(data, np.uint8)
 
@@ -52,6 +53,8 @@ class ImageStore:
         """
         try:
             return image_size(self.read(i, at_most=_HEADER_BYTES).tobytes())
+        except InaccessibleImageError:
+            raise
         except UnreadableImageError:
             # a thumbnail or colour profile can push the size further back
             return image_size(self.read(i).tobytes())

@@ -47,7 +47,8 @@ def build_and_save_index(
         The index, whose ``quarantine`` names what was left out and why.
 
     Raises:
-        ConfigError: ``out`` exists, another process is writing it, or no image can be used.
+        ConfigError: ``out`` exists, another process is writing it, an image's bytes cannot be had, or no image can be
+            used.
     """
     require(
         device != "cuda" or torch.cuda.is_available(), "there is no CUDA device to decode on: leave out --device cuda."
@@ -59,7 +60,7 @@ def build_and_save_index(
     with claimed(partial / "listing.json", _identity(listing, verify), mismatch):
         rows = np.arange(len(listing))
         chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-        done = {int(file.stem) for file in partial.glob("*.npz")}
+        done = {int(name[:-4]) for name in os.listdir(partial) if name.endswith(".npz")}
         missing = [chunk for chunk in chunks if int(chunk[0]) not in done]
 
         with tqdm(
@@ -101,8 +102,8 @@ def _assemble(partial: Path, listing: DatasetIndex) -> DatasetIndex:
     """The index of the images that passed, in the listing's order."""
     width, height = np.zeros(len(listing), np.int32), np.zeros(len(listing), np.int32)
     reasons: dict[int, str] = {}
-    for file in partial.glob("*.npz"):
-        with np.load(file) as chunk:
+    for file in sorted(name for name in os.listdir(partial) if name.endswith(".npz")):
+        with np.load(partial / file) as chunk:
             width[chunk["rows"]], height[chunk["rows"]] = chunk["width"], chunk["height"]
             reasons |= {int(row): reason for row, reason in json.loads(str(chunk["reasons"])).items()}
     quarantine = (*listing.quarantine, *((listing.names[row], reasons[row]) for row in sorted(reasons)))

@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import UnreadableImageError, image_size, open_image
+from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError, image_size, open_image
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.workers import SPAWN, worker_pool
 
@@ -43,6 +44,9 @@ def check_images(
         verify: "header" parses headers, "full" decodes every pixel with the decoder that training uses.
         device: "cpu" or "cuda", where "full" decodes.
         workers: processes.
+
+    Raises:
+        ConfigError: the system does not give the bytes of an image or mask.
     """
     waiting = deque(chunks)
     while waiting:
@@ -117,6 +121,8 @@ def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, de
 
                 full_decode(store.read(i), size, device)
             width[i], height[i] = size
+        except InaccessibleImageError as error:
+            raise ConfigError(f"{images.where(i)} cannot be read: {error}.") from error
         except UnreadableImageError as error:
             reasons[row] = str(error)
     return Checked(rows, width, height, reasons)
@@ -126,12 +132,14 @@ def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int], verify: Ver
     name = images.masks[i]
     try:
         content = (images.root / name).read_bytes()
+    except OSError as error:
+        raise InaccessibleImageError(f"its mask {name}: {(error.strerror or str(error)).lower()}") from error
+    try:
         mask = image_size(content)
         if verify == "full":
             with open_image(io.BytesIO(content)) as picture:  # training reads masks by PIL
                 picture.load()
     except Exception as error:  # PIL raises a dozen types on damaged files
-        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImageError(f"its mask {name}: {reason}") from error
+        raise UnreadableImageError(f"its mask {name}: {error}") from error
     if mask != size:
         raise UnreadableImageError(f"is {size[0]} x {size[1]}, its mask {name} {mask[0]} x {mask[1]}")

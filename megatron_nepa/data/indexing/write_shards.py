@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_nepa.config import require
+from megatron_nepa.data.index.archives import CLASSES_FILE, sample_key
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import open_image
-from megatron_nepa.data.index.sources import CLASSES_FILE
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.lock import claimed
 
@@ -35,9 +36,9 @@ def write_shards(
 ) -> None:
     """Write the images of ``index``, in its order, into ``folder``/shard_000000.tar, shard_000001.tar, ...
 
-    Each image keeps its name (``key.jpg``) and is followed by its class number (``key.cls``) where it has one; class
-    names go to classes.json. A shard is written beside and renamed, and one that is already there is kept, so the same
-    call continues after an interruption.
+    Each image keeps its name (``key.jpg``) unless another of its shard has the same WebDataset key, and is followed by
+    its class number (``key.cls``) where it has one; class names go to classes.json. A shard is written beside and
+    renamed, and one that is already there is kept, so the same call continues after an interruption.
 
     Args:
         index: what to pack.
@@ -60,6 +61,8 @@ def write_shards(
     with claimed(target / _FACTS_FILE, facts, mismatch):
         if index.classes:
             (target / CLASSES_FILE).write_text(json.dumps(index.classes))
+        else:
+            (target / CLASSES_FILE).unlink(missing_ok=True)  # of shards that were here before
         _write_missing(index, target, shard_size, shorter_side, workers or os.cpu_count() or 1, progress)
 
 
@@ -106,14 +109,35 @@ def _write_missing(
 def _members(
     index: DatasetIndex, store: ImageStore, rows: range, shorter_side: int | None
 ) -> Iterator[tuple[str, bytes]]:
-    for i in rows:
-        stem, extension = os.path.splitext(index.names[i])
+    for i, name in zip(rows, _distinct_keys([index.names[i] for i in rows]), strict=True):
+        stem, extension = os.path.splitext(name)
         data = store.read(i).tobytes()
         if shorter_side is not None and min(index.width[i], index.height[i]) > shorter_side:
             data, extension = _scaled(data, shorter_side), ".jpg"
         yield stem + extension, data
         if index.label[i] >= 0:
-            yield stem + ".cls", str(int(index.label[i])).encode()
+            yield sample_key(name)[0] + ".cls", str(int(index.label[i])).encode()
+
+
+def _distinct_keys(names: list[str]) -> list[str]:
+    """The names of a shard's images, each of whose WebDataset keys names one image: a.jpg and a.png are one sample."""
+    keys = [sample_key(name)[0] for name in names]
+    count = Counter(keys)
+    taken = {key for key in keys if count[key] == 1}
+    distinct = []
+    for name, key in zip(names, keys, strict=True):
+        if count[key] > 1 or key.endswith("/") or not key:
+            stem, extension = os.path.splitext(name)
+            folder, base = os.path.split(stem)
+            key = plain = os.path.join(folder, f"{base}{extension}".replace(".", "_"))
+            number = 1
+            while key in taken:
+                number += 1
+                key = f"{plain}_{number}"
+            taken.add(key)
+            name = key + extension
+        distinct.append(name)
+    return distinct
 
 
 def _scaled(data: bytes, shorter_side: int) -> bytes:

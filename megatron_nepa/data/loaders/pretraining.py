@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import DataConfig, require
+from megatron_nepa.config import DataConfig
 from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
 from megatron_nepa.data.index.builtin import builtin_folder
@@ -167,15 +167,13 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
         index = load_index(config.path)
     else:
         folder = Path(config.path) if config.path is not None else builtin_folder(verbose)
-        require(
-            not any(folder.glob("*.tar")),
-            f"{folder} holds tar shards: index them with tools/index_dataset.py and give the index as --data.",
-        )
         start = time.monotonic()
         index = scan_folder(folder)
         seconds = time.monotonic() - start
         if verbose and seconds > _LONG_SCAN:
             print(f"reading {len(index)} headers took {seconds:.0f} s: tools/index_dataset.py makes this instant.")
+        if verbose and config.path is not None and index.notes:
+            print(f"{folder}: {len(index)} images, {len(index.classes)} classes; {'; '.join(index.notes)}")
     if index.quarantine and verbose:
         name, reason = index.quarantine[0]
         print(f"left out {len(index.quarantine)} unreadable images of {index.root}; the first, {name}: {reason}")

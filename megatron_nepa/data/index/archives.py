@@ -1,0 +1,314 @@
+"""Lists the images inside tar files, which stay as they are: an image is a range of bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.headers import EXTENSIONS
+from megatron_nepa.data.index.label_values import decode_text, number_classes, read_label
+from megatron_nepa.data.index.walk import ARCHIVES, example, is_hidden, is_image, passed_over_note
+
+CLASSES_FILE = "classes.json"  # beside tar shards: the class names, by number
+_LABEL_FIELDS = ("cls", "cls.txt", "json")
+_MOST_LINKS = 16  # that lead from one to the next
+
+
+def sample_key(name: str) -> tuple[str, str]:
+    """WebDataset's key of a member, its path up to the first dot of the base name, and the field behind that dot."""
+    folder, base = posixpath.split(name)
+    stem, _, extension = base.partition(".")
+    return posixpath.join(folder, stem), extension.lower()
+
+
+def list_tars(root: Path, tars: list[str]) -> DatasetIndex:
+    """The images of tar files, sizes not known yet (0).
+
+    The label of an image is that of its WebDataset key (``key.cls``, ``key.cls.txt``, or ``"label"`` in ``key.json``),
+    or of the file that differs from the image's in its extension alone (``a.v1.cls`` of ``a.v1.jpg``). Where no image
+    has one, a tar inside a tar is a class, or else the first folder by which the members differ.
+
+    Args:
+        root: their folder, which may hold ``classes.json``.
+        tars: their names.
+
+    Raises:
+        ConfigError: no image in them, one that is damaged or cannot be read in place, or labels that contradict.
+    """
+    found = _Found()
+    for number, name in enumerate(tars):
+        _require_plain(name)
+        try:
+            with open(root / name, "rb") as file:
+                before = len(found.images)
+                _read_tar(file, str(root / name), 0, os.path.getsize(root / name), "", found)
+        except OSError as error:
+            raise ConfigError(f"{root / name} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+        found.shard += [number] * (len(found.images) - before)
+    images = found.images
+    require(
+        bool(images), f"the tar files of {root} ({example(tars)}) hold no images ({', '.join(sorted(EXTENSIONS))})."
+    )
+    values = [image.label for image in images]
+    if all(value is None for value in values):
+        values = _folder_classes(root, images)
+    known = _read_classes(root / CLASSES_FILE) if (root / CLASSES_FILE).is_file() else None
+    labels, classes, notes = number_classes(
+        values, lambda i: f"the label of {images[i].name}", f"the tar files of {root}", known
+    )
+    if found.shared_keys:
+        notes += (f"{found.shared_keys} images share a key, and so a label, with another of their tar file",)
+    unknown = np.zeros(len(images), np.int32)
+    return DatasetIndex(
+        root,
+        PackedNames.pack(image.name for image in images),
+        unknown,
+        unknown,
+        labels,
+        classes,
+        shards=tuple(tars),
+        shard=np.array(found.shard, np.int32),
+        offset=np.array([image.offset for image in images], np.int64),
+        size=np.array([image.size for image in images], np.int64),
+        notes=(*passed_over_note(found.passed_over), *notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file inside a tar file; an image's with its label."""
+
+    name: str
+    offset: int
+    size: int
+    group: str = ""  # name of the tar inside the tar
+    label: int | str | None = None
+
+
+@dataclass
+class _Found:
+    """What the tar files hold."""
+
+    images: list[_Member] = field(default_factory=list)
+    shard: list[int] = field(default_factory=list)
+    shared_keys: int = 0
+    passed_over: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _read_tar(file: BinaryIO, path: str, start: int, end: int, group: str, found: _Found) -> None:
+    """Append the images of the archive in bytes [start, end) of ``file``, and of the archives inside it."""
+    labels = _Labels(path)
+    images: dict[str, _Member] = {}
+    for member in _wanted(file, path, start, end, found):
+        extension = posixpath.splitext(member.name)[1].lower()
+        if extension == ".tar":
+            inner = group or posixpath.splitext(posixpath.basename(member.name))[0]
+            _read_tar(file, f"{path}/{member.name}", member.offset, member.offset + member.size, inner, found)
+        elif is_image(member.name):
+            if images.pop(member.name, None) is not None:  # as tar itself: the last one counts
+                found.passed_over["members that a later one of the same name replaces"].append(member.name)
+            images[member.name] = member
+        else:
+            file.seek(member.offset)
+            labels.add(member.name, file.read(member.size))
+    keys = [sample_key(name)[0] for name in images]
+    found.shared_keys += len(keys) - len(set(keys))
+    found.images += [replace(image, group=group, label=labels.of(name)) for name, image in images.items()]
+
+
+class _Labels:
+    """The labels that the members of one tar file hold."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._of_key: dict[str, tuple[int | str, str]] = {}  # key -> label, member that holds it
+        self._of_stem: dict[str, tuple[int | str, str]] = {}
+
+    def add(self, name: str, content: bytes) -> None:
+        """Take note of a label file's content."""
+        label = _label_in(name, content, f"{self._path}/{name}")
+        if label is None:
+            return
+        key, extension = sample_key(name)
+        place, key = (self._of_key, key) if extension in _LABEL_FIELDS else (self._of_stem, _stem(name))
+        known = place.setdefault(key, (label, name))
+        self._agree(key, known, (label, name))
+
+    def of(self, image: str) -> int | str | None:
+        """The label of an image."""
+        key = sample_key(image)[0]
+        found = [known for known in (self._of_stem.get(_stem(image)), self._of_key.get(key)) if known is not None]
+        if not found:
+            return None
+        self._agree(key, found[0], found[-1])
+        return found[0][0]
+
+    def _agree(self, key: str, one: tuple[int | str, str], other: tuple[int | str, str]) -> None:
+        require(
+            one[0] == other[0],
+            f"{self._path} gives {key} two labels, {one[0]} in {one[1]} and {other[0]} in {other[1]}: give every image "
+            "a key of its own.",
+        )
+
+
+def _stem(name: str) -> str:
+    return name[: -len(".cls.txt")] if name.lower().endswith(".cls.txt") else posixpath.splitext(name)[0]
+
+
+def _is_label(name: str) -> bool:
+    return name.lower().endswith(tuple(f".{extension}" for extension in _LABEL_FIELDS))
+
+
+def _label_in(name: str, content: bytes, where: str) -> int | str | None:
+    """The label of a .cls file, or under "label" in a .json file; None where there is none."""
+    if name.lower().endswith(".json"):
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            return None
+        value = value.get("label") if isinstance(value, dict) else value
+        text = "" if isinstance(value, bool) or not isinstance(value, (int, float, str)) else str(value)
+    else:
+        text = decode_text(content, where)
+    text = text.strip()
+    require("\n" not in text and "\r" not in text, f"{where} holds more than one line: a class file holds one label.")
+    return read_label(text, where) if text else None
+
+
+def _wanted(file: BinaryIO, path: str, start: int, end: int, found: _Found) -> list[_Member]:
+    """Images, label files and archives, in their order, with links replaced by what they lead to."""
+    wanted: list[_Member] = []
+    links: dict[str, str] = {}
+    for member in _members(file, path, start, end):
+        name = posixpath.normpath(member.name)
+        if member.isdir():
+            continue
+        if is_hidden(name):
+            found.passed_over["hidden entries"].append(name)
+            continue
+        if name.lower().endswith(ARCHIVES):
+            _require_plain(f"{path}/{name}")
+        elif not (is_image(name) or _is_label(name)):
+            found.passed_over["files of other kinds"].append(name)
+            continue
+        if member.issym() or member.islnk():
+            folder = posixpath.dirname(name) if member.issym() else ""
+            links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+            wanted.append(_Member(name, -1, 0))
+        elif not member.isfile():
+            found.passed_over["entries that are neither file nor folder"].append(name)
+        elif member.issparse():
+            raise ConfigError(f"{path} holds {name} as a sparse file, which cannot be read in place: pack it again.")
+        else:
+            wanted.append(_Member(name, member.offset_data, member.size))
+    return _resolved(file, path, start, end, wanted, links) if links else wanted
+
+
+def _resolved(
+    file: BinaryIO, path: str, start: int, end: int, wanted: list[_Member], links: dict[str, str]
+) -> list[_Member]:
+    files = {
+        posixpath.normpath(member.name): member
+        for member in _members(file, path, start, end)
+        if member.isfile() and not member.issparse()
+    }
+    resolved = []
+    for member in wanted:
+        target = member.name
+        for _ in range(_MOST_LINKS if member.offset < 0 else 0):
+            target = links.get(target, target)
+        if member.offset < 0:
+            require(
+                target in files and target not in links,
+                f"{path} holds {member.name} as a link to {links[member.name]}, which it does not hold: pack it again "
+                "with --dereference.",
+            )
+            member = _Member(member.name, files[target].offset_data, files[target].size)
+        resolved.append(member)
+    return resolved
+
+
+def _members(file: BinaryIO, path: str, start: int, end: int) -> Iterator[tarfile.TarInfo]:
+    """Every member of the archive in bytes [start, end) of ``file``.
+
+    Raises:
+        ConfigError: it is damaged or cut short.
+    """
+    count = 0
+    try:
+        file.seek(start)
+        archive = tarfile.TarFile(fileobj=file)
+        before = start - 1
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # a million TarInfo objects would stay in memory
+            whole = member.size >= 0 and member.offset_data + member.size <= end and archive.offset > before
+            if not whole:
+                raise tarfile.ReadError("cut short")
+            before = archive.offset
+            yield member
+            count += 1
+        # tarfile ends in silence at damage behind the first header: only a block of zeros marks the true end
+        file.seek(archive.offset)
+        block = file.read(max(0, min(512, end - archive.offset)))
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{path} is cut short or damaged behind its first {count} members ({error}): get it again, or move it away."
+        ) from error
+    require(
+        len(block) == 512 and not any(block),
+        f"{path} ends without the mark of a tar file's end behind its first {count} members, so it may be cut short: "
+        "get it again, or move it away; if it is known to be whole, append the mark (head -c 1024 /dev/zero).",
+    )
+
+
+def _require_plain(path: str) -> None:
+    require(
+        path.lower().endswith(".tar"),
+        f"{path} is no plain tar file: images are read from tar files in place, so unpack it, or move it away.",
+    )
+
+
+def _folder_classes(root: Path, images: list[_Member]) -> list[int | str | None]:
+    """The class of every image by the tar inside a tar that holds it, or by its folder."""
+    if any(image.group for image in images):
+        return [image.group or None for image in images]
+    parents = [posixpath.dirname(image.name).split("/") if "/" in image.name else [] for image in images]
+    shared = 0  # folders that all have in common
+    while all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
+        shared += 1
+    groups = [parts[shared] if len(parts) > shared else None for parts in parents]
+    loose, grouped = groups.count(None), next((group for group in groups if group is not None), None)
+    require(
+        not loose or grouped is None,
+        f"the tar files of {root} hold {loose} images beside class folders ({grouped}, ...) and no labels: keep every "
+        "image in a class folder, or none.",
+    )
+    return list(groups)
+
+
+def _read_classes(file: Path) -> tuple[str, ...]:
+    try:
+        classes = json.loads(decode_text(file.read_bytes(), str(file)))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        classes = None
+    require(
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes),
+        f"{file} is no JSON list of class names: repair it, or remove it to have classes without names.",
+    )
+    require(len(set(classes)) == len(classes), f"{file} names a class twice: repair it.")
+    return tuple(classes)

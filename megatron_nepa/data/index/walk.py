@@ -1,0 +1,162 @@
+"""Every file below a folder, or the error that kept one from being seen: a listing is never shorter in silence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nepa.config import ConfigError
+from megatron_nepa.data.index.headers import EXTENSIONS
+
+ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+
+
+@dataclass
+class Walked:
+    """What lies below a folder; every path is relative to it."""
+
+    images: list[str]  # by extension, sorted
+    passed_over: dict[str, list[str]]  # kind -> what is of that kind
+
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over, in one phrase."""
+        return passed_over_note(self.passed_over)
+
+    def archives(self) -> list[str]:
+        """Archives directly in the folder, sorted."""
+        return sorted(name for name in self.passed_over.get("archives", ()) if "/" not in name)
+
+
+def passed_over_note(passed_over: dict[str, list[str]]) -> tuple[str, ...]:
+    """The number and an example of every kind, in one phrase; nothing where nothing was passed over."""
+    found = [f"{len(names)} {kind} ({example(sorted(names))})" for kind, names in passed_over.items() if names]
+    return (f"passed over {', '.join(found)}",) if found else ()
+
+
+def example(names: list[str]) -> str:
+    """The first of some names, and whether there are more."""
+    return ", ".join([*names[:1], *(["..."] if len(names) > 1 else [])])
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path has a part that belongs to a program rather than to the data (.DS_Store, __MACOSX)."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is an image's, by its extension."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def walk(root: Path) -> Walked:
+    """Every image below ``root``, and what was passed over.
+
+    Hidden entries, what is neither a file nor a folder, and links that lead nowhere are passed over. A link to a folder
+    is followed unless that folder is listed anyway, through its own place or an earlier link, or holds the link.
+
+    Raises:
+        ConfigError: a folder or link that cannot be read, by name.
+    """
+    home = os.path.realpath(root)
+    walker = _Walker(root)
+    walker.tree("", home)
+    while walker.links:
+        name, target = walker.links.popleft()
+        place = os.path.realpath(os.path.dirname(os.path.join(root, name)))
+        if target in walker.listed or _holds(target, place) or _holds(target, home):
+            walker.passed_over[_LISTED].append(name)
+        else:
+            walker.tree(name, target)
+    filled = {name.split("/", 1)[0] for name in walker.images if "/" in name}
+    walker.passed_over["folders without images"] += sorted(walker.folders - filled)
+    return Walked(sorted(walker.images), walker.passed_over)
+
+
+_LISTED = "links to folders that are listed already or hold them"
+
+
+class _Walker:
+    """What was found so far below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images: list[str] = []
+        self.folders: set[str] = set()  # directly below root
+        self.listed: set[str] = set()  # real paths
+        self.links: deque[tuple[str, str]] = deque()  # to folders: path below root, real path of the target
+        self.passed_over: defaultdict[str, list[str]] = defaultdict(list)
+
+    def tree(self, top: str, real: str) -> None:
+        """List the folder ``top`` below root, which really is ``real``, and what lies below it without links."""
+        waiting = [(top, real)]
+        while waiting:
+            folder, real = waiting.pop()
+            if real in self.listed:  # a link led into a tree of which a part was linked before
+                self.passed_over[_LISTED].append(folder)
+                continue
+            self.listed.add(real)
+            if folder and "/" not in folder:
+                self.folders.add(folder)
+            for entry in _entries(self.root / folder):
+                name = os.path.join(folder, entry.name)
+                mode = None if is_hidden(entry.name) else _mode(entry)
+                if mode is not None and stat.S_ISDIR(mode) and entry.is_symlink():
+                    self.links.append((name, os.path.realpath(entry.path)))
+                elif mode is not None and stat.S_ISDIR(mode):
+                    waiting.append((name, os.path.join(real, entry.name)))
+                else:
+                    self._file(name, mode)
+
+    def _file(self, name: str, mode: int | None) -> None:
+        if is_hidden(os.path.basename(name)):
+            kind = "hidden entries"
+        elif mode is None:
+            kind = "links that lead nowhere"
+        elif not stat.S_ISREG(mode):
+            kind = "entries that are neither file nor folder"
+        elif is_image(name):
+            self.images.append(name)
+            return
+        else:
+            kind = "archives" if name.lower().endswith(ARCHIVES) else "files of other kinds"
+        self.passed_over[kind].append(name)
+
+
+def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _mode(entry: os.DirEntry[str]) -> int | None:
+    """What an entry leads to, asking the system only about links; None where it leads nowhere."""
+    try:
+        if entry.is_file(follow_symlinks=False):
+            return stat.S_IFREG
+        if entry.is_dir(follow_symlinks=False):
+            return stat.S_IFDIR
+        return entry.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if entry.is_symlink() and error.errno in (errno.ELOOP, errno.ENOTDIR):
+            return None
+        raise _unreadable(entry.path, error) from error
+
+
+def _holds(folder: str, path: str) -> bool:
+    return os.path.commonpath((folder, path)) == folder
+
+
+def _unreadable(path: str | Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be read ({(error.strerror or str(error)).lower()}), so what it holds would be missing: make it "
+        "readable, or move it away."
+    )
