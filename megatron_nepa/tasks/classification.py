@@ -102,6 +102,7 @@ class ClassificationEvaluator:
 
     prefix = "val_"
     best = "top1"
+    at_start = False
 
     def __init__(
         self, run: ClassificationConfig | ProbingConfig, index: DatasetIndex, topology: Topology, every: int

@@ -36,6 +36,7 @@ class PretrainingProbe:
 
     prefix = "probe_"
     best = None
+    at_start = True  # what the features are worth by the architecture alone
 
     def __init__(self, run: PretrainingConfig, topology: Topology) -> None:
         self.run, self.topology, self.every = run, topology, run.probe.every

@@ -121,6 +121,8 @@ class ProbingEvaluator(ClassificationEvaluator):
         every: steps between evaluations.
     """
 
+    at_start = True
+
     def __init__(
         self, run: ProbingConfig, features: TrunkFeatures, index: DatasetIndex, topology: Topology, every: int
     ) -> None:

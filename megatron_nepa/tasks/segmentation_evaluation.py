@@ -43,6 +43,7 @@ class SegmentationEvaluator:
 
     prefix = "val_"
     best = "mean_iou"
+    at_start = False
 
     def __init__(self, run: SegmentationConfig, index: DatasetIndex, topology: Topology, every: int) -> None:
         self.run, self.index, self.topology, self.every = run, index, topology, every

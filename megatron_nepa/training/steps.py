@@ -185,7 +185,9 @@ class TrainingLoop:
     def is_due(self, step: int) -> bool:
         """Whether the weights after a step are evaluated."""
         evaluator = self.task.evaluator
-        return evaluator is not None and step > 0 and (step == self.total_steps or step % evaluator.every == 0)
+        if evaluator is None or (step == 0 and not evaluator.at_start):
+            return False
+        return step == self.total_steps or step % evaluator.every == 0
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether a step was due for an evaluation of which metrics.jsonl holds no result; every rank calls it."""
@@ -202,18 +204,19 @@ class TrainingLoop:
         return on_all_ranks(self.topology, lambda: self.topology.is_main and lacking())[0]
 
     def make_up_evaluation(self, progress: Progress) -> str | None:
-        """Evaluate the weights that a run continues from where a signal kept that from being done; what stopped it.
+        """Evaluate the weights that a run starts or continues from, where that is due and was not done; what stopped it.
 
-        The results get a row of their own in metrics.jsonl, whose row of the step is written.
+        The results get a row of their own in metrics.jsonl: step 0 has no other, that of a later step is written.
         """
         if not self.lacks_evaluation(progress.step):
             return None
-        self.message(f"evaluating step {progress.step}, which has no result yet")
+        if progress.step > 0:
+            self.message(f"evaluating step {progress.step}, which has no result yet")
         results = self.evaluate(progress)
         if results is not None:
             if self.log is not None:
                 self.log.write([{"step": progress.step, **results}])
-            if self.is_best(results):
+            if progress.step > 0 and self.is_best(results):  # nothing was trained yet that could be kept
                 path = self.checkpoints.path_of(progress.step)
                 if not on_all_ranks(self.topology, path.is_dir)[0]:  # continued from another folder's
                     self.save(progress, wait=True)
@@ -233,7 +236,7 @@ class TrainingLoop:
             results = evaluate_engine(self.engine, evaluator, interrupted)
         if results is None:
             self.message(f"the evaluation after step {progress.step} was cut short")
-        elif self.log is not None:
+        elif self.log is not None and progress.step > 0:
             optimizer, steps = self.run.optimizer, progress.applied_steps
             is_young = optimizer.ema_is_young(steps)
             self.log.warn(describe_lag(evaluator, results, optimizer.ema_initial_share(steps), is_young))

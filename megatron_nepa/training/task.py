@@ -44,6 +44,10 @@ class Evaluator(Protocol):
     def best(self) -> str | None:
         """The result, larger being better, by which the best checkpoint is kept; None keeps none."""
 
+    @property
+    def at_start(self) -> bool:
+        """Whether the weights that the run starts from are measured too, as step 0."""
+
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Results by name, equal on all ranks, of a model in evaluation mode; every rank calls it.
 

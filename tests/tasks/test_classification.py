@@ -142,7 +142,7 @@ def test_accuracy_is_exact_on_any_number_of_ranks(tmp_path: Path) -> None:
 class Probe:
     """An evaluator that returns what it sees of the weights."""
 
-    every, prefix, best = 1, "val_", None
+    every, prefix, best, at_start = 1, "val_", None, False
 
     def evaluate(self, model: nn.Module, interrupted: Any) -> dict[str, float]:
         assert not model.training

@@ -158,7 +158,9 @@ def test_the_shared_loop_trains_as_a_loop_by_hand_on_any_grid_killed_or_not(fold
     one = tmp_path / "one"
     for name in grids:
         output = tmp_path / name
-        rows = read_metrics(output)
+        start, *rows = read_metrics(output)
+        assert start["step"] == 0
+        assert start["val_loss"] == pytest.approx(np.log(6), abs=0.2)  # the layer says nothing yet
         assert [row["loss"] for row in rows] == pytest.approx(losses, abs=2e-6)
         found = head_of(output)
         assert found.keys() == state.keys()
