@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Union
 
-from megatron_nepa.config import SHORT_NAMES, ConfigError, Run, RunConfig, override
+from megatron_nepa.config import SHORT_NAMES, ConfigError, Run, RunConfig, override, refuse_ignored
 
 # what a flag of several values means where none is given
 BARE_VALUES = {"parallel.activation_checkpointing": "full"}
@@ -47,7 +47,7 @@ def parse_command_line(arguments: Sequence[str], description: str, recipes: Reci
         recipes: those of the script's task; the first is the default.
 
     Raises:
-        ConfigError: for an unknown recipe, an unknown flag or a value that cannot work.
+        ConfigError: for an unknown recipe, an unknown flag, a value that cannot work or a flag that would be ignored.
     """
     parser = _build_parser(description, recipes)
     values = vars(parser.parse_args([_underscored(argument) for argument in arguments]))
@@ -56,7 +56,9 @@ def parse_command_line(arguments: Sequence[str], description: str, recipes: Reci
     if recipe not in recipes:
         raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, recipes)}; recipes: {', '.join(recipes)}.")
     given = {name: value for name, value in values.items() if value is not _NOT_GIVEN}
-    return CommandLine(override(recipes[recipe](), given), ds_config, frozenset(given))
+    run = override(recipes[recipe](), given)
+    refuse_ignored(run, given)
+    return CommandLine(run, ds_config, frozenset(given))
 
 
 def path_argument(text: str) -> Path:

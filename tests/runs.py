@@ -12,6 +12,9 @@ import numpy as np
 from PIL import Image
 from skimage import data as photographs
 
+from megatron_nepa.config import SHORT_NAMES
+from megatron_nepa.config.modes import TRAINING
+
 TINY = [
     "--model.image_size=56",
     "--model.hidden_size=32",
@@ -69,6 +72,18 @@ def call_script(main: Callable[[list[str]], None], arguments: list[str]) -> str 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_training(flags: list[str]) -> list[str]:
+    """A run's flags without those that an evaluation of it alone has no use for."""
+    names = {short: name for name, short in SHORT_NAMES.items()}
+
+    def serves_training(flag: str) -> bool:
+        name = flag.removeprefix("--").partition("=")[0]
+        name = names.get(name, name)
+        return name in TRAINING or name.partition(".")[0] in TRAINING
+
+    return [flag for flag in flags if not serves_training(flag)]
 
 
 class Killed(BaseException):

@@ -17,6 +17,7 @@ from megatron_nepa.config.finetuning import (
 )
 from megatron_nepa.config.flags import SHORT_NAMES, flag_of
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
+from megatron_nepa.config.modes import refuse_ignored
 from megatron_nepa.config.pretraining import PretrainingConfig, ProbeConfig
 from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
 from megatron_nepa.config.run import Run, RunConfig, override
@@ -68,5 +69,6 @@ __all__ = [
     "multiples_around",
     "one_of",
     "override",
+    "refuse_ignored",
     "require",
 ]

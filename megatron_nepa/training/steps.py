@@ -204,7 +204,7 @@ class TrainingLoop:
         return on_all_ranks(self.topology, lambda: self.topology.is_main and lacking())[0]
 
     def make_up_evaluation(self, progress: Progress) -> str | None:
-        """Evaluate the weights that a run starts or continues from, where that is due and was not done; what stopped it.
+        """Evaluate the weights that a run starts or continues from, where that is due and missing; what stopped it.
 
         The results get a row of their own in metrics.jsonl: step 0 has no other, that of a later step is written.
         """

@@ -16,7 +16,7 @@ from torch import nn
 from megatron_nepa.checkpoint.reading.weights import read_weights
 from megatron_nepa.tasks.classification import ClassificationEvaluator
 from tests.distributed.ranks import run_ranks
-from tests.runs import call_script, make_images, pretrain, read_metrics, signal_in_step
+from tests.runs import call_script, make_images, pretrain, read_metrics, signal_in_step, without_training
 from tests.tasks.labelled import TINY, finetune, make_labelled
 
 TRUNK = [flag for flag in TINY if flag.startswith(("--model", "--dtype", "--data.num"))]
@@ -52,6 +52,11 @@ def flags_of(labelled: dict[str, Path], output_dir: Path) -> list[str]:
         f"--validation_data={labelled['val']}",
         f"--output_dir={output_dir}",
     ]
+
+
+def evaluating(flags: list[str]) -> list[str]:
+    """Evaluate what such a run left."""
+    return [*(flag for flag in without_training(flags) if not flag.startswith("--data=")), "--evaluate_only"]
 
 
 def finetune_stopped(flags: list[str], step: int) -> str | None:
@@ -91,19 +96,19 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
     assert kept == {best["checkpoint"], "step_00000006"}
 
     # evaluated alone, on two ranks, the best checkpoint reaches what it did in training
-    assert run_ranks(2, finetune, [*flags, "--evaluate_only"]) == [None, None]
+    assert run_ranks(2, finetune, evaluating(flags)) == [None, None]
     alone = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert alone["top1"] == best["value"]
     assert best["checkpoint"] in alone["weights"]
 
     # not on images of other classes, though their number is the same
     other = make_labelled(tmp_path / "other_classes", 1, ("blue", "green", "yellow"))
-    refused = run_ranks(1, finetune, [*flags, "--evaluate_only", f"--validation_data={other}"])[0]
+    refused = run_ranks(1, finetune, [*evaluating(flags), f"--validation_data={other}"])[0]
     assert re.search("3 classes apart .* have 3; number 2 is red there, yellow here", refused)
 
     # the same weights, raw: another number of the log
     raw = [f"--init_from={tmp_path / 'run/checkpoints/step_00000006'}", "--init_weights=raw"]
-    assert run_ranks(1, finetune, [*flags_of(labelled, tmp_path / "other"), "--evaluate_only", *raw]) == [None]
+    assert run_ranks(1, finetune, [*evaluating(flags_of(labelled, tmp_path / "other")), *raw]) == [None]
     assert json.loads((tmp_path / "other/evaluation.json").read_text())["loss"] == pytest.approx(
         rows[-1]["val_loss"], abs=1e-9
     )
@@ -127,7 +132,7 @@ def test_an_average_that_is_still_its_beginning_is_named_and_not_the_best(
     assert f"the weight average is still 100% the weights that the run began with: {numbers}" in said
     assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["metric"] == "val_top1"
 
-    assert run_ranks(1, finetune, [*flags, "--evaluate_only"]) == [None]
+    assert run_ranks(1, finetune, evaluating(flags)) == [None]
     alone = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert alone["top1"] == row["val_top1"]
     assert "raw weights of" in alone["weights"]
@@ -163,10 +168,10 @@ def runs_without_an_average(flags: list[str], output_dir: Path) -> list[str | No
     probe += [f"--trunk={output_dir}", "--trunk.dtype=fp32", other]
     return [
         finetune(flags),
-        finetune([*flags, "--evaluate_only"]),
+        finetune(evaluating(flags)),
         finetune([*flags, other, f"--init_from={output_dir}"]),
         call_script(main, probe),
-        call_script(main, [*probe, "--trunk.weights=raw", "--knn=3"]),
+        call_script(main, [*without_training(probe), "--trunk.weights=raw", "--knn=3"]),
     ]
 
 
@@ -199,7 +204,9 @@ def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, P
         (["--evaluation.resize_size=16"], "smaller than the crop"),
         (["--evaluate_only", f"--init_from={trunk}"], r"not this model's head \(classifier"),
     ]
-    outcomes = run_ranks(1, _all, [[*flags_of(labelled, tmp_path / "run"), *case] for case, _ in cases])[0]
+    flags = flags_of(labelled, tmp_path / "run")
+    given = [evaluating(flags) if "--evaluate_only" in case else flags for case, _ in cases]
+    outcomes = run_ranks(1, _all, [[*these, *case] for these, (case, _) in zip(given, cases, strict=True)])[0]
     for (_, message), outcome in zip(cases, outcomes, strict=True):
         assert outcome is not None
         assert outcome.startswith("ConfigError: ")

@@ -28,7 +28,7 @@ from megatron_nepa.tasks.probing import CROPS_ONLY
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.lars import build_lars
 from tests.distributed.ranks import run_ranks
-from tests.runs import Killed, call_script, kill_in_step, read_metrics
+from tests.runs import Killed, call_script, kill_in_step, read_metrics, without_training
 from tests.tasks.labelled import TINY, make_labelled
 
 MODEL = ModelConfig(
@@ -74,8 +74,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probe(folder: Path, output: Path, *more: str) -> str | None:
     from examples.linear_probe import main
 
-    data = [f"--trunk={folder / 'trunk'}", f"--data={folder / 'train'}", f"--validation_data={folder / 'validation'}"]
-    return call_script(main, [*FLAGS, *data, f"--output_dir={output}", *more])
+    given = [f"--trunk={folder / 'trunk'}", f"--validation_data={folder / 'validation'}", f"--output_dir={output}"]
+    given += [*FLAGS, *more]
+    evaluates = "--evaluate_only" in more
+    if evaluates or any(flag.startswith("--knn") for flag in more):
+        given = without_training(given)
+    return call_script(main, given if evaluates else [f"--data={folder / 'train'}", *given])
 
 
 def probe_all(folder: Path, output: Path, *grid: str) -> None:

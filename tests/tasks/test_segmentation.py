@@ -15,7 +15,7 @@ from skimage import draw
 from megatron_nepa.checkpoint.reading.weights import load_whole, stored_tensors
 from tests.distributed.cases import Outcome, differences
 from tests.distributed.ranks import run_ranks
-from tests.runs import call_script, read_metrics
+from tests.runs import call_script, read_metrics, without_training
 
 CLASSES = 3
 SIDE = 42
@@ -79,6 +79,8 @@ def finetune(arguments: list[str]) -> str | None:
 
 def train(ranks: int, pairs: Path, out: Path, *flags: str) -> Path:
     arguments = [*TINY, f"--data={pairs}", f"--validation_data={pairs}", f"--output_dir={out}", *flags]
+    if "--evaluate_only" in flags:
+        arguments = [flag for flag in without_training(arguments) if not flag.startswith("--data=")]
     assert run_ranks(ranks, finetune, arguments) == [None] * ranks
     return out
 
