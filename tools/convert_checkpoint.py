@@ -69,17 +69,20 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Compare two checkpoints of either format on photographs, classifiers by logits; status 1 where they differ."""
+    """Compare two checkpoints of either format: tensors, and outputs on photographs; status 1 if they differ."""
     require(args.tolerance >= 0, f"--tolerance is {args.tolerance}; it must not be negative.")
     found = compare(args.first, args.second, args.weights)
-    equal = found.largest_difference <= args.tolerance
+    differences = found.differences(args.tolerance)
     print(f"A  loss {found.losses[0]:.9f}  {found.origins[0]}")
     print(f"B  loss {found.losses[1]:.9f}  {found.origins[1]}")
     print(
-        f"largest difference of any {found.output} {found.largest_difference:.3g} (largest value "
-        f"{found.largest_value:.3g}, tolerance {args.tolerance:.3g}): {'the same' if equal else 'they differ'}"
+        f"compared {len(found.tensors)} tensors, losses and {found.output}s (largest difference "
+        f"{found.largest_difference:.3g}, largest value {found.largest_value:.3g}, tolerance {args.tolerance:.3g}): "
+        f"{'they differ' if differences else 'the same'}"
     )
-    return 0 if equal else 1
+    for difference in differences:
+        print(f"  {difference}")
+    return 1 if differences else 0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

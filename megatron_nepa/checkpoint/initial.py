@@ -22,11 +22,18 @@ from torch.distributed.tensor import DTensor
 from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.format.state import TrainState, empty_weights, restore_weights
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint, find_intact
-from megatron_nepa.checkpoint.reading.weights import Choice, choose_kind, describe_origin, names_of, stored_tensors
+from megatron_nepa.checkpoint.reading.weights import (
+    Choice,
+    choose_kind,
+    describe_origin,
+    names_of,
+    read_consolidated,
+    stored_tensors,
+)
 from megatron_nepa.checkpoint.saving.store import quiet_torch_checkpoint
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
-from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.layers import REPLICATED, layout_of
 
 # parameters of a trunk that a run may have without their being in the checkpoint: they keep their initial values
 _OPTIONAL = ("mask_token", "q_norm", "k_norm")
@@ -67,7 +74,7 @@ def start_from(
     Args:
         train: a fresh run, of pre-training or of any task with a head.
         path: a checkpoint, an OUTPUT_DIR, what ``convert_checkpoint.py from_release`` wrote, or a released model's
-            folder (config.json with model.safetensors or pytorch_model_ema.bin).
+            folder (config.json with model.safetensors or pytorch_model_ema.bin), or a file of ``consolidate``.
         choice: the average or the raw weights, where there are both; None takes the average where there is one.
         model: of this run.
         reset_head: leave the head at its initial values, whatever the checkpoint holds.
@@ -80,7 +87,8 @@ def start_from(
         ConfigError: where the checkpoint is damaged, its trunk is another one, or its head does not fit.
     """
     wanted = empty_weights(train)
-    source = _of_release(train, path, choice) if is_release(Path(path)) else _of_checkpoint(train, path, choice)
+    holds_weights_alone = Path(path).is_file() or is_release(Path(path))
+    source = _of_weights(train, path, choice) if holds_weights_alone else _of_checkpoint(train, path, choice)
     adapters = _adapters(source.model, model)
     _require_same_trunk(source, wanted, model, adapters)
     taken = {
@@ -166,15 +174,21 @@ def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Sour
     return _Source(path, describe_origin(checkpoint, manifest, kind), manifest["run"]["model"], shapes, read_into)
 
 
-def _of_release(train: TrainState, path: str, choice: Choice | None) -> _Source:
+def _of_weights(train: TrainState, path: str, choice: Choice | None) -> _Source:
     # as of a conversion, where there is one kind only it is that one
-    weights, notes = read_release(Path(path), "raw" if choice == "raw" else None)
+    notes: list[str] = []
+    if Path(path).is_file():
+        weights = read_consolidated(Path(path))
+    else:
+        weights, notes = read_release(Path(path), "raw" if choice == "raw" else None)
     layouts = {name: layout_of(param) for name, param in train.module.named_parameters()}
 
     def read_into(targets: dict[str, Tensor]) -> None:
         for name, target in targets.items():
             local = target.to_local() if isinstance(target, DTensor) else target
-            local.copy_(layouts[name].take_shard(weights.tensors[name], train.topology.tensor).view(local.shape))
+            local.copy_(
+                layouts.get(name, REPLICATED).take_shard(weights.tensors[name], train.topology.tensor).view(local.shape)
+            )
 
     shapes = {}
     for name, value in weights.tensors.items():

@@ -123,7 +123,29 @@ def test_the_round_trip_is_bit_equal_and_the_same_model(
     found = compare(saved[0], tmp_path / "again")
     assert found.largest_difference == 0.0
     assert found.losses[0] == found.losses[1]
+    assert found.differences(0.0) == ["trunk.embedding.mask_token is in A alone"]  # the release has none
     assert compare(saved[0], release, "raw").largest_difference > 1e-2, "the raw weights are another model"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trunk.embedding.bos_token": torch.full((64,), 10.0)}, "trunk.embedding.bos_token by"),
+        ({"trunk.blocks.1.norm1.bias": torch.full((64,), torch.nan)}, "trunk.blocks.1.norm1.bias by nan"),
+        ({"head.running_mean": torch.ones(2)}, "head.running_mean is in B alone"),
+    ],
+)
+def test_every_tensor_is_compared(change: dict[str, Tensor], said: str, release: Path, tmp_path: Path) -> None:
+    weights = read_release(release)[0]
+    write_weights(replace(weights, tensors={**weights.tensors, **change}), tmp_path / "other")
+    found = compare(release, tmp_path / "other").differences(1e-4)
+    assert any(difference.startswith(said) for difference in found), found
+
+
+def test_another_dtype_is_named_and_wrapped_names_are_taken(release: Path, tmp_path: Path) -> None:
+    state = {f"module.{name}": value.half() for name, value in load_file(release / "model.safetensors").items()}
+    found = compare(release, copy_release(release, tmp_path / "half", state)).differences(1.0)
+    assert "trunk.norm.bias is stored as torch.float32 in A and torch.float16 in B" in found
 
 
 def test_layer_scale_folds_into_the_same_function(release: Path, tmp_path: Path) -> None:
@@ -134,6 +156,7 @@ def test_layer_scale_folds_into_the_same_function(release: Path, tmp_path: Path)
     assert json.loads((tmp_path / "folded/config.json").read_text())["layerscale_value"] is None
     found = compare(release, tmp_path / "folded")
     assert 0 < found.largest_difference < 1e-5
+    assert found.differences(1e-4) == []
     with pytest.raises(ConfigError, match="nothing to fold"):
         read_release(tmp_path / "folded", fold=True)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
-from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN, fold_layer_scale
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, read_consolidated, read_weights
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig, require
 from megatron_nepa.data.index.builtin import photograph_files
@@ -34,6 +34,9 @@ class Comparison:
         largest_difference: of any element.
         largest_value: largest element of the first model's, to judge it by.
         losses: next-embedding loss of each trunk.
+        tensors: largest difference of each tensor that both hold in one shape: of trunk, tokens, positions, head, and
+            the buffers.
+        mismatches: what else differs, in words: tensors of one side alone, other shapes, other dtypes.
     """
 
     origins: tuple[str, str]
@@ -41,10 +44,24 @@ class Comparison:
     largest_difference: float
     largest_value: float
     losses: tuple[float, float]
+    tensors: dict[str, float]
+    mismatches: tuple[str, ...]
+
+    def differences(self, tolerance: float) -> list[str]:
+        """Everything that makes the two differ, in words; empty where they are the same within ``tolerance``."""
+        found = [*self.mismatches]
+        found += [f"{name} by {value:.3g}" for name, value in self.tensors.items() if not value <= tolerance]
+        loss = abs(self.losses[0] - self.losses[1])
+        found += [f"the losses by {loss:.3g}"] if not loss <= tolerance else []
+        if not self.largest_difference <= tolerance:
+            found.append(f"an {self.output} by {self.largest_difference:.3g}")
+        return found
 
 
 def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparison:
-    """Run both models of this project's or the release's format on four photographs.
+    """Compare the tensors of two models of this project's or the release's format, and their outputs on photographs.
+
+    Where one has LayerScale and the other has none, it is folded into the first one's layers to compare.
 
     Args:
         first: a checkpoint, an OUTPUT_DIR or the folder of a released model.
@@ -92,6 +109,7 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
         (ours - theirs).abs().max().item(),
         ours.abs().max().item(),
         (loss, other_loss),
+        *_compare_tensors(*models),
     )
 
 
@@ -104,6 +122,29 @@ def read_any(path: Path, choice: Choice | None = None) -> Weights:
     if path.is_file():  # holds one kind of weights, whatever the choice
         return read_consolidated(path)
     return read_release(path, choice)[0] if is_release(path) else read_weights(path, choice)
+
+
+def _compare_tensors(first: Weights, second: Weights) -> tuple[dict[str, float], tuple[str, ...]]:
+    sides = []
+    has_scale = [weights.model.layer_scale_init is not None for weights in (first, second)]
+    for weights, scaled in zip((first, second), has_scale, strict=True):
+        folds = scaled and not all(has_scale)
+        tensors = fold_layer_scale(weights.tensors, weights.model)[0] if folds else weights.tensors
+        sides.append({**tensors, **weights.buffers})
+    ours, theirs = sides
+    mismatches = [f"{name} is in A alone" for name in sorted(ours.keys() - theirs.keys())]
+    mismatches += [f"{name} is in B alone" for name in sorted(theirs.keys() - ours.keys())]
+    differences = {}
+    for name in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[name], theirs[name]
+        if a.shape != b.shape:
+            mismatches.append(f"{name} is {tuple(a.shape)} in A and {tuple(b.shape)} in B")
+            continue
+        differences[name] = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+        dtypes = [str(side.dtypes.get(name, value.dtype)) for side, value in ((first, a), (second, b))]
+        if dtypes[0] != dtypes[1]:
+            mismatches.append(f"{name} is stored as {dtypes[0]} in A and {dtypes[1]} in B")
+    return differences, tuple(mismatches)
 
 
 @torch.no_grad()

@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nepa.checkpoint.conversion.release_config import model_from_release, model_to_release
@@ -21,11 +19,12 @@ from megatron_nepa.checkpoint.format.release_names import (
     to_release,
 )
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
+from megatron_nepa.checkpoint.reading.tensor_files import MODEL_FILE, read_folder, unwrap
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, trunk_layouts
 from megatron_nepa.checkpoint.saving.store import beside
 from megatron_nepa.config import ConfigError, require
 
-_CONFIG, _RAW, _EMA = "config.json", "model*.safetensors", "pytorch_model_ema.bin"
+_CONFIG, _RAW, _EMA = "config.json", "model*.safetensors*", "pytorch_model_ema.bin"
 
 
 def is_release(path: Path) -> bool:
@@ -47,7 +46,7 @@ def read_release(folder: Path, choice: Choice | None = None, fold: bool = False)
     Raises:
         ConfigError: where a file is missing, needs pickle, or does not fit config.json.
     """
-    require(is_release(folder), f"{folder} is no released model: it needs {_CONFIG}, and {_RAW} or {_EMA}.")
+    require(is_release(folder), f"{folder} is no released model: it needs {_CONFIG}, and {MODEL_FILE} or {_EMA}.")
     try:
         values = json.loads((folder / _CONFIG).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -57,10 +56,11 @@ def read_release(folder: Path, choice: Choice | None = None, fold: bool = False)
     except (TypeError, AttributeError) as error:  # a field of another type, or no object at all
         raise ConfigError(f"{folder / _CONFIG} describes no released model: {error}.") from None
     kind = choice or ("ema" if (folder / _EMA).is_file() else "raw")
-    state = _read_average(folder / _EMA) if kind == "ema" else _read_safetensors(folder)
+    state = unwrap(_read_average(folder / _EMA) if kind == "ema" else _read_raw(folder), folder)
     state, added = add_missing_qk_norm(state, config)
     notes = [f"QK-norm weights that are not in the file start as ones: {', '.join(added)}"] if added else []
-    tensors = {name: value.float() for name, value in from_release(state, config).items()}
+    stored = from_release(state, config)
+    tensors = {name: value.float() for name, value in stored.items()}
     misfits = [
         f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(form.shape)} by {_CONFIG}"
         for name, form in trunk_layouts(config, masked=False).items()
@@ -70,7 +70,8 @@ def read_release(folder: Path, choice: Choice | None = None, fold: bool = False)
     if fold:
         tensors, config = fold_layer_scale(tensors, config)
         notes.append("LayerScale is folded: train with --model.layer_scale_init none")
-    return Weights(config, tensors, f"{'average' if kind == 'ema' else 'raw weights'} of the release {folder}"), notes
+    origin = f"{'average' if kind == 'ema' else 'raw weights'} of the release {folder}"
+    return Weights(config, tensors, origin, dtypes={name: value.dtype for name, value in stored.items()}), notes
 
 
 def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[str]:
@@ -101,16 +102,9 @@ def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[st
     return [f"left out, since the release has no such tensor: {', '.join(dropped)}"] if dropped else []
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob(_RAW))
-    require(bool(files), f"{folder} holds no {_RAW}: ask for the average ({_EMA}).")
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            state.update(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
-    return state
+def _read_raw(folder: Path) -> dict[str, Tensor]:
+    require(any(folder.glob(_RAW)), f"{folder} holds no {MODEL_FILE}: ask for the average ({_EMA}).")
+    return read_folder(folder)
 
 
 def _read_average(path: Path) -> dict[str, Tensor]:

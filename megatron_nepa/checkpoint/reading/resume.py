@@ -68,6 +68,13 @@ def find_checkpoint(path: str) -> Path:
         newest = store.latest()
         if newest is not None:
             return newest
+    require(not folder.is_file(), f"{path} is a file, not a checkpoint's folder: give the folder.")
+    pickles = sorted(file.name for ending in ("bin", "pth", "pt") for file in folder.glob(f"*.{ending}"))
+    require(
+        not pickles,
+        f"{path} holds no checkpoint but {', '.join(pickles[:1])}, a pickle, which could run code when read: have "
+        "its tensors saved as safetensors.",
+    )
     raise ConfigError(
         f"{path} holds no checkpoint: give a folder such as OUTPUT_DIR/checkpoints/step_00001000, or an OUTPUT_DIR."
     )

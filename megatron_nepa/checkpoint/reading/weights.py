@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -20,8 +20,9 @@ from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
+from megatron_nepa.checkpoint.reading.tensor_files import read_safetensors, unwrap
 from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sync_folder
-from megatron_nepa.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, require
+from megatron_nepa.config import ModelConfig, OptimizerConfig, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.layers import ParameterLayout, layout_of
@@ -39,12 +40,14 @@ class Weights:
         tensors: fp32, under the names of the model's parameters.
         origin: what they are, in words.
         buffers: the module's persistent ones, under their names.
+        dtypes: in which tensors were stored, where that may not be as they are here.
     """
 
     model: ModelConfig
     tensors: dict[str, Tensor]
     origin: str
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
@@ -183,14 +186,13 @@ def read_consolidated(path: Path) -> Weights:
     Raises:
         ConfigError: where it is no such file.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from None
+    found = unwrap(read_safetensors(path), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
     require("model" in metadata, f"{path} does not say what model it holds: it was not written by consolidate.")
-    return Weights(ModelConfig(**json.loads(metadata["model"])), tensors, metadata["origin"])
+    tensors = {name: value.to(stored_dtype(value)) for name, value in found.items()}
+    dtypes = {name: value.dtype for name, value in found.items()}
+    return Weights(ModelConfig(**json.loads(metadata["model"])), tensors, metadata["origin"], dtypes=dtypes)
 
 
 class ParameterForm(NamedTuple):
