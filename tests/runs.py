@@ -61,11 +61,11 @@ def pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> s
 def call_script(main: Callable[[list[str]], None], arguments: list[str]) -> str | None:
     """Call a training script's main function: None, or "ConfigError: ..." for an error that a user would see."""
     from megatron_nepa.config import ConfigError
-    from megatron_nepa.training.stopping.errors import RunStopped, TrainingError
+    from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
 
     try:
         main(arguments)
-    except (ConfigError, TrainingError, RunStopped) as error:
+    except (ConfigError, TrainingError, RankTrainingError, RunStopped) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

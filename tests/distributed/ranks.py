@@ -24,22 +24,33 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         AssertionError: with the traceback of every rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(TIMEOUT_SECONDS)
-        alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-        for process in ranks:
-            process.kill()
+        alive = [rank for rank, status in enumerate(_run(world_size, folder, function, arguments)) if status is None]
         outcomes = [_read(Path(folder) / f"{rank}.pickle") for rank in range(world_size)]
     errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
     if errors or alive:
         raise AssertionError(f"ranks still running: {alive}\n" + "\n".join(errors))
     return [value for value, _ in outcomes]
+
+
+def exit_statuses(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """Call a function that ends its process on fresh gloo ranks; the exit status of each, None of one that hung."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(world_size, folder, function, arguments)
+
+
+def _run(world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[int | None]:
+    ranks = [
+        _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(TIMEOUT_SECONDS)
+    statuses = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    return statuses
 
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

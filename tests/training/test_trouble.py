@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import exit_statuses, run_ranks
 from tests.runs import TINY, make_images, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -159,3 +159,50 @@ def test_a_lost_rank_ends_the_others_within_seconds(victim: int, images: Path, t
     assert len(told) == 1, outputs
     assert told[0].startswith(f"error: lost rank {victim}: its process ended")
     assert "Traceback" not in "".join(outputs)
+
+
+def a_bad_image_and_deaf_peers(arguments: list[str], log: Path) -> None:
+    """Rank 1's images cannot be read in step 2; the others wait in native code that no signal ends, as in NCCL."""
+    import ctypes
+
+    from megatron_nepa.config import ConfigError
+    from megatron_nepa.data.loaders.pretraining import PretrainingLoader as Loader
+    from megatron_nepa.training.engine.engine import TrainingEngine
+    from megatron_nepa.training.stopping.process import exit_on_user_error
+    from pretrain_nepa import main
+
+    rank = int(os.environ["RANK"])
+    real_next, real_step, calls = Loader.__next__, TrainingEngine.step, [0, 0]
+
+    def reading(self: Loader) -> object:
+        calls[0] += 1
+        if calls[0] == 2 and rank == 1:
+            (log / "failed").touch()
+            raise ConfigError("every image of the batch is bad.")
+        return real_next(self)
+
+    def waiting(self: TrainingEngine, learning_rate: float) -> object:
+        calls[1] += 1
+        if calls[1] == 2:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            ctypes.CDLL(None).sleep(100)
+        return real_step(self, learning_rate)
+
+    Loader.__next__ = reading  # type: ignore[method-assign, assignment]
+    TrainingEngine.step = waiting  # type: ignore[method-assign, assignment]
+    with (log / f"rank{rank}.txt").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    with exit_on_user_error():
+        main(arguments)
+
+
+def test_a_bad_image_on_one_rank_ends_the_others_within_seconds(images: Path, tmp_path: Path) -> None:
+    """The peers' main threads never come back from native code: their watches end them."""
+    arguments = [*TINY, f"--data={images}", "--steps=9", "--global_batch_size=12", f"--output_dir={tmp_path}/run"]
+    statuses = exit_statuses(3, a_bad_image_and_deaf_peers, arguments, tmp_path)
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 20
+    assert statuses == [3, 3, 3]
+    told = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(3)]
+    assert "error: rank 1: every image of the batch is bad." in told[1]
+    assert "lost rank 1" in told[0]
+    assert "Traceback" not in "".join(told)

@@ -7,8 +7,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what to look at."""
 
 
-class RankTrainingError(TrainingError):
-    """One rank cannot go on, and only it knows why."""
+class RankTrainingError(RuntimeError):
+    """One rank cannot go on, and only it knows why: the others wait for it in a collective.
+
+    No :class:`TrainingError`, which every rank raises after the same step.
+    """
 
 
 class RunStopped(RuntimeError):

@@ -35,8 +35,14 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except RunStopped:
         status = EXIT_STOPPED
+    except RankTrainingError as error:
+        # at once: the process group cannot be taken down while the others wait in its collectives, and they are told
+        # by the end of this process (:mod:`.lost_rank`)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_TRAINING_FAILED)
     except (ConfigError, TrainingError) as error:
-        if isinstance(error, RankTrainingError) or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
     except KeyboardInterrupt:  # Ctrl-C before training, which has its own handler
