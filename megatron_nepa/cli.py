@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Union
 
 from megatron_nepa.config import SHORT_NAMES, ConfigError, Run, RunConfig, override, refuse_ignored
+from megatron_nepa.config.pretraining import NEIGHBOURS
 
 # what a flag of several values means where none is given
-BARE_VALUES = {"parallel.activation_checkpointing": "full"}
+BARE_VALUES: dict[str, Any] = {"parallel.activation_checkpointing": "full", "knn": NEIGHBOURS}
 
 
 Recipes = Mapping[str, Callable[[], Run]]

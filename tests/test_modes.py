@@ -74,3 +74,9 @@ def test_the_table_names_fields_that_exist() -> None:
     known = {name for run in runs for name in run}
     known |= {name.partition(".")[0] for name in known}
     assert {name for mode in MODES for name in mode.ignored} <= known
+
+
+def test_both_neighbour_classifiers_have_the_same_defaults() -> None:
+    probe = parse_command_line([], "", PRETRAIN).run.probe  # type: ignore[attr-defined]
+    alone = parse_command_line(["--knn", VALID], "", PROBE).run
+    assert (probe.neighbours, probe.pooling, probe.block) == (alone.knn, alone.trunk.pooling, alone.trunk.block)

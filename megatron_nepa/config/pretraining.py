@@ -9,6 +9,8 @@ from megatron_nepa.config.checks import require
 from megatron_nepa.config.run import RunConfig
 from megatron_nepa.config.sections import ObjectiveConfig
 
+NEIGHBOURS = 20  # that vote where no number is given, as in DINO
+
 
 @dataclass(frozen=True)
 class ProbeConfig:
@@ -23,9 +25,9 @@ class ProbeConfig:
     # block, counted from 0, whose output is probed; none takes the last one's after the final norm
     block: int | None = None
     # feature of an image: last, its last token, or mean, the mean of its patches
-    pooling: Literal["last", "mean"] = "mean"
+    pooling: Literal["last", "mean"] = "last"
     # neighbours that vote
-    neighbours: int = 20
+    neighbours: int = NEIGHBOURS
     # images of a batch on each replica
     batch_size: int = 64
 

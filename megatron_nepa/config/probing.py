@@ -38,7 +38,8 @@ class ProbingConfig(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # dtype of the head; the trunk's is --trunk.dtype
     dtype: Literal["bf16", "fp32"] = "fp32"
-    # classify the validation images by so many nearest training images, write neighbours.json and end; none trains
+    # classify the validation images by so many nearest training images, write neighbours.json and end (the bare
+    # flag: 20); none trains
     knn: int | None = None
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def flags(folder: Path, output: Path, *more: str) -> list[str]:
 
 
 def probing(folder: Path) -> list[str]:
-    return ["--probe_every=2", f"--probe_data={folder / 'labelled'}", "--probe.neighbours=3"]
+    return ["--probe_every=2", f"--probe_data={folder / 'labelled'}", "--probe.neighbours=3", "--probe.pooling=mean"]
 
 
 def with_and_without(folder: Path, output: Path) -> None:
