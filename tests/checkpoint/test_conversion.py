@@ -212,6 +212,7 @@ def test_the_checkpoints_of_other_tasks_are_refused_by_kind(names: list[str], me
         ("[]", "config.json describes no released model"),
         ('{"hidden_size": "wide"}', "config.json describes no released model"),
         ('{"hidden_size": 64', "config.json is no JSON"),
+        ('{"model_type": "bert"}', "config.json is of another model"),
     ],
 )
 def test_a_config_json_that_describes_nothing(text: str, message: str, release: Path, tmp_path: Path) -> None:

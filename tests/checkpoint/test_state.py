@@ -53,7 +53,7 @@ class ApexAdam(torch.optim.Optimizer):
 
 def of_one_rank(module: nn.Module) -> TrainState:
     """A module without ZeRO, under the stand-in."""
-    flats = list(module.parameters())
+    flats: list[Tensor] = list(module.parameters())
     optimizer = ApexAdam(flats)
     fragments = {name: Fragment(i, 0, 0, param.numel()) for i, (name, param) in enumerate(module.named_parameters())}
     topology: Any = SimpleNamespace(

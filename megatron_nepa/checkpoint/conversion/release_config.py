@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_nepa.config import IMAGE_CHANNELS, ConfigError, ModelConfig, require
 
+_MODEL_TYPE = "vit_nepa"
 # the release's class defaults: Hugging Face writes only fields that differ from them
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
@@ -57,6 +58,8 @@ def model_from_release(values: Mapping[str, Any]) -> ModelConfig:
         ConfigError: naming the field that our model has no counterpart for.
     """
     theirs = {**_DEFAULTS, **values}
+    kind = theirs.get("model_type", _MODEL_TYPE)
+    require(kind == _MODEL_TYPE, f'config.json is of another model: "model_type" is {kind!r}, not {_MODEL_TYPE!r}.')
     for name, value in _FIXED.items():
         require(theirs[name] == value, f'config.json has "{name}": {theirs[name]!r}; this model only serves {value!r}.')
     activation = (theirs["use_gated_mlp"], theirs["hidden_act"])
@@ -105,7 +108,7 @@ def model_to_release(model: ModelConfig, num_labels: int | None = None, pooled: 
             )
     gated, activation = next(key for key, value in _ACTIVATIONS.items() if value == model.mlp)
     values = {
-        "model_type": "vit_nepa",
+        "model_type": _MODEL_TYPE,
         "architectures": ["ViTNepaForPreTraining" if num_labels is None else "ViTNepaForImageClassification"],
         "image_size": model.image_size,
         "patch_size": model.patch_size,
