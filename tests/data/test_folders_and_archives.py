@@ -1,0 +1,218 @@
+"""What a folder or a tar file holds is what is listed, or one sentence says why not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_nepa.config import ConfigError
+from megatron_nepa.data.index import walk as walking
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.indexing.write_shards import write_shards
+
+PIXEL = b"\xff\xd8\xff images are not decoded here"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+
+
+def labels_by_name(index: DatasetIndex) -> dict[str, int | str]:
+    names = [index.names[i] for i in range(len(index))]
+    return {
+        name: index.classes[k] if k >= 0 and index.classes else int(k)
+        for name, k in zip(names, index.label, strict=True)
+    }
+
+
+def fill(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PIXEL)
+
+
+def test_what_is_passed_over_in_a_folder(tmp_path: Path) -> None:
+    """Hidden entries at any depth, pipes, links that lead nowhere or to what is listed: counted, never images."""
+    fill(tmp_path, "cat/1.jpg", "dog/deep/2.jpg", "cat/._1.jpg", "dog/.ipynb_checkpoints/2.jpg", "__MACOSX/cat/1.jpg")
+    fill(tmp_path, "backup.tar", "cat/notes.txt")
+    os.mkfifo(tmp_path / "cat/pipe.jpg")
+    (tmp_path / "cat/gone.jpg").symlink_to("nowhere")
+    (tmp_path / "cat/loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "cat/dogs").symlink_to("../dog")
+    (tmp_path / "dog/cats").symlink_to("../cat")
+    (tmp_path / "ox").mkdir()
+    index = list_source(tmp_path)
+    assert labels_by_name(index) == {"cat/1.jpg": "cat", "dog/deep/2.jpg": "dog"}
+    for part in ("3 hidden", "2 links to folders", "2 links that", "1 entries", "1 archives", "1 files", "1 folders"):
+        assert part in index.notes[0]
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    fill(tmp_path, "train/1.jpg", "val/2.jpg")
+    assert "its classes are train, val" in list_source(tmp_path).notes[-1]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any depth, whatever the system says."""
+    fill(tmp_path, "cat/1.jpg", "dog/deep/2.jpg")
+    real = os.scandir
+
+    def failing(path: Path) -> object:
+        if Path(path).name == "deep":
+            raise OSError(116, "Stale file handle")
+        return real(path)
+
+    monkeypatch.setattr(walking.os, "scandir", failing)
+    with pytest.raises(ConfigError, match=r"dog/deep cannot be read \(stale file handle\)"):
+        list_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "labels"),
+    [
+        ({"0.rgb.jpg": PIXEL, "0.cls": b"3\n", "1.jpg": PIXEL, "1.cls": b" 4"}, {"0.rgb.jpg": 3, "1.jpg": 4}),
+        ({"a.b/0.jpg": PIXEL, "a.b/0.cls": b"1", "c/0.JPG": PIXEL, "c/0.CLS": b"2.0"}, {"a.b/0.jpg": 1, "c/0.JPG": 2}),
+        ({"0.v1.jpg": PIXEL, "0.v1.cls": b"1", "0.v2.jpg": PIXEL, "0.v2.cls": b"2"}, {"0.v1.jpg": 1, "0.v2.jpg": 2}),
+        ({"0.jpg": PIXEL, "0.cls": b"\xef\xbb\xbf10"}, {"0.jpg": 10}),
+        ({"0.jpg": PIXEL, "0.cls.txt": b"5"}, {"0.jpg": 5}),
+        (
+            {"0.jpg": PIXEL, "0.cls": b"big ox", "1.jpg": PIXEL, "1.json": b'{"label": "ant"}'},
+            {"0.jpg": "big ox", "1.jpg": "ant"},
+        ),
+        ({"0.jpg": PIXEL, "0.cls": b"1", "1.jpg": PIXEL, "1.json": b"["}, {"0.jpg": 1, "1.jpg": -1}),
+        ({"0.jpg": PIXEL, "._0.jpg": PIXEL, "__MACOSX/0.jpg": PIXEL}, {"0.jpg": -1}),
+        ({"./d/cat/deep/0.jpg": PIXEL, "./d/dog/1.jpg": PIXEL}, {"d/cat/deep/0.jpg": "cat", "d/dog/1.jpg": "dog"}),
+    ],
+)
+def test_labels_in_an_archive(tmp_path: Path, members: dict[str, bytes], labels: dict[str, int | str]) -> None:
+    write_tar(tmp_path / "s.tar", list(members.items()))
+    assert labels_by_name(list_source(tmp_path)) == labels
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"0.jpg": PIXEL, "0.cls": b"1", "0.json": b"2"}, "two labels, 1 in 0.cls and 2 in 0.json"),
+        ({"0.jpg": PIXEL, "0.cls": b"1", "1.jpg": PIXEL, "1.cls": b"ox"}, "mixes numbers and names"),
+        ({"0.jpg": PIXEL, "0.cls": b"-1"}, "holds the label -1"),
+        ({"0.jpg": PIXEL, "0.cls": b"1\n2"}, "more than one line"),
+        ({"0.jpg": PIXEL, "cat/1.jpg": PIXEL}, "hold 1 images beside class folders"),
+        ({"0.jpg": PIXEL, "b.tar.gz": b"x"}, "no plain tar file"),
+        ({"0.cls": b"1"}, "hold no images"),
+    ],
+)
+def test_archives_that_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    write_tar(tmp_path / "s.tar", list(members.items()))
+    with pytest.raises(ConfigError, match=message):
+        list_source(tmp_path)
+
+
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+    """By their name, and where the name hides it."""
+    write_tar(tmp_path / "a.tar.gz", [("0.jpg", PIXEL)], "w:gz")
+    with pytest.raises(ConfigError, match=r"a\.tar\.gz is no plain tar file"):
+        list_source(tmp_path)
+    (tmp_path / "a.tar.gz").rename(tmp_path / "a.tar")
+    with pytest.raises(ConfigError, match=r"a\.tar is cut short or damaged"):
+        list_source(tmp_path / "a.tar")
+
+
+def test_links_inside_an_archive(tmp_path: Path) -> None:
+    """Are what they lead to; one that leads out of the archive is refused."""
+    write_tar(tmp_path / "s.tar", [("cat/0.jpg", PIXEL)])
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:
+        for name, kind, target in (
+            ("dog/1.jpg", tarfile.LNKTYPE, "cat/0.jpg"),
+            ("dog/2.jpg", tarfile.SYMTYPE, "1.jpg"),
+        ):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, target
+            archive.addfile(header)
+    index = list_source(tmp_path)
+    assert labels_by_name(index) == {"cat/0.jpg": "cat", "dog/1.jpg": "dog", "dog/2.jpg": "dog"}
+    assert len(set(index.offset.tolist())) == 1
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:
+        header.name, header.linkname = "dog/3.jpg", "/elsewhere.jpg"
+        archive.addfile(header)
+    with pytest.raises(ConfigError, match=r"dog/3\.jpg as a link to /elsewhere\.jpg, which it does not hold"):
+        list_source(tmp_path)
+
+
+names = st.builds(
+    lambda folder, stem, extension: f"{folder}x{stem}{extension}",
+    st.sampled_from(["", "a/", "a.b/"]),
+    st.text("01._", max_size=3),
+    st.sampled_from([".jpg", ".png", ".JPG"]),
+)
+
+
+def test_packing_keeps_every_label(tmp_path: Path, examples: Callable[[Callable[[], None]], None]) -> None:
+    """Whatever the names and however the labels are numbered; the order of the images stays as well."""
+
+    @given(st.lists(st.tuples(names, st.integers(0, 3)), min_size=1, max_size=6, unique_by=lambda pair: pair[0]))
+    def holds(pairs: list[tuple[str, int]]) -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for number, (name, _) in enumerate(pairs):
+            fill(tmp_path / "in", name)
+            (tmp_path / "in" / name).write_bytes(PIXEL + bytes([number]))
+        sizes, labels = np.ones(len(pairs), np.int32), np.array([label for _, label in pairs], np.int32)
+        index = DatasetIndex(tmp_path / "in", PackedNames.pack(name for name, _ in pairs), sizes, sizes, labels)
+        write_shards(index, tmp_path / "out", 4, workers=1, progress=False)
+        packed = list_source(tmp_path / "out")
+        assert packed.label.tolist() == labels.tolist()
+        contents = [
+            (tmp_path / "out" / packed.shards[packed.shard[i]]).read_bytes()[packed.offset[i] :][: packed.size[i]][-1]
+            for i in range(len(packed))
+        ]
+        assert contents == list(range(len(pairs)))
+
+    examples(holds)
+
+
+def test_damaged_archives_end_in_a_sentence(tmp_path: Path, examples: Callable[[Callable[[], None]], None]) -> None:
+    """Any cut and any changed bytes: every image with its label, or a refusal; never a traceback or a hang."""
+    truth = {f"{i}.jpg": i for i in range(3)}
+    members = [m for i in range(3) for m in ((f"{i}.jpg", PIXEL), (f"{i}.cls", str(i).encode()))]
+    write_tar(tmp_path / "whole.tar", members)
+    whole = (tmp_path / "whole.tar").read_bytes()[: 14 * 512]
+
+    @given(st.integers(0, len(whole)), st.lists(st.tuples(st.integers(0, 512 * 12), st.integers(0, 255)), max_size=3))
+    def holds(length: int, changes: list[tuple[int, int]]) -> None:
+        content = bytearray(whole[:length])
+        for place, byte in changes:
+            if place < len(content):
+                content[place] = byte
+        (tmp_path / "s.tar").write_bytes(content)
+        try:
+            index = list_source(tmp_path / "s.tar")
+        except ConfigError:
+            return
+        if not changes:
+            assert labels_by_name(index) == truth
+
+    examples(holds)
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', "[1]", '["a", "a"]', "x"])
+def test_class_names_beside_shards(tmp_path: Path, value: str) -> None:
+    write_tar(tmp_path / "s.tar", [("0.jpg", PIXEL), ("0.cls", b"1")])
+    (tmp_path / "classes.json").write_bytes(json.dumps(["ox", "ant"]).encode("utf-8-sig"))
+    assert labels_by_name(list_source(tmp_path)) == {"0.jpg": "ant"}
+    (tmp_path / "classes.json").write_text(value)
+    with pytest.raises(ConfigError, match="repair it"):
+        list_source(tmp_path)
