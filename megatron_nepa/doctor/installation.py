@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 
 from megatron_nepa.data.index.builtin import cache_folder
 from megatron_nepa.doctor.report import Row
+from megatron_nepa.kernels.attention.backends import import_flash_attn
 
 REQUIRED = ("megatron_nepa", "torch", "torchvision", "deepspeed", "triton", "numpy", "safetensors", "timm", "wandb")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -35,6 +38,8 @@ def check_installation() -> Iterator[Row]:
     yield from _devices()
     yield from _optional()
     yield from _compilers()
+    if torch.cuda.is_available():
+        yield nvcc()
     yield from _folders()
     yield _slurm()
 
@@ -91,11 +96,26 @@ def _optional() -> Iterator[Row]:
         "transformers": ("transformers", "serves benchmark.py train --baseline", "benchmark.py has no peer to time"),
     }
     for name, (module, with_it, without) in parts.items():
-        if _can_find(module):
+        broken = _why_broken(module)
+        if broken is not None:
+            yield Row(name, "absent", f"{broken}: {without}")
+        elif _can_find(module):
             unused = "" if on_gpu or name not in ("flash-attn", "Apex") else "; unused without a GPU"
             yield Row(name, "ok", f"{installed(module.partition('.')[0]) or installed(name) or ''}: {with_it}{unused}")
         else:
             yield Row(name, "absent", without)
+
+
+def _why_broken(module: str) -> str | None:
+    """Why an optional package that is installed will not be used; None where nothing speaks against it."""
+    if module == "flash_attn":
+        try:
+            import_flash_attn()
+        except ImportError as error:
+            return str(error)
+    if module == "apex.optimizers" and _can_find(module) and not _can_find("amp_C"):
+        return "built without its CUDA extensions"
+    return None
 
 
 def _can_find(module: str) -> bool:
@@ -119,6 +139,22 @@ def _compilers() -> Iterator[Row]:
         yield Row(name, "failed", f"no {missing}", remedy)
     else:
         yield Row(name, "absent", f"no {missing}: needed by --compile and ds_configs/zero2_offload.json")
+
+
+def nvcc() -> Row:
+    """The CUDA compiler that DeepSpeed's FusedAdam is built with, whose major version must be torch's."""
+    from torch.utils.cpp_extension import CUDA_HOME  # it looks for the compiler when it is imported
+
+    instead = "torch's fused AdamW takes the place of DeepSpeed's"
+    path = Path(CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
+    if not path.is_file():
+        return Row("nvcc", "absent", f"not found: {instead}")
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.\d+", text)
+    if release is None or release[1] != str(torch.version.cuda).partition(".")[0]:
+        found = f"CUDA {release[0].removeprefix('release ')}" if release else "an unknown version"
+        return Row("nvcc", "absent", f"{path} is of {found}, torch of CUDA {torch.version.cuda}: {instead}")
+    return Row("nvcc", "ok", f"{path}, {release[0]}")
 
 
 def _folders() -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -126,8 +127,9 @@ def _triton_kernels(
 def _apex_layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor] | None:
     """NVIDIA Apex's fused LayerNorm of an fp32 stream with bf16 weights, or None without Apex."""
     try:  # the package "apex" of PyPI is another project, without this module
+        importlib.import_module("fused_layer_norm_cuda")  # which an Apex built without CUDA extensions lacks
         from apex.normalization.fused_layer_norm import mixed_dtype_fused_layer_norm_affine
-    except ImportError:
+    except (ImportError, OSError):
         return None
 
     def apex_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import sys
 
 import pytest
 import torch
@@ -65,6 +66,19 @@ def test_flash_attention_is_absent_without_the_package():
     if importlib.util.find_spec("flash_attn") is not None:
         pytest.skip("flash-attn is installed")
     assert attention.flash_attention(deterministic=False) is None
+
+
+@pytest.mark.parametrize("error", [None, ImportError("undefined symbol: _ZN3c10"), OSError("libcudart.so.12")])
+def test_a_flash_attn_that_cannot_be_used_gives_way_to_sdpa(monkeypatch, caplog, tmp_path, error):
+    """flash-attn-4 alone has no packed function; a build for another torch cannot be imported."""
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("" if error is None else f"raise {error!r}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert names(attention.attention_candidates(64, BF16, deterministic=False))[0] == "sdpa_flash"
+    assert "flash_attn is installed but cannot be used" in caplog.text
+    sys.modules.pop("flash_attn", None)
 
 
 def names(candidates):

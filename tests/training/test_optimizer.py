@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.training.engine.ema import ExponentialMovingAverage
 from megatron_nepa.training.engine.learning_rates import LearningRates
-from megatron_nepa.training.engine.optimizer import build_optimizer
+from megatron_nepa.training.engine.optimizer import build_optimizer, optimizer_extensions
 from tests.distributed.cases import MODEL
 
 
@@ -73,3 +74,30 @@ def test_the_average_equals_its_definition(warmup: bool) -> None:
         initial_share *= decay
         assert config.ema_initial_share(step) == pytest.approx(initial_share, abs=1e-6)
     torch.testing.assert_close(average.tensors, expected)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_extension_that_cannot_be_built(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without nvcc DeepSpeed raises an exception of its own: torch's AdamW serves, and under offload one sentence."""
+    from megatron_nepa.training.engine import extensions
+
+    class Builder:
+        def load(self, verbose: bool) -> None:
+            raise OSError("CUDA_HOME environment variable is not set.\nPlease set it.")
+
+    class Accelerator:
+        def create_op_builder(self, name: str) -> Builder:
+            return Builder()
+
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", Accelerator)
+    monkeypatch.setattr(extensions, "on_all_ranks", lambda topology, work: [None, work()])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "unused")
+    cuda = torch.device("cuda")
+    reason = extensions.build_extensions(optimizer_extensions(cuda, offload), None)  # type: ignore[arg-type]
+    assert reason == "CUDA_HOME environment variable is not set. Please set it."
+    if not offload:
+        groups = [{"params": [torch.nn.Parameter(torch.ones(3))]}]
+        optimizer = build_optimizer(groups, OptimizerConfig(), cuda, offload, built=False)
+        assert type(optimizer) is torch.optim.AdamW

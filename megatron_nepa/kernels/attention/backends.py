@@ -53,15 +53,36 @@ def sdpa_with(backend: SDPBackend) -> Attention:
     return attention
 
 
+def import_flash_attn() -> Callable[..., Tensor] | None:
+    """The packed function of flash-attn 2.8, or None where no package of that name is installed.
+
+    Raises:
+        ImportError: the package is there and cannot serve: flash-attn-4 alone, which has its name and not the function,
+            or a build for another torch.
+    """
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    try:
+        packed: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_qkvpacked_func
+    except (ImportError, OSError, AttributeError) as error:  # OSError: a library with undefined symbols
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImportError(f"flash_attn is installed but cannot be used ({reason})") from error
+    return packed
+
+
 def flash_attention(deterministic: bool) -> Attention | None:
-    """FlashAttention-2's packed interface (flash-attn 2.8), or None where the package is not installed.
+    """FlashAttention-2's packed interface (flash-attn 2.8), or None where it is not installed or broken.
 
     Args:
         deterministic: make backward repeat bit for bit, a little slower (forward always does).
     """
-    if importlib.util.find_spec("flash_attn") is None:
+    try:
+        packed = import_flash_attn()
+    except ImportError as error:
+        logger.warning("attention: %s; torch's SDPA takes its place.", error)
         return None
-    packed = importlib.import_module("flash_attn").flash_attn_qkvpacked_func
+    if packed is None:
+        return None
 
     def flash_attn(qkv: Tensor, causal: bool) -> Tensor:
         out: Tensor = packed(qkv, causal=causal, deterministic=deterministic)

@@ -9,12 +9,16 @@ from itertools import pairwise
 
 import torch
 
+# for how long at most the device is kept busy while calls are queued, and no GPU's clock is faster than this
+MAX_HEAD_START = 2.0
+CYCLES_PER_SECOND = 3e9
+
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 20, warmup: int = 3) -> float:
     """Median time of ``call`` in milliseconds.
 
-    On a GPU the calls are queued back to back between CUDA events, so that the cost of launching from Python hides
-    behind the device's work, as it does in training; elsewhere each call is timed on the wall clock.
+    On a GPU the calls are queued back to back between CUDA events while the device is kept busy, so that it runs them
+    without waiting for Python; elsewhere each call is timed on the wall clock.
     """
     for _ in range(warmup):
         call()
@@ -23,6 +27,10 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int 
     with torch.cuda.device(device):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        host_seconds = time.perf_counter() - start
+        torch.cuda._sleep(int(min(2 * repeats * host_seconds, MAX_HEAD_START) * CYCLES_PER_SECOND))
         marks[0].record()
         for mark in marks[1:]:
             call()

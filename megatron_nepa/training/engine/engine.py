@@ -23,6 +23,8 @@ from megatron_nepa.training.engine.extensions import build_extensions
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.engine.optimizer import build_optimizer, optimizer_extensions
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -70,10 +72,14 @@ class TrainingEngine:
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         model.to(topology.device)
         with quiet_deepspeed():
-            build_extensions(optimizer_extensions(topology.device, offload), topology)
+            missing = build_extensions(optimizer_extensions(topology.device, offload), topology)
+        if missing is not None and offload:
+            raise ConfigError(f"DeepSpeed's CPU Adam, which offload needs, cannot be built: {missing}.")
+        if missing is not None and topology.is_main:
+            logger.warning("optimizer: torch's fused AdamW, since DeepSpeed's cannot be built: %s", missing)
         if groups is None:
             groups = LearningRates(run, total_steps=1).groups(model)
-        optimizer = build_optimizer(groups, run.optimizer, topology.device, offload)
+        optimizer = build_optimizer(groups, run.optimizer, topology.device, offload, built=missing is None)
         self.deepspeed = _initialize(model, optimizer, ds_config, topology)
         self.module: nn.Module = self.deepspeed.module
         self.masters: Masters = find_masters(self.deepspeed, self.module)

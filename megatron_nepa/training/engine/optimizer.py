@@ -11,7 +11,7 @@ from megatron_nepa.config import OptimizerConfig
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device, offload: bool
+    groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device, offload: bool, built: bool = True
 ) -> torch.optim.Optimizer:
     """AdamW in the fastest form that is there, or LARS.
 
@@ -20,10 +20,11 @@ def build_optimizer(
         config: name, betas and epsilon; the learning rate is set at every step.
         device: of the training.
         offload: ZeRO offload keeps masters and moments on the CPU, which takes DeepSpeed's own CPU Adam.
+        built: whether the extensions of :func:`optimizer_extensions` are there.
 
     Returns:
-        DeepSpeedCPUAdam under offload; on a GPU apex's FusedAdam where apex is installed, else DeepSpeed's; on a CPU
-        torch's fused AdamW. For "lars" timm's LARS.
+        DeepSpeedCPUAdam under offload; on a GPU apex's FusedAdam where apex is installed, else DeepSpeed's; on a CPU,
+        and where DeepSpeed's is not built, torch's fused AdamW. For "lars" timm's LARS.
     """
     if config.name == "lars":
         from megatron_nepa.training.engine.lars import build_lars  # probes alone wait for timm
@@ -34,9 +35,10 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=config.eps, adamw_mode=True)
-    if device.type != "cuda":
+    has_apex = device.type == "cuda" and _has_apex()
+    if device.type != "cuda" or (not has_apex and not built):
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
-    if _has_apex():
+    if has_apex:
         from apex.optimizers import FusedAdam as ApexFusedAdam
 
         return ApexFusedAdam(groups, lr=0.0, betas=betas, eps=config.eps, adam_w_mode=True)
@@ -53,5 +55,9 @@ def optimizer_extensions(device: torch.device, offload: bool) -> list[str]:
 
 
 def _has_apex() -> bool:
-    # the unrelated project that owns the name on PyPI has no such module
-    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+    # the unrelated project that owns the name on PyPI has no such module, and an Apex built without its CUDA extensions
+    # has the module but not amp_C, without which FusedAdam refuses to start
+    has_package = (
+        importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+    )
+    return has_package and importlib.util.find_spec("amp_C") is not None

@@ -67,7 +67,9 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> DevicePeak:
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of the fastest of several products of two ``size`` x ``size`` matrices."""
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (
+        torch.randn(size, size, device=device).to(dtype) for _ in range(2)
+    )  # on ones a GPU draws less, and clocks higher
     out = torch.empty_like(a)
     times: list[float] = []
     while len(times) < 4 or sum(times) < _MEASURED_SECONDS:
