@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index import walk as walking
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.folder import read_sizes
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing.write_shards import write_shards
 
@@ -216,3 +217,47 @@ def test_class_names_beside_shards(tmp_path: Path, value: str) -> None:
     (tmp_path / "classes.json").write_text(value)
     with pytest.raises(ConfigError, match="repair it"):
         list_source(tmp_path)
+
+
+def test_an_image_that_the_system_does_not_give_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no bad image, which would be left out: nothing is known about it."""
+    fill(tmp_path, "cat/1.jpg", "dog/2.jpg")
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(ConfigError, match=r"cat/1\.jpg cannot be read: permission denied\."):
+        read_sizes(list_source(tmp_path))
+
+
+entries = st.tuples(
+    st.sampled_from(["cat", "dog", "dog/deep", "a b", ".cache", "dog/__MACOSX"]),
+    st.sampled_from(["0.jpg", "1.PNG", "._0.jpg", "notes.txt", "0.jpg.part", "old.zip"]),
+)
+links = st.tuples(st.sampled_from(["cat", "dog", "a b", "."]), st.sampled_from(["cat", "dog", "a b", ".", ".."]))
+
+
+def test_every_tree_is_listed_once(tmp_path: Path, examples: Callable[[Callable[[], None]], None]) -> None:
+    """Every image once, with the class of the folder that it really lies in, whatever links lie about."""
+
+    @given(st.sets(entries, min_size=1), st.lists(links, max_size=4))
+    def holds(files: set[tuple[str, str]], led: list[tuple[str, str]]) -> None:
+        root = tmp_path / "tree"
+        shutil.rmtree(root, ignore_errors=True)
+        fill(root, *("/".join(file) for file in files))
+        for number, (place, target) in enumerate(led):
+            (root / place).mkdir(exist_ok=True)
+            (root / place / f"link{number}").symlink_to(os.path.relpath(root / target, root / place))
+        truth = {
+            f"{folder}/{name}": folder.split("/")[0]
+            for folder, name in files
+            if name in ("0.jpg", "1.PNG") and folder not in (".cache", "dog/__MACOSX")
+        }
+        if truth:
+            assert labels_by_name(list_source(root)) == truth
+        else:
+            with pytest.raises(ConfigError, match=r"no images|no plain tar file"):
+                list_source(root)
+
+    examples(holds)
