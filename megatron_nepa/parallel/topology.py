@@ -130,6 +130,14 @@ def init_distributed() -> torch.device:
             "and a free port, or start with deepspeed or torchrun, which do.",
         )
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    if device_type == "cuda":
+        count = torch.cuda.device_count()
+        require(
+            local_rank < count,
+            f"rank {os.environ['RANK']} is number {local_rank} of its node, where it sees {count} GPU(s): start at "
+            "most one rank a GPU, and let every rank see all of its node's GPUs (Slurm: --gpus-per-node, not "
+            "--gpus-per-task).",
+        )
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)

@@ -17,6 +17,7 @@ from megatron_nepa.training.engine.deepspeed_config import resolve
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.reporting.announce import describe_end, describe_start
 from megatron_nepa.training.reporting.curves import draw_figures
+from megatron_nepa.training.reporting.device_memory import reset_peak_memory
 from megatron_nepa.training.reporting.flops import device_peak_flops
 from megatron_nepa.training.reporting.log import RunLog
 from megatron_nepa.training.reporting.run_directory import RunDirectory
@@ -97,6 +98,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     with waiting_for("building the data pipeline", topology.is_main):
         loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
     loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)
+    reset_peak_memory(topology.device)
     try:
         progress, stopped = loop.run_from(progress)
     finally:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa, flash_attention
 from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import select_kernels
+from megatron_nepa.kernels.launching.timing import milliseconds
 from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
 from megatron_nepa.kernels.residual_norm.reference import layer_norm_reference, residual_norm_reference
 from megatron_nepa.kernels.swiglu.reference import swiglu_reference
@@ -106,15 +108,27 @@ def test_every_attention_back_end_agrees_and_one_is_chosen(caplog):
 
 
 def test_a_block_of_operations_compiles_in_one_graph():
+    """In bf16, as flash-attn takes it; the two runs round at other places, so that their gradients differ a little."""
     kernels = select_kernels("triton", "cuda")
-    weight = normal(192, 3 * 192).requires_grad_()
-    inputs, angles = normal(2 * 257, 192), normal(257, 32)
+    weight = (normal(192, 3 * 192) / 192**0.5).to(torch.bfloat16).requires_grad_()
+    inputs, angles = normal(2 * 257, 192, dtype=torch.bfloat16), normal(257, 32)
 
     def step(inputs):
         qkv = (inputs @ weight).view(2, 257, 3, 3, 64)
         mixed = kernels.attention(kernels.qk_norm_rope(qkv, angles, None, None, None, True, EPS), True)
-        return kernels.swiglu(mixed.flatten(2).flatten(0, 1) @ weight[:, :384]).square().mean()
+        return kernels.swiglu(mixed.flatten(2).flatten(0, 1) @ weight[:, :384]).float().square().mean()
 
     (expected,) = torch.autograd.grad(step(inputs), weight)
     (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(inputs), weight)
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+    assert (got - expected).float().norm() < 0.03 * expected.float().norm()
+
+
+def test_time_spent_in_python_is_not_the_devices():
+    """Each call keeps the host for 2 ms and the device for a few microseconds."""
+    x = normal(16)
+
+    def call():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    assert milliseconds(call, x.device) < 0.5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_nepa.training.reporting.device_memory import memory_gb
+from megatron_nepa.training.reporting.device_memory import memory_gb, reset_peak_memory
 from tests.distributed.cases import Case, build_engine, sample_images
 from tests.distributed.ranks import run_ranks
 
@@ -53,3 +53,13 @@ def test_a_thousand_steps_leak_no_tensor_and_no_graph() -> None:
 def test_a_kept_loss_would_be_seen() -> None:
     before, after = run_ranks(1, tensors_after, 3, 3, True)[0]
     assert after[1] >= before[1] + 3
+
+
+def test_the_peak_of_start_up_is_forgotten_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(f"reset {device}"))
+    reset_peak_memory(torch.device("cpu"))
+    assert calls == []
+    reset_peak_memory(torch.device("cuda", 1))
+    assert calls == ["empty", "reset cuda:1"]

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from nvidia.dali import Pipeline, fn, types
 
 from megatron_nepa.data.decoding.encoded_images import EncodedImages
@@ -47,7 +48,7 @@ def decodes_whole(images: EncodedImages, index: DatasetIndex, image: int, device
 @lru_cache(maxsize=1)
 def _pipeline(device: str) -> Pipeline:
     on_gpu = device == "cuda"
-    pipeline = Pipeline(1, 1, 0 if on_gpu else None, prefetch_queue_depth=1)
+    pipeline = Pipeline(1, 1, torch.cuda.current_device() if on_gpu else None, prefetch_queue_depth=1)
     with pipeline:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         image = fn.decoders.image(encoded, adjust_orientation=False, device="mixed" if on_gpu else "cpu")
