@@ -29,6 +29,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import open_image
 from megatron_nepa.data.index.index_file import load_index, save_index
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
 
@@ -117,19 +118,18 @@ def _images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: 
 
 def _loader(index: DatasetIndex, batch: int, threads: int) -> PretrainingLoader:
     config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN, horizontal_flip=True)
-    share = _whole(batch)
-    return PretrainingLoader(index, config, IMAGE_SIZE, SEED, share, torch.device("cpu"), torch.float32)
+    return PretrainingLoader(index, config, IMAGE_SIZE, _whole(batch))
 
 
 def _crops(index: DatasetIndex, batch: int, threads: int) -> CropStream:
     config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
     options = DecoderOptions.of(config, index, torch.device("cpu"))
-    return CropStream(index, config, IMAGE_SIZE, SEED, _whole(batch), options)
+    return CropStream(index, config, IMAGE_SIZE, _whole(batch), options)
 
 
-def _whole(batch: int) -> Share:
+def _whole(batch: int) -> Feed:
     """One rank that loads everything."""
-    return Share(batch, batch, 1, 0, 1, 0, 1)
+    return Feed(Share(batch, batch, 1, 0, 1, 0, 1), SEED, torch.device("cpu"), torch.float32)
 
 
 def _dali_reader(folder: Path, batch: int, threads: int) -> NextBatch:

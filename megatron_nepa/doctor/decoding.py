@@ -16,6 +16,7 @@ from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import DecoderOptions
 from megatron_nepa.data.index.builtin import photograph_files
 from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.doctor.report import Row
@@ -57,9 +58,8 @@ def photographs(folder: Path) -> None:
 def crops(folder: Path, device: torch.device) -> Tensor:
     """The first crops of a run, as training decodes them, uint8 [COUNT, 3, SIZE, SIZE]."""
     index, config = scan_folder(folder), DataConfig(num_threads=1)
-    stream = CropStream(
-        index, config, SIZE, SEED, Share(COUNT, COUNT, 1, 0, 1, 0, 1), DecoderOptions.of(config, index, device)
-    )
+    feed = Feed(Share(COUNT, COUNT, 1, 0, 1, 0, 1), SEED, device, torch.uint8)
+    stream = CropStream(index, config, SIZE, feed, DecoderOptions.of(config, index, device))
     try:
         images: Tensor = next(stream)[0].clone()
     finally:

@@ -18,7 +18,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import Batch, build_index
-from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.models.trunk import DTYPES
@@ -64,20 +64,9 @@ class ClassificationTask(Task):
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
         """This rank's augmented micro-batches from sample ``consumed_samples`` on."""
-        run, topology = self.run, self.topology
-        return FinetuningLoader(
-            self.index,
-            run.data,
-            run.augmentation,
-            run.model.image_size,
-            self.num_classes,
-            run.seed,
-            Share.of(run, topology),
-            topology.device,
-            DTYPES[run.dtype],
-            consumed_samples,
-            bad_image_log,
-        )
+        run = self.run
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log)
+        return FinetuningLoader(self.index, run.data, run.augmentation, run.model.image_size, self.num_classes, feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """A rate for every layer."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader, build_index
-from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
@@ -50,13 +50,11 @@ class PretrainingTask(Task):
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> PretrainingLoader | SyntheticLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""
-        run, device = self.run, self.topology.device
-        size, share, dtype = run.model.image_size, Share.of(run, self.topology), DTYPES[run.dtype]
+        run = self.run
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log)
         if self.index is None:
-            return SyntheticLoader(size, run.seed, share, device, dtype, consumed_samples)
-        return PretrainingLoader(
-            self.index, run.data, size, run.seed, share, device, dtype, consumed_samples, bad_image_log
-        )
+            return SyntheticLoader(run.model.image_size, feed)
+        return PretrainingLoader(self.index, run.data, run.model.image_size, feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """One rate for all layers."""

@@ -16,7 +16,7 @@ from megatron_nepa.config import AugmentationConfig, ConfigError, ProbingConfig,
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.pretraining import Batch
-from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES, Trunk
@@ -84,20 +84,9 @@ class ProbingTask(Task):
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
         """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
-        run, topology = self.run, self.topology
-        return FinetuningLoader(
-            self.index,
-            run.data,
-            CROPS_ONLY,
-            run.model.image_size,
-            count_classes(self.index),
-            run.seed,
-            Share.of(run, topology),
-            topology.device,
-            DTYPES[run.trunk.dtype],
-            consumed_samples,
-            bad_image_log,
-        )
+        run = self.run
+        feed = Feed.of(run, self.topology, DTYPES[run.trunk.dtype], consumed_samples, bad_image_log)
+        return FinetuningLoader(self.index, run.data, CROPS_ONLY, run.model.image_size, count_classes(self.index), feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """One rate."""

@@ -16,7 +16,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.pairs import pair_index
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.loaders.segmentation import SegmentationLoader
-from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.segmenter import Decoder, SegmentationOutput, Segmenter
 from megatron_nepa.models.trunk import DTYPES
@@ -74,20 +74,9 @@ class SegmentationTask(Task):
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> SegmentationLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""
-        run, topology = self.run, self.topology
-        return SegmentationLoader(
-            self.index,
-            run.data,
-            run.crops,
-            run.masks,
-            run.model.image_size,
-            run.seed,
-            Share.of(run, topology),
-            topology.device,
-            DTYPES[run.dtype],
-            consumed_samples,
-            bad_image_log,
-        )
+        run = self.run
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log)
+        return SegmentationLoader(self.index, run.data, run.crops, run.masks, run.model.image_size, feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """Layer-wise decayed rates; the neck and heads have the run's own."""

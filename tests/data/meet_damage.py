@@ -26,6 +26,7 @@ from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
 from megatron_nepa.data.loaders.segmentation import SegmentationLoader, evaluate_segmentation
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
 
@@ -61,14 +62,14 @@ def write_folder(folder: Path) -> DatasetIndex:
 
 def train(index: DatasetIndex, kind: str, log: Path | None = None) -> tuple[torch.Tensor, int]:
     """The images of some micro-batches of a kind of training, and how many were replaced."""
-    last = SHARE, CPU, torch.float32, 0, log
+    feed = Feed(SHARE, SEED, CPU, torch.float32, bad_image_log=log)
     loader: PretrainingLoader | FinetuningLoader | SegmentationLoader
     if kind == "pretraining":
-        loader = PretrainingLoader(index, CONFIG, SIDE, SEED, *last)
+        loader = PretrainingLoader(index, CONFIG, SIDE, feed)
     elif kind == "finetuning":
-        loader = FinetuningLoader(index, CONFIG, PLAIN, SIDE, 2, SEED, *last)
+        loader = FinetuningLoader(index, CONFIG, PLAIN, SIDE, 2, feed)
     else:
-        loader = SegmentationLoader(index, CONFIG, CROPS, MASKS, SIDE, SEED, *last)
+        loader = SegmentationLoader(index, CONFIG, CROPS, MASKS, SIDE, feed)
     images = torch.cat([batch.images for batch in islice(loader, MICRO_BATCHES)])
     replaced = loader.num_bad_images
     loader.close()

@@ -26,6 +26,7 @@ from megatron_nepa.data.index.headers import MAX_PIXELS, UnreadableImageError, i
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +156,9 @@ def test_the_largest_images_train(tmp_path: Path, kind: str) -> None:
     Image.new("L", (2**14, 2**14), 90).save(folder / f"image.{kind.lower()}")
     index = build_and_save_index(list_source(folder), tmp_path / "index", "full", workers=1, progress=False)
     assert len(index) == 1
-    loader = PretrainingLoader(index, DataConfig(), 32, 0, Share(2, 2, 1, 0, 1, 0, 1), OPTIONS.device, torch.float32)
+    loader = PretrainingLoader(
+        index, DataConfig(), 32, Feed(Share(2, 2, 1, 0, 1, 0, 1), 0, OPTIONS.device, torch.float32)
+    )
     images = next(iter(loader)).images
     loader.close()
     assert torch.equal(images, torch.full_like(images, 90 / 127.5 - 1))

@@ -18,6 +18,7 @@ from megatron_nepa.data.augmentation.timm_augmentation import RandAugmenter, _tr
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 
 SEED, SIZE = 5, 32
@@ -40,11 +41,7 @@ def take(
         config,
         SIZE,
         3,
-        SEED,
-        share,
-        torch.device("cpu"),
-        torch.float32,
-        consumed,
+        Feed(share, SEED, torch.device("cpu"), torch.float32, consumed),
     )
     batches = list(islice(loader, count))
     assert loader.consumed_samples == consumed + count * share.global_batch_size // share.accumulation_steps
@@ -179,9 +176,9 @@ def test_labels_and_groups_that_do_not_fit_are_refused(photographs: Path) -> Non
         take(photographs, 1, config=replace(CONFIG, mix_group=16))
     with pytest.raises(ConfigError, match="mix_group is 3"):
         replace(CONFIG, mix_group=3)
-    arguments = (Share(8, 8, 1, 0, 1, 0, 1), torch.device("cpu"), torch.float32)
+    feed = Feed(Share(8, 8, 1, 0, 1, 0, 1), SEED, torch.device("cpu"), torch.float32)
     with pytest.raises(ConfigError, match="has label 2, but the classifier has 2 classes"):
-        FinetuningLoader(scan_folder(photographs), DataConfig(), CONFIG, SIZE, 2, SEED, *arguments)
+        FinetuningLoader(scan_folder(photographs), DataConfig(), CONFIG, SIZE, 2, feed)
 
 
 def test_the_strongest_posterisation_is_black() -> None:

@@ -14,6 +14,7 @@ from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 
 pytestmark = [
@@ -27,7 +28,7 @@ def take(folder: Path, device: str, count: int, **arguments: Any) -> list[Batch]
     index = arguments.pop("index", None) or scan_folder(folder)
     config = DataConfig(horizontal_flip=True)
     share = Share(8, 8, 1, 0, 1, 0, 1)
-    loader = PretrainingLoader(index, config, 48, 1, share, torch.device(device), torch.float32)
+    loader = PretrainingLoader(index, config, 48, Feed(share, 1, torch.device(device), torch.float32))
     batches = list(islice(loader, count))
     loader.close()
     return batches
@@ -50,10 +51,7 @@ def test_a_batch_costs_no_wait_of_the_host(photographs: Path) -> None:
         scan_folder(photographs),
         DataConfig(horizontal_flip=True),
         48,
-        1,
-        Share(8, 8, 1, 0, 1, 0, 1),
-        torch.device("cuda"),
-        torch.bfloat16,
+        Feed(Share(8, 8, 1, 0, 1, 0, 1), 1, torch.device("cuda"), torch.bfloat16),
     )
     next(loader)
     torch.cuda.set_sync_debug_mode("error")

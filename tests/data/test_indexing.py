@@ -25,15 +25,15 @@ from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import write_shards
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 
 
 def first_images(index: DatasetIndex) -> torch.Tensor:
     """Two batches of the run over an index."""
     share = Share(16, 16, 1, 0, 1, 0, 1)
-    loader = PretrainingLoader(
-        index, DataConfig(), 32, 3, share, torch.device("cpu"), torch.float32, consumed_samples=32
-    )
+    feed = Feed(share, 3, torch.device("cpu"), torch.float32, consumed_samples=32)
+    loader = PretrainingLoader(index, DataConfig(), 32, feed)
     images = torch.cat([batch.images for batch in islice(loader, 2)])
     loader.close()
     return images

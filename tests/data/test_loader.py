@@ -21,6 +21,7 @@ from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipelin
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
 
@@ -32,15 +33,13 @@ def make_loader(folder: Path, **changes: Any) -> PretrainingLoader:
     """A loader of global batch 8 on one rank, with any argument, data field or size of the share changed."""
     fields = {name: changes.pop(name) for name in list(changes) if name in DataConfig.__dataclass_fields__}
     sizes = {name: changes.pop(name) for name in list(changes) if name in Share.__dataclass_fields__}
+    delivery = {name: changes.pop(name) for name in list(changes) if name in Feed.__dataclass_fields__}
+    share = replace(Share(GLOBAL, GLOBAL, 1, 0, 1, 0, 1), **sizes)
     arguments: dict[str, Any] = {
         "index": changes.get("index") or scan_folder(folder),
         "config": DataConfig(**({"horizontal_flip": True} | fields)),
         "image_size": SIZE,
-        "seed": SEED,
-        "share": replace(Share(GLOBAL, GLOBAL, 1, 0, 1, 0, 1), **sizes),
-        "device": CPU,
-        "dtype": torch.float32,
-        "consumed_samples": 0,
+        "feed": replace(Feed(share, SEED, CPU, torch.float32), **delivery),
     }
     return PretrainingLoader(**(arguments | changes))
 
@@ -274,7 +273,7 @@ def test_sizes_that_do_not_fit_are_refused(photographs: Path) -> None:
 
 def test_synthetic_loader() -> None:
     """Same interface: sample numbers of the run, one set of images, sharded over tensor-parallel ranks."""
-    whole = SyntheticLoader(SIZE, 0, Share(4, 16, 2, 1, 2, 0, 1), CPU, torch.bfloat16, consumed_samples=16)
+    whole = SyntheticLoader(SIZE, Feed(Share(4, 16, 2, 1, 2, 0, 1), 0, CPU, torch.bfloat16, consumed_samples=16))
     first, second = islice(whole, 2)
     assert first.sample_index.tolist() == [20, 21, 22, 23]
     assert second.sample_index.tolist() == [28, 29, 30, 31]
@@ -284,5 +283,5 @@ def test_synthetic_loader() -> None:
     assert first.images.max() <= 1
     assert first.images.float().std() > 0.5
     assert whole.consumed_samples == 32
-    part = next(SyntheticLoader(SIZE, 0, Share(4, 16, 2, 1, 2, 1, 2), CPU, torch.bfloat16))
+    part = next(SyntheticLoader(SIZE, Feed(Share(4, 16, 2, 1, 2, 1, 2), 0, CPU, torch.bfloat16)))
     assert torch.equal(part.images, first.images[2:])

@@ -17,6 +17,7 @@ from PIL import Image
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +36,8 @@ def make_loader(folder: str | Path, batch: int, consumed: int = 0) -> Pretrainin
     """A loader of one rank."""
     config = DataConfig(horizontal_flip=True)
     share = Share(batch, batch, 1, 0, 1, 0, 1)
-    return PretrainingLoader(scan_folder(folder), config, 32, 1, share, torch.device("cpu"), torch.float32, consumed)
+    feed = Feed(share, 1, torch.device("cpu"), torch.float32, consumed)
+    return PretrainingLoader(scan_folder(folder), config, 32, feed)
 
 
 def digest(images: torch.Tensor) -> str:

@@ -27,6 +27,7 @@ from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.loaders import segmentation as module
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.loaders.segmentation import SegmentationLoader, evaluate_segmentation
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
 
@@ -57,9 +58,8 @@ def take(
 ) -> list[Batch]:
     """Some training batches, global batch 8."""
     share = share or Share(8, 8, 1, 0, 1, 0, 1)
-    loader = SegmentationLoader(
-        index, DataConfig(num_threads=threads), CROPS, MASKS, SIDE, SEED, share, CPU, torch.float32, consumed
-    )
+    feed = Feed(share, SEED, CPU, torch.float32, consumed)
+    loader = SegmentationLoader(index, DataConfig(num_threads=threads), CROPS, MASKS, SIDE, feed)
     batches = list(islice(loader, count))
     loader.close()
     return batches
@@ -234,7 +234,8 @@ def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
     mask.write_bytes(mask.read_bytes()[:60])
     gone.unlink()
     share = Share(8, 8, 1, 0, 1, 0, 1)
-    loader = SegmentationLoader(index, DataConfig(), CROPS, MASKS, SIDE, SEED, share, CPU, torch.float32, 0, log)
+    feed = Feed(share, SEED, CPU, torch.float32, bad_image_log=log)
+    loader = SegmentationLoader(index, DataConfig(), CROPS, MASKS, SIDE, feed)
     images, labels = join(list(islice(loader, 2)))  # 16 samples: an epoch of 11 and a half
     assert loader.num_bad_images >= 3
     loader.close()
@@ -258,7 +259,7 @@ def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
             assert torch.equal(batch.labels, labels[batch.sample_index])
 
     loader = SegmentationLoader(
-        index, DataConfig(on_bad_image="fail"), CROPS, MASKS, SIDE, SEED, share, CPU, torch.float32
+        index, DataConfig(on_bad_image="fail"), CROPS, MASKS, SIDE, Feed(share, SEED, CPU, torch.float32)
     )
     with pytest.raises(ConfigError, match=r"cannot be decoded.*data.on_bad_image is fail"):
         list(islice(loader, 2))

@@ -17,6 +17,7 @@ from megatron_nepa.checkpoint.reading.weights import Weights, load_whole, stored
 from megatron_nepa.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.classification import FinetuningLoader
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, TrunkFeatures
@@ -117,9 +118,8 @@ def train_by_hand(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     features = TrunkFeatures(build_trunk(), 0, "mean")
     share = Share(12, 12, 1, 0, 1, 0, 1)
     data = DataConfig(horizontal_flip=True, num_threads=1)
-    loader = FinetuningLoader(
-        scan_folder(folder / "train"), data, CROPS_ONLY, 32, 6, SEED, share, torch.device("cpu"), torch.float32
-    )
+    feed = Feed(share, SEED, torch.device("cpu"), torch.float32)
+    loader = FinetuningLoader(scan_folder(folder / "train"), data, CROPS_ONLY, 32, 6, feed)
     drawn = LinearProbe(32, 6, SEED, TensorGroup())
     norm, linear = nn.BatchNorm1d(32, affine=False, eps=1e-6), nn.Linear(32, 6)
     linear.load_state_dict(drawn.classifier.state_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
@@ -14,8 +13,8 @@ from megatron_nepa.data.decoding.pipelines import DecoderOptions, ImagePipeline,
 from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.decoding.substitution import SubstitutingPipeline
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray, crop_boxes
-from megatron_nepa.data.sampling.rank_share import Share
 
 
 class CropStream:
@@ -27,11 +26,8 @@ class CropStream:
         index: the images.
         config: crop, reader and substitution settings.
         image_size: side S of the crops.
-        seed: the run's seed.
-        share: which samples this rank loads.
+        feed: which samples this rank loads.
         options: where and how images are decoded.
-        consumed_samples: samples of the steps already taken.
-        bad_image_log: JSON-lines file that substituted images are appended to.
         interpolation: of the resize.
     """
 
@@ -40,22 +36,24 @@ class CropStream:
         index: DatasetIndex,
         config: DataConfig,
         image_size: int,
-        seed: int,
-        share: Share,
+        feed: Feed,
         options: DecoderOptions,
-        consumed_samples: int = 0,
-        bad_image_log: Path | None = None,
         interpolation: Interpolation = "bilinear",
     ) -> None:
-        self._index, self._config, self._seed, self._share = index, config, seed, share
+        self._index, self._config, self._seed, self._share = index, config, feed.seed, feed.share
         self._image_size, self._options, self._interpolation = image_size, options, interpolation
         self._store = EncodedImages(index)
         self._reader = SampleReader(
-            index, config, seed, share.local_samples, lambda sample, image: self._store.read(image), bad_image_log
+            index,
+            config,
+            feed.seed,
+            feed.share.local_samples,
+            lambda sample, image: self._store.read(image),
+            feed.bad_image_log,
         )
         self._images: dict[int, IntArray] = {}  # that the micro-batches under way show
         self._pipeline = SubstitutingPipeline(
-            self._build, self._reader, self._undecodable_slots, share.first_micro_batch(consumed_samples)
+            self._build, self._reader, self._undecodable_slots, feed.share.first_micro_batch(feed.consumed_samples)
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, IntArray]]:

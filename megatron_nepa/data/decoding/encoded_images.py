@@ -62,7 +62,7 @@ def _is_whole_png(png: npt.NDArray[np.uint8]) -> bool:
     """Whether the lengths of a PNG's chunks lead from one to the next, up to the one that ends the image."""
     place = 8  # behind the signature
     while place + 12 <= len(png):  # length, kind, content, checksum
-        length, kind = struct.unpack_from(">I4s", png, place)
+        length, kind = struct.unpack_from(">I4s", png.data, place)
         place += 12 + length
         if kind == b"IEND":
             return place <= len(png)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray, flips
 from megatron_nepa.data.sampling.rank_share import Share
 
@@ -35,12 +35,7 @@ class FinetuningLoader:
         augmentation: RandAugment, erasing, mixing, smoothing.
         image_size: side S of the crops.
         num_classes: classes C of the targets.
-        seed: the run's seed.
-        share: which samples this rank loads.
-        device: where images are delivered.
-        dtype: of the images.
-        consumed_samples: samples of the steps already taken.
-        bad_image_log: JSON-lines file that substituted images are appended to.
+        feed: which samples this rank loads, and where they go.
 
     Raises:
         ConfigError: labels missing or beyond num_classes, or mixing groups that this rank's share would cut.
@@ -53,14 +48,9 @@ class FinetuningLoader:
         augmentation: AugmentationConfig,
         image_size: int,
         num_classes: int,
-        seed: int,
-        share: Share,
-        device: torch.device,
-        dtype: torch.dtype,
-        consumed_samples: int = 0,
-        bad_image_log: Path | None = None,
+        feed: Feed,
     ) -> None:
-        label = np.asarray(index.label)
+        label, share = np.asarray(index.label), feed.share
         require(bool((label >= 0).all()), f"{index.root} has images without a label: fine-tuning needs one for each.")
         require(
             int(label.max()) < num_classes,
@@ -72,13 +62,12 @@ class FinetuningLoader:
             f"--augmentation.mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a "
             f"rank decodes of a micro-batch: {_possible_groups(augmentation.mix_group, share)}.",
         )
-        self._label, self._share, self._seed, self._num_classes = label, share, seed, num_classes
-        self._augmentation, self._flip, self._device, self._dtype = augmentation, config.horizontal_flip, device, dtype
-        self._augmenter = RandAugmenter(augmentation, seed) if augmentation.rand_augment else None
-        options = DecoderOptions.of(config, index, torch.device("cpu") if self._augmenter else device)
-        self._crops = CropStream(
-            index, config, image_size, seed, share, options, consumed_samples, bad_image_log, "bicubic"
-        )
+        self._label, self._share, self._seed, self._num_classes = label, share, feed.seed, num_classes
+        self._augmentation, self._flip = augmentation, config.horizontal_flip
+        self._device, self._dtype = feed.device, feed.dtype
+        self._augmenter = RandAugmenter(augmentation, feed.seed) if augmentation.rand_augment else None
+        options = DecoderOptions.of(config, index, torch.device("cpu") if self._augmenter else feed.device)
+        self._crops = CropStream(index, config, image_size, feed, options, "bicubic")
         self._micro_batch = self._crops.micro_batch  # the next to be handed out; crops runs ahead of it
         self._pending: deque[tuple[list[Future[Pixels]], IntArray]] = deque()
 

@@ -17,8 +17,8 @@ from megatron_nepa.data.index.builtin import builtin_folder
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import flip_key
-from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.parallel.random import uniform_tensor
 
 SYNTHETIC = "synthetic"
@@ -47,12 +47,7 @@ class PretrainingLoader:
         index: the images.
         config: crop, flip and decoder settings.
         image_size: side S of the crops.
-        seed: the run's seed.
-        share: which samples this rank loads.
-        device: where images are decoded and delivered.
-        dtype: of the images.
-        consumed_samples: samples of the steps already taken, a multiple of the global batch.
-        bad_image_log: JSON-lines file that substituted images are appended to.
+        feed: which samples this rank loads, and where they go.
 
     Raises:
         ConfigError: a restart inside a step; while iterating, an image that cannot be decoded where
@@ -64,17 +59,11 @@ class PretrainingLoader:
         index: DatasetIndex,
         config: DataConfig,
         image_size: int,
-        seed: int,
-        share: Share,
-        device: torch.device,
-        dtype: torch.dtype,
-        consumed_samples: int = 0,
-        bad_image_log: Path | None = None,
+        feed: Feed,
     ) -> None:
-        options = DecoderOptions.of(config, index, device)
-        self._crops = CropStream(index, config, image_size, seed, share, options, consumed_samples, bad_image_log)
-        self._share, self._device, self._dtype = share, device, dtype
-        self._flip_key = flip_key(seed) if config.horizontal_flip else None
+        self._crops = CropStream(index, config, image_size, feed, DecoderOptions.of(config, index, feed.device))
+        self._share, self._device, self._dtype = feed.share, feed.device, feed.dtype
+        self._flip_key = flip_key(feed.seed) if config.horizontal_flip else None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -113,20 +102,13 @@ class SyntheticLoader:
 
     num_bad_images = 0
 
-    def __init__(
-        self,
-        image_size: int,
-        seed: int,
-        share: Share,
-        device: torch.device,
-        dtype: torch.dtype,
-        consumed_samples: int = 0,
-    ) -> None:
+    def __init__(self, image_size: int, feed: Feed) -> None:
+        share, device = feed.share, feed.device
         self._share = share
-        self._micro_batch = share.first_micro_batch(consumed_samples)
-        generator = torch.Generator(device).manual_seed(seed)
+        self._micro_batch = share.first_micro_batch(feed.consumed_samples)
+        generator = torch.Generator(device).manual_seed(feed.seed)
         shape = (share.micro_batch_size, 3, image_size, image_size)
-        images = torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1).to(dtype)
+        images = torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1).to(feed.dtype)
         self._images = images[share.local_start :][: share.local_size].clone()
         self._device = device
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +28,8 @@ from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.pairs import require_masks
 from megatron_nepa.data.loaders.evaluation import Geometry, OnePassLoader, Side
 from megatron_nepa.data.loaders.pretraining import Batch
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import flips
-from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.parallel.random import derive_key, uniform
 
 
@@ -56,12 +55,7 @@ class SegmentationLoader:
         crops: the geometry.
         masks: the classes.
         image_size: side S of the crops.
-        seed: the run's seed.
-        share: which samples this rank loads.
-        device: where images are decoded and delivered.
-        dtype: of the images.
-        consumed_samples: samples of the steps already taken.
-        bad_image_log: JSON-lines file that substituted pairs are appended to.
+        feed: which samples this rank loads, and where they go.
 
     Raises:
         ConfigError: an index without masks; while iterating, a mask with a value that is no class, or an image or mask
@@ -76,23 +70,18 @@ class SegmentationLoader:
         crops: CropConfig,
         masks: MaskConfig,
         image_size: int,
-        seed: int,
-        share: Share,
-        device: torch.device,
-        dtype: torch.dtype,
-        consumed_samples: int = 0,
-        bad_image_log: Path | None = None,
+        feed: Feed,
     ) -> None:
         require_masks(index)
         self._index, self._crops, self._mask_config, self._side = index, crops, masks, image_size
-        self._seed, self._share = seed, share
-        self._device, self._dtype = device, dtype
-        self._options = DecoderOptions.of(config, index, device)
+        self._seed, self._share = feed.seed, feed.share
+        self._device, self._dtype = feed.device, feed.dtype
+        self._options = DecoderOptions.of(config, index, feed.device)
         self._store = EncodedImages(index)
-        self._reader = SampleReader(index, config, seed, share.local_samples, self._read, bad_image_log)
+        self._reader = SampleReader(index, config, feed.seed, feed.share.local_samples, self._read, feed.bad_image_log)
         self._masks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # of the micro-batches under way
         self._pipeline = SubstitutingPipeline(
-            self._build, self._reader, self._undecodable_slots, share.first_micro_batch(consumed_samples)
+            self._build, self._reader, self._undecodable_slots, feed.share.first_micro_batch(feed.consumed_samples)
         )
 
     def __iter__(self) -> Iterator[Batch]:
