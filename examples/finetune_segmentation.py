@@ -8,9 +8,9 @@
         --validation_data /data/ADEChallengeData2016 --output_dir runs/ade20k_evaluation
 
 --data and --validation_data take a folder with images/ and annotations/, in ADE20K's own layout (training/ and
-validation/ in both) or with the pairs right inside, or an index that tools/index_dataset.py wrote. A mask is a
-single-channel PNG of its image's name and size with a number for each pixel; a classes.txt beside images/ names the
-classes. The scores of every class and some pictures go to OUTPUT_DIR/segmentation.
+validation/ in both) or with the pairs right inside, Cityscapes' or Pascal VOC's folder, or an index that
+tools/index_dataset.py wrote. A mask is a PNG of one channel with its image's name and size, a number for each pixel; a
+classes.txt beside images/ names the classes. The scores of every class and some pictures go to OUTPUT_DIR/segmentation.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where full decodes")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
-    parser.add_argument("--split", default="training", help="subfolder of images/ and annotations/")
+    parser.add_argument("--split", default="training", help="part of a set of image and mask pairs")
     parser.add_argument("--labels", help="text file: a label a line in name order, or a name and a label a line")
     parser.add_argument("--devkit_meta", help="meta.mat of ImageNet's development kit, for its validation ground truth")
     parser.add_argument(

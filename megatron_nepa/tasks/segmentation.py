@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_nepa.config import SegmentationConfig, require
 from megatron_nepa.data.decoding.masks import check_masks
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.pairs import pair_index
+from megatron_nepa.data.index.pairs import class_names, pair_index
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.loaders.segmentation import SegmentationLoader
 from megatron_nepa.data.sampling.feed import Feed
@@ -113,5 +113,7 @@ def _pairs(
         f"of model.patch_size {run.model.patch_size}: take it out.",
     )
     with waiting_for(f"checking the values of some {split} masks", topology.is_main):
-        check_masks(index, run.masks, allowed_share)
+        said = check_masks(index, run.masks, allowed_share, class_names(index.root, run.masks))
+    if said and topology.is_main:
+        print(f"{split} masks of {said}")
     return index

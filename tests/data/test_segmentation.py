@@ -33,6 +33,7 @@ from megatron_nepa.data.sampling.rank_share import Share
 
 SEED, CPU = 3, torch.device("cpu")
 CROPS, MASKS, SIDE = CropConfig(shorter_side=96, longer_side=256), MaskConfig(num_classes=4), 64
+NAMES = tuple("abcde")
 COLOURS = np.array([[0, 0, 0], [220, 30, 30], [30, 200, 60], [40, 60, 230], [230, 220, 40]], np.uint8)
 
 
@@ -270,16 +271,16 @@ def test_bad_pairs_are_replaced(pairs: DatasetIndex, tmp_path: Path) -> None:
 
 def test_values_that_are_no_class_are_named(pairs: DatasetIndex) -> None:
     """A mask of four classes against two, and value 0 as a class; a share of unusable masks may be allowed."""
-    check_masks(pairs, MASKS, 0.0)
+    check_masks(pairs, MASKS, 0.0, NAMES)
     with pytest.raises(ConfigError, match=r"holds the value [34], but the classes are 1 to 2"):
-        check_masks(pairs, MaskConfig(num_classes=2), 0.0)
+        check_masks(pairs, MaskConfig(num_classes=2), 0.0, NAMES)
     with pytest.raises(ConfigError, match="holds the value 4, but the classes are 0 to 3"):
-        check_masks(pairs, MaskConfig(num_classes=4, reduce_zero_label=False), 0.0)
+        check_masks(pairs, MaskConfig(num_classes=4, reduce_zero_label=False), 0.0, NAMES)
     assert load_mask(pairs, 0, MaskConfig(num_classes=5, reduce_zero_label=False)).max() == 4
     wrong = replace(pairs, width=np.where(np.arange(11) == 7, 1, pairs.width).astype(np.int32))
-    check_masks(wrong, MASKS, 0.1)
+    check_masks(wrong, MASKS, 0.1, NAMES)
     with pytest.raises(ConfigError, match=r"1 of 11 .*; the first: .*07.jpg is 1 x \d+, its mask"):
-        check_masks(wrong, MASKS, 0.0)
+        check_masks(wrong, MASKS, 0.0, NAMES)
 
 
 def test_folders_of_pairs(pairs: DatasetIndex, tmp_path: Path) -> None:
@@ -294,10 +295,10 @@ def test_folders_of_pairs(pairs: DatasetIndex, tmp_path: Path) -> None:
     assert flat.masks[3] == "annotations/03.png"
     assert np.array_equal(load_mask(flat, 3, MASKS), load_mask(pairs, 3, MASKS))
 
-    assert class_names(tmp_path, 3) == ("class 0", "class 1", "class 2")
+    assert class_names(tmp_path, MaskConfig(num_classes=3)) == ("class 0", "class 1", "class 2")
     (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.2\twall\n2\t0.1\tdoor;double door \n")
-    assert class_names(tmp_path, 2) == ("wall", "door")
+    assert class_names(tmp_path, MaskConfig(num_classes=2)) == ("wall", "door")
     (tmp_path / "classes.txt").write_text("sky\ngrass\n")
-    assert class_names(tmp_path, 2) == ("sky", "grass")
+    assert class_names(tmp_path, MaskConfig(num_classes=2)) == ("sky", "grass")
     with pytest.raises(ConfigError, match="names 2 classes"):
-        class_names(tmp_path, 3)
+        class_names(tmp_path, MaskConfig(num_classes=3))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import UnidentifiedImageError
 
 from megatron_nepa.config import IGNORED, ConfigError, MaskConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import UnreadableImageError, open_image
+from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.mask_file import mask_values
 from megatron_nepa.data.index.pairs import require_masks
 from megatron_nepa.data.sampling.order import IntArray
 
@@ -40,56 +40,88 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
     """The label of every pixel of image ``image``, uint8 [H, W]: a class, or 255.
 
     Raises:
-        UnreadableImageError: the mask cannot be read, is no single-channel image, or has another size than the index
-            says.
+        UnreadableImageError: the mask cannot be read, is of a kind that holds no exact labels, or has another size
+            than the index says.
         ConfigError: a value in it is no class.
     """
     name = index.masks[image]
     try:
-        with open_image(io.BytesIO((index.root / name).read_bytes())) as mask:
-            mode, values = mask.mode, np.array(mask, np.uint8)
-    except Exception as error:  # PIL raises a dozen types on damaged files
-        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error  # PIL names no file here
-        raise UnreadableImageError(f"its mask {name} cannot be read ({reason})") from error
-    if mode not in ("L", "P"):
-        raise UnreadableImageError(f"has a mask {name} with pixels of mode {mode}, not one label each")
+        values = mask_values((index.root / name).read_bytes())
+    except (OSError, UnreadableImageError) as error:
+        raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
     height, width = values.shape
     expected = int(index.width[image]), int(index.height[image])
     if (width, height) != expected:
         raise UnreadableImageError(f"is {expected[0]} x {expected[1]}, its mask {name} {width} x {height}")
     first = int(masks.reduce_zero_label)
-    # 0 - 1 wraps round to 255, which is ignored, and a stored 255 stays
-    labels = np.where(values == IGNORED, values, values - np.uint8(first))
-    unknown = values[(labels >= masks.num_classes) & (labels != IGNORED)]
+    ignored = (values == IGNORED) | (values < first)
+    unknown = values[~ignored & (values >= masks.num_classes + first)]
     if len(unknown):
         raise ConfigError(
             f"the mask {index.root / name} holds the value {unknown[0]}, but the classes are {first} to "
             f"{masks.num_classes - 1 + first}: set --masks.num_classes, or --masks.reduce_zero_label."
         )
-    return labels
+    # an ignored 0 - 1 may wrap round: its place is taken by 255
+    return np.where(ignored, IGNORED, values - first).astype(np.uint8)
 
 
-def check_masks(index: DatasetIndex, masks: MaskConfig, allowed_share: float) -> None:
+def check_masks(index: DatasetIndex, masks: MaskConfig, allowed_share: float, names: Sequence[str]) -> str | None:
     """Read up to 256 masks, spread over the data set, before anything depends on them.
 
     Args:
         index: image and mask pairs.
         masks: what their values mean.
         allowed_share: share of these that may be unreadable or of another size than their image.
+        names: of the classes.
+
+    Returns:
+        A sentence on the classes that never occur in them; None where all do.
 
     Raises:
-        ConfigError: more of them are; a value is no class; the images have no masks.
+        ConfigError: more of them are; a value is no class; no pixel has any class; the images have no masks.
     """
     require_masks(index)
     chosen = np.unique(np.linspace(0, len(index) - 1, min(_CHECKED, len(index))).astype(int)).tolist()
     bad = []
+    counts = np.zeros(IGNORED + 1, np.int64)
     for image in chosen:
         try:
-            load_mask(index, image, masks)
+            counts += np.bincount(load_mask(index, image, masks).ravel(), minlength=IGNORED + 1)
         except UnreadableImageError as error:
             bad.append(f"{index.where(image)} {error}")
     if len(bad) > allowed_share * len(chosen):
         raise ConfigError(f"{len(bad)} of {len(chosen)} image and mask pairs cannot be used; the first: {bad[0]}.")
+    return _say_missing(index, masks, counts, names, len(chosen) - len(bad))
+
+
+def _say_missing(
+    index: DatasetIndex, masks: MaskConfig, counts: npt.NDArray[np.int64], names: Sequence[str], read: int
+) -> str | None:
+    """What the labels that were read lack, and what the ignored values among them could mean."""
+    missing = np.flatnonzero(counts[: masks.num_classes] == 0).tolist()
+    if not missing:
+        return None
+    first = int(masks.reduce_zero_label)
+    found = np.flatnonzero(counts[: masks.num_classes]) + first
+    hint = f"where {IGNORED} means a class, store the class's own number instead, {missing[0] + first} for example"
+    if first:
+        hint += "; where 0 is a class, set --masks.reduce_zero_label false"
+    ignored = f"0 and {IGNORED}, which are" if first else f"{IGNORED}, which is"
+    if not len(found):
+        raise ConfigError(
+            f"no pixel of the {read} masks of {index.root} that were read has a class: they hold no value besides "
+            f"{ignored} ignored; {hint}."
+        )
+    sentence = (
+        f"{index.root}: {len(missing)} of {masks.num_classes} classes never occur in the {read} of {len(index)} masks "
+        f"that were read: {_listed([f'{i + first} ({names[i]})' for i in missing])}; they hold the values "
+        f"{_listed(list(map(str, found)))}"
+    )
+    return f"{sentence} and {ignored} ignored; {hint}." if counts[IGNORED] else f"{sentence}."
+
+
+def _listed(words: list[str]) -> str:
+    return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
 
 
 def choose_crop(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,7 +15,8 @@ import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError, image_size, open_image
+from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError
+from megatron_nepa.data.index.mask_file import mask_size, mask_values
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.workers import SPAWN, worker_pool
 
@@ -135,11 +135,8 @@ def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int], verify: Ver
     except OSError as error:
         raise InaccessibleImageError(f"its mask {name}: {(error.strerror or str(error)).lower()}") from error
     try:
-        mask = image_size(content)
-        if verify == "full":
-            with open_image(io.BytesIO(content)) as picture:  # training reads masks by PIL
-                picture.load()
-    except Exception as error:  # PIL raises a dozen types on damaged files
+        mask = mask_size(content) if verify == "header" else mask_values(content).shape[::-1]
+    except UnreadableImageError as error:
         raise UnreadableImageError(f"its mask {name}: {error}") from error
     if mask != size:
         raise UnreadableImageError(f"is {size[0]} x {size[1]}, its mask {name} {mask[0]} x {mask[1]}")
