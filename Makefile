@@ -38,7 +38,7 @@ test-slurm: .venv/installed
 	$(BIN)/python -m pytest -m slurm
 
 test-gpu: .venv/installed
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/data/test_gpu.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

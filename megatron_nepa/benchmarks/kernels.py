@@ -55,8 +55,9 @@ def time_operation(operation: Operation, device: torch.device, bandwidth: float,
             forward, total = _time(operation, implementation, device, repeats)
             share = operation.minimum_bytes / (total / 1e3) / bandwidth
             rows.append(Timing(operation.name, name, forward, total, share))
-        except (RuntimeError, TypeError, ValueError) as error:
-            rows.append(Timing(operation.name, name, None, None, None, str(error).strip().splitlines()[0]))
+        except Exception as error:  # compilers raise kinds of their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rows.append(Timing(operation.name, name, None, None, None, reason))
     return rows
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 
 import torch
+
+from megatron_nepa import __version__
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Machine:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             threads=torch.get_num_threads(),
             torch_version=torch.__version__,
-            project_version=importlib.metadata.version("megatron_nepa"),
+            project_version=__version__,
             date=datetime.date.today().isoformat(),
         )
 

@@ -51,7 +51,7 @@ def test_the_definition_of_every_operation_runs_forward_and_backward():
 
 def test_a_contender_that_fails_is_a_row_with_its_error():
     def broken(x):
-        raise RuntimeError("needs another GPU\nand more")
+        raise Exception("needs another GPU\nand more")
 
     operation = Operation("square", {"x": torch.randn(4)}, ["x"], 16)
     operation.contenders = {"eager": lambda x: x.square(), "broken": broken}
@@ -65,3 +65,16 @@ def test_copy_bandwidth_is_positive_and_counts_both_directions(monkeypatch):
     monkeypatch.setattr(kernels, "COPY_BYTES", {"cpu": 4096})
     monkeypatch.setattr(kernels, "milliseconds", lambda call, device: 1.0)
     assert kernels.copy_bandwidth(CPU) == pytest.approx(2 * 4096 / 1e-3)
+
+
+def test_the_tool_imports_what_it_is_asked_for_alone():
+    """The benchmark of kernels runs where DALI and DeepSpeed are not installed, and help waits for nothing."""
+    code = (
+        "import runpy, sys\nsys.argv = ['benchmark.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path('tools/benchmark.py', run_name='__main__')\n"
+        "finally: print([name for name in ('torch', 'nvidia.dali', 'deepspeed') if name in sys.modules])"
+    )
+    for arguments, heavy in ((["--help"], "[]"), (["kernels", "--help"], "['torch']")):
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == heavy

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("nvidia.dali")
+
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader

@@ -158,8 +158,9 @@ def fastest_attention(candidates: list[Attention], qkv: Tensor, causal: bool) ->
 
         try:
             times[attention.__name__] = milliseconds(step, qkv.device)
-        except RuntimeError as error:
-            logger.warning("attention: %s does not run here: %s", attention.__name__, str(error).splitlines()[0])
+        except Exception as error:  # packages refuse with assertions and compilers with kinds of their own, too
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("attention: %s does not run here: %s", attention.__name__, reason)
     require(bool(times), f"no attention back-end runs on {qkv.device} with {qkv.dtype} and shape {list(qkv.shape)}.")
     chosen = [min(times, key=lambda name: times[name])]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
