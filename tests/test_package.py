@@ -17,7 +17,7 @@ LAYERS = (
 # inside the large rooms, likewise
 ROOMS = {
     "kernels": (
-        *("launching", "swiglu", "residual_norm", "cosine_loss", "qk_norm_rope", "attention", "dispatch"),
+        *("launching", "operation", "swiglu", "residual_norm", "cosine_loss", "qk_norm_rope", "attention", "dispatch"),
         "proofs",
     ),
     "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),

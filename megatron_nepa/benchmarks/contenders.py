@@ -13,16 +13,13 @@ from torch import Tensor
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
 from megatron_nepa.kernels.attention.products import attention_products
-from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
-from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
-from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
-from megatron_nepa.kernels.swiglu.reference import swiglu_reference
+from megatron_nepa.kernels.dispatch import OPERATIONS
 
 Implementation = Callable[..., Any]
 
 
 @dataclass
-class Operation:
+class Contest:
     """One operation at one shape.
 
     Attributes:
@@ -40,68 +37,35 @@ class Operation:
     contenders: dict[str, Implementation] = field(default_factory=dict)
 
 
-def operations(model: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
+def contests(model: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
     """The fused operations and attention of ``model`` for ``batch`` samples, with random inputs on ``device``."""
-    tokens, width, heads, dim = model.sequence_length, model.hidden_size, model.num_heads, model.head_size
-    rows = batch * tokens
-    fused = device.type == "cuda"
+    rows, on_gpu = batch * model.sequence_length, device.type == "cuda"
+    # of other packages, where they are installed
+    others = {"qk_norm_rope": _flash_rotary, "swiglu": _liger_swiglu, "residual_norm": _other_residual_norms}
 
-    def new(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=kind)
+    def new(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
 
-    def triton(name: str) -> dict[str, Implementation]:
-        module = f"megatron_nepa.kernels.{name}.fused"
-        return {"triton": getattr(importlib.import_module(module), f"{name}_triton")} if fused else {}
+    for operation in OPERATIONS:
+        if operation.serves(model):
+            entrants = _eager_and_compiled(operation.reference)
+            entrants |= {"triton": operation.fused()} if on_gpu else {}
+            entrants |= others[operation.name]() if operation.name in others else {}
+            minimum = sum(operation.minimum_bytes(model, rows, dtype.itemsize))
+            inputs = operation.inputs(model, batch, new)
+            yield Contest(operation.name, inputs, list(operation.trained), minimum, entrants)
 
-    unit = rows * width * dtype.itemsize
-    inputs: dict[str, Any] = {
-        "qkv": new(batch, tokens, 3, heads, dim),
-        "angles": new(tokens, dim // 2, kind=torch.float32),
-        "scale": None,
-        "q_weight": None,
-        "k_weight": None,
-        "norm": True,
-        "eps": model.layer_norm_eps,
-    }
-    contenders = _eager_and_compiled(qk_norm_rope_reference) | triton("qk_norm_rope") | _flash_rotary()
-    yield Operation("qk_norm_rope", inputs, ["qkv"], 10 * unit, contenders)
-
-    if model.mlp == "swiglu":
-        inputs = {"gate_up": new(rows, 2 * model.mlp_hidden_size)}
-        contenders = _eager_and_compiled(swiglu_reference) | triton("swiglu") | _liger_swiglu()
-        yield Operation("swiglu", inputs, ["gate_up"], 4 * inputs["gate_up"].nbytes, contenders)
-
-    inputs = {
-        "stream": new(rows, width, kind=torch.float32),
-        "branch": new(rows, width),
-        "branch_bias": new(width),
-        "layer_scale": new(width),
-        "row_scale": torch.ones(rows, device=device),
-        "norm_weight": new(width),
-        "norm_bias": new(width),
-        "eps": model.layer_norm_eps,
-    }
-    trained = [name for name in inputs if name not in ("row_scale", "eps")]
-    contenders = _eager_and_compiled(residual_norm_reference) | triton("residual_norm")
-    contenders |= _apex_residual_norm() | _flash_residual_norm()
-    # forward: stream twice, branch, normed; backward: both streams and one gradient in and out, branch, two gradients
-    minimum = 5 * inputs["stream"].nbytes + 5 * unit
-    yield Operation("residual_norm", inputs, trained, minimum, contenders)
-
-    inputs = {"prediction": new(rows, width), "target": new(rows, width)}
-    inputs |= {"shift": 1, "skip": 0, "period": tokens, "first_row": 0, "num_rows": rows}
-    contenders = _eager_and_compiled(cosine_loss_reference) | triton("cosine_loss")
-    yield Operation("cosine_loss", inputs, ["prediction"], 5 * unit, contenders)
-
-    inputs = {"qkv": new(batch, tokens, 3, heads, dim), "causal": model.causal}
-    contenders = {"sdpa": attention_sdpa}
-    if not fused:
-        compiled = torch.compile(attention_products, fullgraph=True)
-        contenders |= {"products": attention_products, "compiled": compiled}
+    heads, dim = model.num_heads, model.head_size
+    inputs = {"qkv": new(batch, model.sequence_length, 3, heads, dim), "causal": model.causal}
+    entrants = {"sdpa": attention_sdpa}
+    if on_gpu:
+        entrants |= {each.__name__: each for each in attention_candidates(dim, dtype, deterministic=False)}
     else:
-        contenders |= {each.__name__: each for each in attention_candidates(dim, dtype, deterministic=False)}
+        compiled = torch.compile(attention_products, fullgraph=True)
+        entrants |= {"products": attention_products, "compiled": compiled}
     # forward: q, k, v, out; backward: those and the gradient of out in, the gradients of q, k and v out
-    yield Operation("attention", inputs, ["qkv"], 12 * unit, contenders)
+    minimum = 12 * rows * model.hidden_size * dtype.itemsize
+    yield Contest("attention", inputs, ["qkv"], minimum, entrants)
 
 
 def _eager_and_compiled(reference: Implementation) -> dict[str, Implementation]:
@@ -131,6 +95,10 @@ def _flash_rotary() -> dict[str, Implementation]:
         return rotary(qkv, angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype))
 
     return {"flash-attn (no norm)": rotate}
+
+
+def _other_residual_norms() -> dict[str, Implementation]:
+    return _apex_residual_norm() | _flash_residual_norm()
 
 
 def _apex_residual_norm() -> dict[str, Implementation]:

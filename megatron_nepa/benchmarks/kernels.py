@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from megatron_nepa.benchmarks.contenders import Implementation, Operation, operations
+from megatron_nepa.benchmarks.contenders import Contest, Implementation, contests
 from megatron_nepa.config import require
 from megatron_nepa.kernels.launching.timing import milliseconds
 from megatron_nepa.recipes import PRETRAINING_RECIPES
@@ -47,7 +47,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), device) / 1e3)
 
 
-def time_operation(operation: Operation, device: torch.device, bandwidth: float, repeats: int = 20) -> list[Timing]:
+def time_operation(operation: Contest, device: torch.device, bandwidth: float, repeats: int = 20) -> list[Timing]:
     """Time every contender; one that fails is a row with its error, not the end of the benchmark."""
     rows = []
     for name, implementation in operation.contenders.items():
@@ -62,7 +62,7 @@ def time_operation(operation: Operation, device: torch.device, bandwidth: float,
 
 
 def _time(
-    operation: Operation, implementation: Implementation, device: torch.device, repeats: int
+    operation: Contest, implementation: Implementation, device: torch.device, repeats: int
 ) -> tuple[float, float]:
     """Milliseconds of forward, and of forward and backward."""
     leaves = {name: operation.inputs[name].detach().clone().requires_grad_() for name in operation.trained}
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     bandwidth = copy_bandwidth(device)
     rows = []
-    for operation in operations(recipe.model, batch, device, dtype):
+    for operation in contests(recipe.model, batch, device, dtype):
         if operation.name in wanted:
             rows += time_operation(operation, device, bandwidth)
     if options.json:

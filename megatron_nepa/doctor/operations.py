@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_nepa.benchmarks.contenders import Implementation, Operation, operations
+from megatron_nepa.benchmarks.contenders import Contest, Implementation, contests
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.doctor.report import Row
 from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
+from megatron_nepa.kernels.dispatch import OPERATIONS
 
 # every operation takes part; on a CPU the kernels run in Triton's interpreter, which is slow
 GPU_MODEL = ModelConfig()
@@ -33,34 +33,34 @@ def check_operations(device: torch.device) -> Iterator[Row]:
             yield Row("fused kernels", "not checked", "Triton was loaded before its interpreter was switched on")
             return
         round_bf16_to_nearest()
-    for operation in operations(GPU_MODEL if on_gpu else CPU_MODEL, 2, device, torch.bfloat16):
-        if operation.name == "attention":
-            yield from check_attention(operation, device)
+    fused = {operation.name: operation.fused for operation in OPERATIONS}
+    for contest in contests(GPU_MODEL if on_gpu else CPU_MODEL, 2, device, torch.bfloat16):
+        if contest.name == "attention":
+            yield from check_attention(contest, device)
         else:
-            module = importlib.import_module(f"megatron_nepa.kernels.{operation.name}.fused")
-            kernel = getattr(module, f"{operation.name}_triton")
             where = "" if on_gpu else " in Triton's interpreter"
-            yield judge(f"kernel {operation.name}", operation, kernel, f"the Triton kernel{where}", KERNELS_REMEDY)
+            kernel = fused[contest.name]()
+            yield judge(f"kernel {contest.name}", contest, kernel, f"the Triton kernel{where}", KERNELS_REMEDY)
 
 
-def check_attention(operation: Operation, device: torch.device) -> Iterator[Row]:
+def check_attention(contest: Contest, device: torch.device) -> Iterator[Row]:
     """Each back-end against SDPA; FlashAttention-2 is absent where flash-attn is."""
     if device.type != "cuda":
-        yield judge("attention", operation, attention_sdpa, "SDPA", "reinstall torch.")
+        yield judge("attention", contest, attention_sdpa, "SDPA", "reinstall torch.")
         yield Row("FlashAttention-2", "not checked", "needs a GPU")
         return
     if importlib.util.find_spec("flash_attn") is None:
         yield Row("FlashAttention-2", "absent", "attention runs through torch's SDPA")
-    head_dim = operation.inputs["qkv"].shape[-1]
+    head_dim = contest.inputs["qkv"].shape[-1]
     for attention in attention_candidates(head_dim, torch.bfloat16, deterministic=False):
         name = attention.__name__
-        yield judge(f"attention {name}", operation, attention, name, ATTENTION_REMEDY)
+        yield judge(f"attention {name}", contest, attention, name, ATTENTION_REMEDY)
 
 
-def judge(name: str, operation: Operation, implementation: Implementation, what: str, remedy: str) -> Row:
+def judge(name: str, contest: Contest, implementation: Implementation, what: str, remedy: str) -> Row:
     """One row: whether ``implementation`` errs little enough (:func:`excess`)."""
     try:
-        found = excess(operation, implementation)
+        found = excess(contest, implementation)
     except Exception as error:  # Triton's compiler raises kinds of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Row(name, "failed", f"{what} does not run: {reason}", remedy)
@@ -68,18 +68,18 @@ def judge(name: str, operation: Operation, implementation: Implementation, what:
     return Row(name, "ok", text) if found <= 1 else Row(name, "failed", text, remedy)
 
 
-def excess(operation: Operation, implementation: Implementation) -> float:
+def excess(contest: Contest, implementation: Implementation) -> float:
     """Largest error of an implementation against fp64, over the allowed one.
 
     Allowed is 2 times (outputs) or 3 times (gradients) the error of the operation's definition in the same dtype, and
     always the rounding of the largest value.
     """
-    definition = next(iter(operation.contenders.values()))
-    doubles = {name: _wide(value) for name, value in operation.inputs.items()}
-    upstream = [torch.randn_like(output) for output in _outputs(definition, operation.inputs)]
-    exact = _evaluate(definition, doubles, operation.trained, [_wide(each) for each in upstream])
-    plain = _evaluate(definition, operation.inputs, operation.trained, upstream)
-    found = _evaluate(implementation, operation.inputs, operation.trained, upstream)
+    definition = next(iter(contest.contenders.values()))
+    doubles = {name: _wide(value) for name, value in contest.inputs.items()}
+    upstream = [torch.randn_like(output) for output in _outputs(definition, contest.inputs)]
+    exact = _evaluate(definition, doubles, contest.trained, [_wide(each) for each in upstream])
+    plain = _evaluate(definition, contest.inputs, contest.trained, upstream)
+    found = _evaluate(implementation, contest.inputs, contest.trained, upstream)
     worst = 0.0
     for factor, parts in ((2, (found[0], plain[0], exact[0])), (3, (found[1], plain[1], exact[1]))):
         for got, usual, expected in zip(*parts, strict=True):

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,23 +14,28 @@ from torch import Tensor
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.kernels.attention.backends import attention_sdpa, choose_attention
-from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
-from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
-from megatron_nepa.kernels.residual_norm.reference import layer_norm_reference, residual_norm_reference
-from megatron_nepa.kernels.swiglu.reference import swiglu_reference
+from megatron_nepa.kernels.cosine_loss.operation import COSINE_LOSS
+from megatron_nepa.kernels.operation import Operation
+from megatron_nepa.kernels.qk_norm_rope.operation import QK_NORM_ROPE
+from megatron_nepa.kernels.residual_norm.operation import RESIDUAL_NORM
+from megatron_nepa.kernels.residual_norm.reference import layer_norm_reference
+from megatron_nepa.kernels.swiglu.operation import SWIGLU
 
 logger = logging.getLogger(__name__)
+
+# what everything that goes through the fused operations iterates; attention's back-ends are no kernels of ours
+OPERATIONS: tuple[Operation, ...] = (QK_NORM_ROPE, SWIGLU, RESIDUAL_NORM, COSINE_LOSS)
 
 
 @dataclass(frozen=True)
 class Kernels:
     """The operations that a model is built from; each field's contract is its reference's docstring."""
 
-    qk_norm_rope: Callable[..., Tensor] = qk_norm_rope_reference
-    swiglu: Callable[[Tensor], Tensor] = swiglu_reference
+    qk_norm_rope: Callable[..., Tensor] = QK_NORM_ROPE.reference
+    swiglu: Callable[[Tensor], Tensor] = SWIGLU.reference
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm_reference
-    residual_norm: Callable[..., tuple[Tensor, Tensor]] = residual_norm_reference
-    cosine_loss: Callable[..., tuple[Tensor, Tensor]] = cosine_loss_reference
+    residual_norm: Callable[..., tuple[Tensor, Tensor]] = RESIDUAL_NORM.reference
+    cosine_loss: Callable[..., tuple[Tensor, Tensor]] = COSINE_LOSS.reference
     attention: Callable[[Tensor, bool], Tensor] = attention_sdpa
 
     def describe(self) -> dict[str, str]:
@@ -102,26 +107,23 @@ def _triton_kernels(
             f"kernels is triton, but the run is on {device}; set kernels to reference, "
             "or TRITON_INTERPRET=1 in the environment to run the kernels, slowly, in Triton's interpreter."
         )
-    from megatron_nepa.kernels.cosine_loss.fused import cosine_loss_triton
-    from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS, qk_norm_rope_triton
-    from megatron_nepa.kernels.residual_norm.fused import residual_norm_triton
-    from megatron_nepa.kernels.swiglu.fused import swiglu_triton
+    from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS
 
-    qk_norm_rope: Callable[..., Tensor] = qk_norm_rope_triton
+    kernels = replace(fused_kernels(), attention=attention)
+    if device.type == "cuda":
+        kernels = replace(kernels, layer_norm=_apex_layer_norm() or layer_norm_reference)
     if attention_shape is not None and attention_shape[3] not in HEAD_DIMS:
         dims = ", ".join(map(str, HEAD_DIMS))
         problem = f"the kernel of QK-norm and RoPE takes head dims {dims}, not {attention_shape[3]}"
         require(choice == "auto", f"kernels is triton, but {problem}; set kernels to auto.")
         logger.warning("kernels: %s; plain torch does their work.", problem)
-        qk_norm_rope = qk_norm_rope_reference
-    return Kernels(
-        qk_norm_rope=qk_norm_rope,
-        swiglu=swiglu_triton,
-        layer_norm=_apex_layer_norm() or layer_norm_reference if device.type == "cuda" else layer_norm_reference,
-        residual_norm=residual_norm_triton,
-        cosine_loss=cosine_loss_triton,
-        attention=attention,
-    )
+        kernels = replace(kernels, qk_norm_rope=QK_NORM_ROPE.reference)
+    return kernels
+
+
+def fused_kernels() -> Kernels:
+    """The Triton kernels of all operations; on tensors without memory their meta implementations run."""
+    return Kernels(**{operation.name: operation.fused() for operation in OPERATIONS})
 
 
 def _apex_layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor] | None:

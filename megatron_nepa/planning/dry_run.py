@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_nepa.config import IMAGE_CHANNELS, PretrainingConfig, require
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.kernels.dispatch import fused_kernels
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.planning.communication import Collective
@@ -111,23 +111,7 @@ def join_fake_group(world_size: int) -> None:
 def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> NepaForPretraining:
     """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
     with torch.device("meta"):
-        return NepaForPretraining(run.model, run.objective, run.parallel, run.seed, tensor, gpu_kernels())
-
-
-def gpu_kernels() -> Kernels:
-    """The fused operations of a GPU; on tensors without memory their meta implementations run."""
-    # imported here: planning without a dry run does not wait for Triton
-    from megatron_nepa.kernels.cosine_loss.fused import cosine_loss_triton
-    from megatron_nepa.kernels.qk_norm_rope.fused import qk_norm_rope_triton
-    from megatron_nepa.kernels.residual_norm.fused import residual_norm_triton
-    from megatron_nepa.kernels.swiglu.fused import swiglu_triton
-
-    return Kernels(
-        qk_norm_rope=qk_norm_rope_triton,
-        swiglu=swiglu_triton,
-        residual_norm=residual_norm_triton,
-        cosine_loss=cosine_loss_triton,
-    )
+        return NepaForPretraining(run.model, run.objective, run.parallel, run.seed, tensor, fused_kernels())
 
 
 def _give_fake_parameters(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_nepa.benchmarks import kernels
-from megatron_nepa.benchmarks.contenders import Operation, operations
+from megatron_nepa.benchmarks.contenders import Contest, contests
 from megatron_nepa.recipes.pretraining import quickstart
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_an_unknown_operation_is_refused():
 
 def test_the_definition_of_every_operation_runs_forward_and_backward():
     found = []
-    for operation in operations(quickstart().model, 1, CPU, torch.float32):
+    for operation in contests(quickstart().model, 1, CPU, torch.float32):
         definition = next(iter(operation.contenders.values()))
         operation.contenders = {"definition": definition}
         (row,) = kernels.time_operation(operation, CPU, bandwidth=1e9)
@@ -53,7 +53,7 @@ def test_a_contender_that_fails_is_a_row_with_its_error():
     def broken(x):
         raise Exception("needs another GPU\nand more")
 
-    operation = Operation("square", {"x": torch.randn(4)}, ["x"], 16)
+    operation = Contest("square", {"x": torch.randn(4)}, ["x"], 16)
     operation.contenders = {"eager": lambda x: x.square(), "broken": broken}
     eager, failed = kernels.time_operation(operation, CPU, bandwidth=1e9)
     assert eager.error == ""

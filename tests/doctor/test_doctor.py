@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nepa.benchmarks.contenders import Operation
+from megatron_nepa.benchmarks.contenders import Contest
 from megatron_nepa.config import ConfigError
 from megatron_nepa.doctor import checks, decoding, installation, operations, parallel
 from megatron_nepa.doctor.report import Row, guarded, lines
@@ -100,7 +100,7 @@ def square(x: Tensor) -> Tensor:
 
 
 def test_a_wrong_operation_fails() -> None:
-    operation = Operation("square", {"x": torch.randn(64)}, ["x"], 0, {"definition": square})
+    operation = Contest("square", {"x": torch.randn(64)}, ["x"], 0, {"definition": square})
     assert operations.excess(operation, square) <= 1
     # a wrong output, a wrong gradient, and none at all
     assert operations.excess(operation, lambda x: x.square() * 1.001) > 1
@@ -117,7 +117,7 @@ def test_a_wrong_operation_fails() -> None:
 def test_flash_attention_is_judged_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attn_stub.install(monkeypatch)
     qkv = torch.randn(1, 8, 3, 2, 32, dtype=torch.bfloat16)
-    operation = Operation("attention", {"qkv": qkv, "causal": True}, ["qkv"], 0, {"sdpa": attention_sdpa})
+    operation = Contest("attention", {"qkv": qkv, "causal": True}, ["qkv"], 0, {"sdpa": attention_sdpa})
     rows = by_name(operations.check_attention(operation, torch.device("cuda")))
     assert rows["attention flash_attn"].status == "ok"
     operation.inputs["causal"] = False

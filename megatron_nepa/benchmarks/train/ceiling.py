@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_nepa.benchmarks.contenders import Operation, operations
+from megatron_nepa.benchmarks.contenders import Contest, contests
 from megatron_nepa.benchmarks.kernels import time_operation
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, OptimizerConfig
 from megatron_nepa.kernels.launching.timing import milliseconds
@@ -42,7 +42,7 @@ def measure_ceiling(
 
     times = {"residual_norm": 2 * layers, "cosine_loss": 1}
     allowed = {"eager", "sdpa", "triton"} | ({"compiled"} if compiled else set())
-    for operation in (*operations(model, batch, device, dtype), *_gelu(model, rows, device, dtype)):
+    for operation in (*contests(model, batch, device, dtype), *_gelu(model, rows, device, dtype)):
         if operation.name != "attention":  # whose every back-end may serve the run
             operation.contenders = {name: each for name, each in operation.contenders.items() if name in allowed}
         found = [row.total_ms for row in time_operation(operation, device, 1.0, _repeats(device)) if row.total_ms]
@@ -68,11 +68,11 @@ def _linear(
     return _time(lambda: torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), leaves, upstream), device)
 
 
-def _gelu(model: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> list[Operation]:
+def _gelu(model: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> list[Contest]:
     if model.mlp != "gelu":
         return []
     inputs = {"input": torch.randn(rows, model.mlp_hidden_size, device=device, dtype=dtype)}
-    return [Operation("gelu", inputs, ["input"], 0, {"eager": torch.nn.functional.gelu})]
+    return [Contest("gelu", inputs, ["input"], 0, {"eager": torch.nn.functional.gelu})]
 
 
 def _update(weights: int, config: OptimizerConfig, device: torch.device) -> float:

@@ -31,6 +31,9 @@ def build_extensions(names: list[str], topology: Topology) -> str | None:
     # the environment's own ninja, be it activated or not: what one version of ninja built, another builds anew
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
+    if not names:  # the same on every rank: nothing to wait for
+        return None
+
     def build() -> str | None:
         if int(os.environ.get("LOCAL_RANK", "0")) != 0:
             return None
