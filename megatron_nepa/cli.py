@@ -1,4 +1,8 @@
-"""Command line to :class:`RunConfig`: every field of the config is a flag, and its comment is the help text."""
+"""Command line to :class:`RunConfig`: every field of the config is a flag, and its comment is the help text.
+
+Ours rather than tyro or jsonargparse: which flags were *given* decides between a flag and a DeepSpeed config, a
+mistake is one sentence, and the help is there without importing anything heavy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Segmentation scores of a whole data set from one confusion matrix (mmsegmentation's mIoU, mAcc and aAcc)."""
+"""Segmentation scores of a whole data set from one confusion matrix (mmsegmentation's mIoU, mAcc and aAcc).
+
+Ours rather than torchmetrics': the matrix is summed over the data-parallel ranks alone, once, and the few lines that
+read it follow mmsegmentation's rule for classes that never occur.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Photometric distortion of segmentation training, as mmsegmentation's ``PhotoMetricDistortion`` defines it."""
+"""Photometric distortion of segmentation training, as mmsegmentation's ``PhotoMetricDistortion`` defines it.
+
+Ours rather than torchvision's ColorJitter, whose draws are neither mmsegmentation's nor keyed by the sample.
+"""
 
 from __future__ import annotations
 

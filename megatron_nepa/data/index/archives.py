@@ -1,4 +1,8 @@
-"""Lists the images inside tar files, which stay as they are: an image is a range of bytes."""
+"""Lists the images inside tar files, which stay as they are: an image is a range of bytes.
+
+The tar format is read by Python's tarfile; WebDataset's own package streams shards in order, where a run looks
+samples up by number.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     INDEX/index.json        version, root, classes, shards, quarantine
     INDEX/*.npy             names, their ends, width, height, label, and where there are any shard, offset, size, masks
 
-Opening one takes milliseconds however many images it lists, and ranks of a node share its pages.
+Ours rather than Arrow's or a database's: arrays of numpy are mapped by every rank of a node and need no library to
+read. Opening one takes milliseconds however many images it lists, and ranks of a node share its pages.
 """
 
 from __future__ import annotations

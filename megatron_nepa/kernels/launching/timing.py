@@ -1,4 +1,8 @@
-"""Time of a call on its device."""
+"""Time of a call on its device.
+
+Ours rather than triton.testing.do_bench, which needs a GPU, or torch.utils.benchmark, which times Python where the
+device is faster.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Exponential moving average of the fp32 master weights."""
+"""Exponential moving average of the fp32 master weights.
+
+Ours rather than torch.optim.swa_utils' or timm's, which average whole models: this one averages the shard that ZeRO
+leaves on a rank.
+"""
 
 from __future__ import annotations
 

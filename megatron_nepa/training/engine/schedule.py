@@ -1,4 +1,7 @@
-"""Learning-rate schedule: linear warm-up, then a fall to a minimum (paper tables 4 and 5)."""
+"""Learning-rate schedule: linear warm-up, then a fall to a minimum (paper tables 4 and 5).
+
+A function of the step alone, not one of torch's schedulers: these keep a state that a checkpoint would have to hold.
+"""
 
 from __future__ import annotations
 
