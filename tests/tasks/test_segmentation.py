@@ -161,10 +161,15 @@ def test_bad_input_is_one_sentence(pairs: Path, one_rank: Path, tmp_path: Path) 
             "--model.hidden_size=48",
             f"--init_from={one_rank}",
         ],
-        "keep --evaluation.inference slide": [f"--data={pairs}", "--evaluation.inference=whole"],
+        "keep --evaluation.inference slide": [
+            f"--data={pairs}",
+            f"--validation_data={pairs}",
+            "--evaluation.inference=whole",
+        ],
         "BatchNorm in training needs more than one value": [f"--data={pairs}", "--micro_batch_size=1"],
     }
-    base = [*TINY, f"--output_dir={tmp_path / 'run'}", "--micro_batch_size=8"]
+    trained_only = [flag for flag in TINY if not flag.startswith("--evaluation.")]  # without validation data
+    base = [*trained_only, f"--output_dir={tmp_path / 'run'}", "--micro_batch_size=8"]
     errors = run_ranks(1, finetune_each, [[*base, *flags] for flags in cases.values()])[0]
     for message, error in zip(cases, errors, strict=True):
         assert message in str(error)

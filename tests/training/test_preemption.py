@@ -17,11 +17,13 @@ from megatron_nepa.training.stopping.preemption import SIGNALS, StopSignal, job_
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_sets_a_flag_and_says_so(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     with StopSignal() as stop:
         assert stop.agreed(None, 1) is None
         signal.raise_signal(number)
         signal.raise_signal(signal.SIGTERM)  # the launcher's echo of the same stop
         assert stop.agreed(None, 1) == number.name
+    signal.signal(signal.SIGHUP, former)
     assert capfd.readouterr().err.strip().splitlines() == [
         f"{number.name}: stopping after this step; the same signal more than 3 s later exits at once."
     ]
