@@ -87,13 +87,14 @@ class SegmentationConfig(FinetuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        evaluated = self.evaluation.data is not None  # elsewhere a flag for it would be refused as ignored
         require(
-            self.window_stride <= self.model.image_size,
+            not evaluated or self.window_stride <= self.model.image_size,
             f"evaluation.stride {self.window_stride} leaves gaps between windows of model.image_size "
             f"{self.model.image_size}: choose at most that.",
         )
         require(
-            self.evaluation.inference == "slide" or self.model.position_embedding == "none",
+            not evaluated or self.evaluation.inference == "slide" or self.model.position_embedding == "none",
             f"learned positions serve images of model.image_size {self.model.image_size} alone: keep "
             "--evaluation.inference slide.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +141,26 @@ def test_bad_input_is_one_sentence(pairs: Path, one_rank: Path, tmp_path: Path) 
         mask.unlink()
     write_pairs(tmp_path / "tiny", "training", 2)
     Image.new("RGB", (9, 60)).save(tmp_path / "tiny" / "images" / "training" / "01.jpg")
+    nameless = shutil.copytree(pairs, tmp_path / "nameless")
+    (nameless / "classes.txt").unlink()
     cases = {
         "segmentation needs image and mask pairs: give --data": [],
         "has a mask of its name in": [f"--data={tmp_path / 'unlabelled'}"],
         "is 9 x 60 pixels, smaller than a patch of model.patch_size 14": [f"--data={tmp_path / 'tiny'}"],
-        "but the classes are 1 to 2": [f"--data={pairs}", "--masks.num_classes=2"],
+        "but the classes are 1 to 2": [f"--data={nameless}", "--masks.num_classes=2"],
         "names 3 classes, but --masks.num_classes is 4": [
             f"--data={pairs}",
             f"--validation_data={pairs}",
+            "--evaluation.stride=28",
             "--masks.num_classes=4",
         ],
-        "leaves gaps between windows": [f"--data={pairs}", "--evaluation.stride=43"],
-        "holds another head: decoder.head.classifier.weight": [
+        "leaves gaps between windows": [
             f"--data={pairs}",
+            f"--validation_data={pairs}",
+            "--evaluation.stride=43",
+        ],
+        "holds another head: decoder.head.classifier.weight": [
+            f"--data={nameless}",
             "--masks.num_classes=4",
             f"--init_from={one_rank}",
         ],
@@ -164,6 +172,7 @@ def test_bad_input_is_one_sentence(pairs: Path, one_rank: Path, tmp_path: Path) 
         "keep --evaluation.inference slide": [
             f"--data={pairs}",
             f"--validation_data={pairs}",
+            "--evaluation.stride=28",
             "--evaluation.inference=whole",
         ],
         "BatchNorm in training needs more than one value": [f"--data={pairs}", "--micro_batch_size=1"],
