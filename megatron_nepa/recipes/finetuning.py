@@ -1,7 +1,7 @@
 """Recipes of fine-tuning to image classification.
 
 ``imagenet_ft_b`` and ``imagenet_ft_l`` follow the paper (table 5), the ``_release`` ones the authors' scripts where the
-two differ (the README lists every difference).
+two differ (docs/paper_and_release.md lists every difference).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recipes of pre-training.
 
 ``nepa_b`` and ``nepa_l`` follow the paper, ``nepa_b_release`` and ``nepa_l_release`` the authors' code where the two
-differ (the README lists every difference); the larger trunks have no published counterpart.
+differ (docs/paper_and_release.md lists every difference); the larger trunks have no published counterpart.
 """
 
 from __future__ import annotations
