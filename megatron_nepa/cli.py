@@ -105,21 +105,25 @@ def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = next(iter(recipes))
-    start = parser.add_argument_group("where to start")
-    start.add_argument(
-        "--recipe", default=default, help=f"the defaults of every other flag ({default}); listed at the end"
+    start = parser.add_argument_group(
+        "where to start", f"Defaults are those of --recipe {default}; other recipes differ."
     )
     start.add_argument(
-        "--ds_config", metavar="FILE", help='DeepSpeed config; its "auto" values take the flags\' values'
+        "--recipe", default=default, help=f"the defaults of every other flag; listed at the end {_default(default)}"
+    )
+    start.add_argument(
+        "--ds_config",
+        metavar="FILE",
+        help=f'DeepSpeed config; its "auto" values take the flags\' values {_default(None)}',
     )
     start.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    run = type(recipes[default]())
-    sections = sections_of(run)
+    run = recipes[default]()
+    sections = sections_of(type(run))
     group = parser.add_argument_group("run")
     for name, short in SHORT_NAMES.items():
         section = name.partition(".")[0]
         if section in sections:
-            _add_field(group, sections[section], name, short)
+            _add_field(group, getattr(run, section), name, short)
     for entry in fields(run):
         if entry.name not in sections and entry.name != "recipe":
             _add_field(group, run, entry.name, None)
@@ -128,16 +132,18 @@ def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentP
         group = parser.add_argument_group(f"{section}: {summary}".rstrip("."))
         for entry in fields(cls):
             if f"{section}.{entry.name}" not in SHORT_NAMES:
-                _add_field(group, cls, f"{section}.{entry.name}", None)
+                _add_field(group, getattr(run, section), f"{section}.{entry.name}", None)
     return parser
 
 
-def _add_field(group: argparse._ArgumentGroup, cls: type, name: str, short: str | None) -> None:
+def _add_field(group: argparse._ArgumentGroup, config: Any, name: str, short: str | None) -> None:
+    """Add the flag of a field; ``config`` is the default recipe's section (or run) that has the field."""
+    cls = type(config)
     key = name.rpartition(".")[2]
     annotation = typing.get_type_hints(cls)[key]
     flags = [f"--{short}", f"--{name}"] if short else [f"--{name}"]
     options: dict[str, Any] = {"dest": name, "default": _NOT_GIVEN, "type": _reader(annotation)}
-    options["help"] = _comments(cls)[key].replace("%", "%%")
+    options["help"] = f"{_comments(cls)[key]} {_default(getattr(config, key))}".replace("%", "%%")
     if annotation is bool:
         options.update(nargs="?", const=True, metavar="true|false")
     else:
@@ -145,6 +151,11 @@ def _add_field(group: argparse._ArgumentGroup, cls: type, name: str, short: str 
     if name in BARE_VALUES:
         options.update(nargs="?", const=BARE_VALUES[name])
     group.add_argument(*flags, **options)
+
+
+def _default(value: Any) -> str:
+    """What a flag's help says of its default, written as the flag takes it."""
+    return f"(default: {str(value).lower() if value is None or isinstance(value, bool) else value})"
 
 
 @functools.cache  # reading a source takes long

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup
-from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
+from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, PROBING_RECIPES, SEGMENTATION_RECIPES
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config, resolve
 
 
@@ -71,6 +73,33 @@ def test_steps_replace_epochs_and_the_reverse() -> None:
 
 def test_none_is_a_value() -> None:
     assert parse("--model.layer_scale_init", "none").model.layer_scale_init is None
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "recipes",
+    [PRETRAINING_RECIPES, CLASSIFICATION_RECIPES, PROBING_RECIPES, SEGMENTATION_RECIPES],
+    ids=["pretrain", "classify", "probe", "segment"],
+)
+def test_the_help_of_every_flag_ends_with_the_default_of_the_default_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, recipes: Recipes[RunConfig], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"], "", recipes)
+    text = capsys.readouterr().out
+    assert all(len(line) <= width for line in text.splitlines() if line.startswith(" " * 24))  # help, not headings
+    run = next(iter(recipes.values()))()
+    assert f"\n  Defaults are those of --recipe {run.recipe}; other recipes differ.\n" in text
+    listed = text.partition("\nrecipes:\n")[0]
+    for flag in re.split(r"\n  (?=--)", listed)[1:]:  # a flag and its help; the next group's heading follows it
+        described = " ".join(flag.partition("\n\n")[0].split())
+        default = re.search(r" \(default: (\S+)\)$", described)
+        assert default, described
+        names = re.findall(r"--([\w.]+)", re.split(r"\s\s|\n", flag)[0])
+        if names[-1] not in ("recipe", "ds_config"):
+            value = attrgetter(names[-1])(run)
+            assert default[1] == (str(value).lower() if value is None or isinstance(value, bool) else str(value))
 
 
 @pytest.mark.parametrize("recipes", [PRETRAINING_RECIPES, CLASSIFICATION_RECIPES], ids=["pretrain", "classify"])
