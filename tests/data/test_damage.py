@@ -22,9 +22,11 @@ from megatron_nepa.data.decoding.masks import load_mask
 from megatron_nepa.data.decoding.pipelines import DecoderOptions
 from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.headers import MAX_PIXELS, UnreadableImageError, image_size
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.write_shards import write_shards
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
@@ -87,6 +89,17 @@ def test_chunks_that_end_nowhere_are_refused(tmp_path: Path) -> None:
     content[content.index(b"IDAT") - 4] = 0xBB
     with pytest.raises(UnreadableImageError, match="do not lead to its end"):
         one_image(tmp_path, bytes(content)).read(0)
+
+
+@pytest.mark.parametrize("shorter_side", [None, 20])
+def test_shards_of_a_bad_image_are_refused_by_name(tmp_path: Path, shorter_side: int | None) -> None:
+    """One that vanished since it was indexed, and one that cannot be scaled."""
+    (tmp_path / "cut.png").write_bytes(formats(0)["plain.png"][:-1000])
+    index = scan_folder(tmp_path)
+    if shorter_side is None:
+        (tmp_path / "cut.png").unlink()
+    with pytest.raises(ConfigError, match=r"cut.png cannot be packed .*--verify full"):
+        write_shards(index, tmp_path / "shards", 10, shorter_side, workers=1, progress=False)
 
 
 def test_bad_slots_are_found_by_halving(monkeypatch: pytest.MonkeyPatch) -> None:

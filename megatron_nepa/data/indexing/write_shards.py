@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_nepa.config import require
+from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.archives import CLASSES_FILE, sample_key
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import open_image
@@ -50,9 +50,8 @@ def write_shards(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a shard size or shorter side below 1, an index of image and mask pairs, or a folder of other
-            shards or that another process is writing.
-        UnreadableImageError: an image vanished since it was indexed.
+        ConfigError: a shard size or shorter side below 1, an index of image and mask pairs, a folder of other shards or
+            that another process is writing, or an image that cannot be read or scaled, by name.
     """
     check_shards(index, shard_size, shorter_side)
     target = Path(folder)
@@ -111,9 +110,15 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     for i, name in zip(rows, _distinct_keys([index.names[i] for i in rows]), strict=True):
         stem, extension = os.path.splitext(name)
-        data = store.read(i).tobytes()
-        if shorter_side is not None and min(index.width[i], index.height[i]) > shorter_side:
-            data, extension = _scaled(data, shorter_side), ".jpg"
+        try:
+            data = store.read(i).tobytes()
+            if shorter_side is not None and min(index.width[i], index.height[i]) > shorter_side:
+                data, extension = _scaled(data, shorter_side), ".jpg"
+        except Exception as error:  # PIL raises a dozen types on damaged files
+            raise ConfigError(
+                f"{index.where(i)} cannot be packed ({error}): index the images anew with --verify full, which leaves "
+                "such images out."
+            ) from error
         yield stem + extension, data
         if index.label[i] >= 0:
             yield sample_key(name)[0] + ".cls", str(int(index.label[i])).encode()
