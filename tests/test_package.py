@@ -11,7 +11,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_nepa"
 # as README.md and CONTRIBUTING.md list them
 LAYERS = (
-    *("hardware", "config", "recipes", "parallel", "kernels", "models", "data", "checkpoint", "training", "tasks"),
+    *(
+        "hardware",
+        "config",
+        "terminal",
+        "recipes",
+        "parallel",
+        "kernels",
+        "models",
+        "data",
+        "checkpoint",
+        "training",
+        "tasks",
+    ),
     *("planning", "analysis", "cli", "job", "benchmarks", "doctor"),
 )
 # inside the large rooms, likewise

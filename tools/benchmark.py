@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 
-from megatron_nepa.config import ConfigError
+from megatron_nepa.terminal import tool
 
 # module below megatron_nepa.benchmarks and what it measures; only the one that is asked for is imported, since each
 # needs packages that the others do not
@@ -44,7 +44,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with tool("benchmark"):
         main(sys.argv[1:])
-    except ConfigError as error:
-        raise SystemExit(f"benchmark: {error}") from None

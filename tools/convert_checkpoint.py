@@ -26,6 +26,7 @@ from megatron_nepa.checkpoint.conversion.universal import export_universal, impo
 from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights, write_weights
 from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.terminal import tool
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -136,4 +137,5 @@ def _say(origin: str, target: Path, notes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool("convert_checkpoint"):
+        main()

@@ -5,11 +5,9 @@
 Ends with status 1 where something failed.
 """
 
-from megatron_nepa.config import ConfigError
 from megatron_nepa.doctor.checks import main
+from megatron_nepa.terminal import tool
 
 if __name__ == "__main__":
-    try:
+    with tool("doctor"):
         raise SystemExit(main())
-    except ConfigError as error:
-        raise SystemExit(f"doctor: {error}") from None

@@ -26,6 +26,7 @@ from megatron_nepa.data.index.labels import with_labels
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import check_shards, write_shards
+from megatron_nepa.terminal import tool
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +80,8 @@ def main() -> None:
         print(f"index_dataset: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("index_dataset: interrupted; the same command continues.")
+        print("index_dataset: interrupted; the same command continues.", file=sys.stderr)
+        sys.exit(130)
     for name, reason in index.quarantine:
         print(f"left out {name}: {reason}")
     print(
@@ -115,4 +117,5 @@ def pack(args: argparse.Namespace) -> DatasetIndex:
 
 
 if __name__ == "__main__":
-    main()
+    with tool("index_dataset"):
+        main()

@@ -5,11 +5,9 @@
 Exits with 1 when a kernel spills, touches local memory, is not vectorised or moves more bytes than it should.
 """
 
-from megatron_nepa.config import ConfigError
 from megatron_nepa.kernels.proofs.report import main
+from megatron_nepa.terminal import tool
 
 if __name__ == "__main__":
-    try:
+    with tool("kernel_report"):
         raise SystemExit(main())
-    except ConfigError as error:
-        raise SystemExit(f"kernel_report: {error}") from None

@@ -36,13 +36,14 @@ import sys
 from dataclasses import replace
 
 from megatron_nepa.cli import path_argument
-from megatron_nepa.config import ConfigError, PretrainingConfig, require
+from megatron_nepa.config import PretrainingConfig, require
 from megatron_nepa.planning.cluster import GPUS, Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.planning.report import format_details, format_table, heading, to_dict
 from megatron_nepa.planning.requirements import requirements
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, format_validation, validate
 from megatron_nepa.recipes import PRETRAINING_RECIPES
+from megatron_nepa.terminal import tool
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -117,7 +118,5 @@ def print_dry_run(run: PretrainingConfig, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with tool("plan_run"):
         main()
-    except ConfigError as error:
-        sys.exit(f"plan_run: {error}")

@@ -33,6 +33,7 @@ import sys
 from megatron_nepa.analysis.visualize import View, visualize, visualize_evolution
 from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError
+from megatron_nepa.terminal import tool
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -104,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tool("visualize_attention"):
+        main()

@@ -28,6 +28,7 @@ sys.path.insert(0, str(PROJECT))
 from examples.fashion_mnist.data import DEBIAN_FOLDER, PERCENTS, SIDE, prepare  # noqa: E402
 from examples.fashion_mnist.report import write_report  # noqa: E402
 from megatron_nepa.config import ConfigError, require  # noqa: E402
+from megatron_nepa.terminal import tool  # noqa: E402
 from megatron_nepa.training.reporting.log import read_metrics  # noqa: E402
 
 SEEDS = (0, 1, 2)
@@ -194,7 +195,5 @@ def run_script(script: list[str], flags: dict[str, object], console: bool) -> No
 
 
 if __name__ == "__main__":
-    try:
+    with tool("fashion_mnist"):
         main()
-    except ConfigError as error:
-        sys.exit(f"fashion_mnist: {error}")

@@ -11,7 +11,7 @@ container=() # (--container-image=/images/megatron_nepa.sqsh --container-mounts=
 # Rendezvous: the first node, at a port that differs from job to job. Rank, world size and local rank the script takes
 # from SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID: no ssh, no pdsh, no mpi4py.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT
 
 # Slurm older than 23.02 does not tell a job when its time is over.

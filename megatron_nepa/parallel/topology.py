@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import socket
 import warnings
 from dataclasses import dataclass
 
@@ -13,6 +11,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_nepa.config import divisors, multiples_around, one_of, require
+from megatron_nepa.parallel.launcher import (
+    find_place,
+    meet,
+    ranks_of_this_node,
+    require_own_gpu,
+    require_rendezvous,
+)
 
 
 @dataclass(frozen=True)
@@ -104,59 +109,34 @@ class ModelParallelUnit:
 def init_distributed() -> torch.device:
     """Join the process group that the launcher describes and return this rank's device, a GPU where there are any.
 
-    Understands the variables of the ``deepspeed`` launcher and torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-    MASTER_PORT) and those of ``srun`` (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID); with none of them the process is a
-    run of one.
+    :func:`.launcher.find_place` says which variables are understood; those that DeepSpeed reads are set.
 
     Raises:
-        ConfigError: for several ranks without a rendezvous.
+        ConfigError: for variables that contradict each other, ranks that do not meet, or a rank without a GPU.
     """
     # torch's notice of new names: releases without them are served as well
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    place = find_place(os.environ)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" not in os.environ:
-        in_slurm_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-        os.environ["RANK"] = os.environ["SLURM_PROCID"] if in_slurm_step else "0"
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"] if in_slurm_step else "1"
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"] if in_slurm_step else "0"
-    world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    # DeepSpeed's count of this node's ranks on a CPU
-    os.environ.setdefault("LOCAL_SIZE", str(ranks_of_this_node()))
-    is_joined = dist.is_initialized()
-    if not is_joined and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
-        require(
-            world_size == 1,
-            f"{world_size} ranks were started without MASTER_ADDR and MASTER_PORT: set both to the first node's name "
-            "and a free port, or start with deepspeed or torchrun, which do.",
-        )
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     if device_type == "cuda":
-        count = torch.cuda.device_count()
-        require(
-            local_rank < count,
-            f"rank {os.environ['RANK']} is number {local_rank} of its node, where it sees {count} GPU(s): start at "
-            "most one rank a GPU, and let every rank see all of its node's GPUs (Slurm: --gpus-per-node, not "
-            "--gpus-per-task).",
-        )
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+        require_own_gpu(place, torch.cuda.device_count())
+    # DeepSpeed's count of this node's ranks on a CPU
+    os.environ.setdefault("LOCAL_SIZE", str(ranks_of_this_node(os.environ) if place.world_size > 1 else 1))
+    for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.world_size), ("LOCAL_RANK", place.local_rank)):
+        os.environ[name] = str(value)
+    is_joined = dist.is_initialized()
+    if place.world_size > 1 and not is_joined:
+        require_rendezvous(os.environ, place.world_size)
+    elif place.world_size == 1:  # DeepSpeed asks for them, nobody listens there
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "29500"
+    device = torch.device(device_type, place.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
     if not is_joined:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        store = meet(place, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
     return device
-
-
-def ranks_of_this_node() -> int:
-    """How many ranks of the run share this machine, by the variables of torchrun, deepspeed or ``srun``."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if name in os.environ:
-            return int(os.environ[name])
-    if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
-        # "8(x2),4": two nodes of 8 tasks, then one of 4
-        runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
-        tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
-        return tasks[int(os.environ["SLURM_NODEID"])]
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
@@ -201,9 +181,3 @@ def _host_mesh(group: dist.ProcessGroup, device: torch.device) -> DeviceMesh:
         assert isinstance(host_group, dist.ProcessGroup)
         group = host_group
     return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tensor",))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

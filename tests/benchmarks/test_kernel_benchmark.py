@@ -33,7 +33,7 @@ def test_an_unknown_operation_is_refused():
     command = [sys.executable, ROOT / "tools" / "benchmark.py", "kernels", "--operations", "gelu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "--operations gelu is unknown" in result.stderr
 
 

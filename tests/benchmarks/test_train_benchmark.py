@@ -238,6 +238,6 @@ def test_the_tool_compares_in_turns(tmp_path: Path) -> None:
 def test_a_mistake_is_one_sentence(arguments: list[str], words: str) -> None:
     command = [sys.executable, ROOT / "tools" / "benchmark.py", *arguments]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr

@@ -16,5 +16,5 @@ def test_a_rank_that_sees_too_few_gpus_is_told(monkeypatch: pytest.MonkeyPatch) 
     place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_SIZE": "4", "MASTER_ADDR": "node"}
     for name, value in {**place, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"number 3 of its node, where it sees 1 GPU\(s\).*--gpus-per-node"):
+    with pytest.raises(ConfigError, match=r"number 4 of its machine, but sees 1 GPU\(s\).*--gpus-per-node"):
         init_distributed()

@@ -122,6 +122,6 @@ def test_a_mistake_is_one_line_and_a_status() -> None:
     tool = PROJECT / "tools" / "plan_run.py"
     command = [sys.executable, str(tool), "--recipe", "nepa_x"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("plan_run: --recipe nepa_x is unknown; there are quickstart")
     assert result.stderr.count("\n") == 1

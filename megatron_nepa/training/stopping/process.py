@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.parallel.topology import ranks_of_this_node
+from megatron_nepa.parallel.launcher import ranks_of_this_node, speaks_for_its_node
+from megatron_nepa.terminal import tolerant_output
 from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
 
@@ -28,10 +29,15 @@ def exit_on_user_error() -> Iterator[None]:
     sees the same settings, so the first rank of each node speaks for all. A run that a signal stopped ends with 75:
     start the same command again. An unforeseen error ends with its traceback and 1.
     """
-    _share_cores()
-    _stop_at_once_outside_training()
+    _StopAtOnce()
+    with tolerant_output():
+        yield from _ended_in_order()
+
+
+def _ended_in_order() -> Iterator[None]:
     status = 0
     try:
+        _share_cores()
         yield
     except RunStopped:
         status = EXIT_STOPPED
@@ -42,7 +48,7 @@ def exit_on_user_error() -> Iterator[None]:
         sys.stdout.flush()
         os._exit(EXIT_TRAINING_FAILED)
     except (ConfigError, TrainingError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if speaks_for_its_node(os.environ):
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
     except KeyboardInterrupt:  # Ctrl-C before training, which has its own handler
@@ -63,35 +69,40 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(status)
 
 
-def _stop_at_once_outside_training() -> None:
-    """Let SIGTERM and SIGUSR1 end the process, which has nothing to save; training sets its own handlers meanwhile.
+class _StopAtOnce:
+    """Handler of signals outside of training, where there is nothing to save: they end the process.
 
     Python runs a handler only when native code returns, and at the start that may be waiting for another rank. So a
-    thread is told through a pipe, too.
+    thread is told through a pipe, too. Whichever of the two is first speaks and ends the process; the other lets it.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_at_once)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
 
-    def listen() -> None:
+    def __init__(self) -> None:
+        self._ending = threading.Lock()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._end)
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        threading.Thread(target=self._listen, name="stop-at-once", daemon=True).start()
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if not self._ending.acquire(blocking=False):
+            return
+        if os.environ.get("RANK", "0") == "0":
+            line = f"\n{signal.Signals(number).name} outside of training: nothing to save, exits.\n"
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, line.encode())
+        os._exit(EXIT_STOPPED)
+
+    def _listen(self) -> None:
         while True:
-            number = os.read(reader, 1)[0]
-            if signal.getsignal(number) is _stop_at_once:
-                _stop_at_once(number, None)
-
-    threading.Thread(target=listen, name="stop-at-once", daemon=True).start()
-
-
-def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\n{signal.Signals(number).name} outside of training: nothing to save, exits.\n".encode())
-    os._exit(EXIT_STOPPED)
+            number = os.read(self._reader, 1)[0]
+            if signal.getsignal(number) == self._end:  # training has handlers of its own
+                self._end(number, None)
 
 
 def _share_cores() -> None:
     """On a CPU, divide the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
     if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
         return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node()))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node(os.environ)))

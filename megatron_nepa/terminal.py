@@ -1,0 +1,84 @@
+"""What a command prints reaches a terminal of any kind, and one that goes away ends nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from megatron_nepa.config import ConfigError
+
+
+class _Tolerant:
+    """A text stream that goes nowhere from its first failed write on: a closed pipe, a terminal that is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):  # the latter of a closed stream
+            self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # what is still buffered, and what native code prints, needs a place to go
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Print file names that are no UTF-8, and letters that the terminal lacks, with escapes; survive a closed pipe.
+
+    ``command | head -1`` and a lost connection then leave the command to finish its work and its exit status to say
+    how that went.
+    """
+    former = sys.stdout, sys.stderr
+    for stream in former:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(_Tolerant, former)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = former
+
+
+@contextlib.contextmanager
+def tool(name: str) -> Iterator[None]:
+    """The body of a command-line tool: a user's mistake ends it with one sentence and status 2.
+
+    Args:
+        name: of the tool, before the sentence.
+    """
+    with tolerant_output():
+        try:
+            yield
+        except ConfigError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except SystemExit as end:
+            if not isinstance(end.code, str):
+                raise
+            print(end.code, file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted.", file=sys.stderr)
+            sys.exit(130)

@@ -1,0 +1,55 @@
+"""What commands print, on terminals of any kind and on none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PRINT = """
+import sys
+from megatron_nepa.terminal import tool
+with tool("try"):
+    for _ in range(5000):
+        print({text})
+    print("to the end", file=sys.stderr)
+"""
+
+
+def run(text: str, encoding: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": ""}
+    command = [sys.executable, "-c", PRINT.format(text=ascii(text))]
+    return subprocess.run(
+        command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict"])
+@pytest.mark.parametrize("text", ["caf\udce9", "caf\u00e9", "\u732b", "\U0001f408"])
+def test_any_name_is_printed_on_any_terminal(encoding: str, text: str) -> None:
+    done = run(text, encoding, subprocess.PIPE)
+    assert (done.returncode, done.stderr.splitlines()) == (0, ["to the end"])
+    assert done.stdout
+
+
+def test_a_closed_pipe_ends_nothing() -> None:
+    code = PRINT.format(text='"a line"')
+    line = f"{sys.executable} -c '{code}' | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a line\n", "to the end\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("from megatron_nepa.config import ConfigError; raise ConfigError('what is wrong.')", 2, "try: what is wrong."),
+        ("raise SystemExit('try: what is wrong.')", 2, "try: what is wrong."),
+        ("raise SystemExit(1)", 1, ""),
+        ("raise KeyboardInterrupt", 130, "try: interrupted."),
+    ],
+)
+def test_how_a_tool_ends(body: str, status: int, said: str) -> None:
+    code = f"from megatron_nepa.terminal import tool\nwith tool('try'):\n    {body}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (status, said)
