@@ -138,7 +138,7 @@ def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentP
 
 def _add_field(group: argparse._ArgumentGroup, config: Any, name: str, short: str | None) -> None:
     """Add the flag of a field; ``config`` is the default recipe's section (or run) that has the field."""
-    cls = type(config)
+    cls: type = type(config)
     key = name.rpartition(".")[2]
     annotation = typing.get_type_hints(cls)[key]
     flags = [f"--{short}", f"--{name}"] if short else [f"--{name}"]

@@ -34,7 +34,7 @@ ROOMS = {
     ),
     "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
     "checkpoint": ("format", "saving", "reading", "conversion", "initial"),
-    "training": ("stopping", "engine", "reporting", "task", "evaluation", "steps", "loop"),
+    "training": ("stopping", "engine", "reporting", "task", "results", "evaluation", "steps", "loop"),
 }
 
 

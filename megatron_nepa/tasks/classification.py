@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class ClassificationTask(Task):
         self.num_images = len(index)
         self.data_fingerprint = index.fingerprint()
         self.flops_per_image = float(train_flops(run.model))
-        self.evaluator = None
+        self.evaluator: ClassificationEvaluator | None = None
         if validation is not None:
             self.evaluator = ClassificationEvaluator(run, validation, topology, every=evaluation_steps(run, index))
 
@@ -77,6 +78,12 @@ class ClassificationTask(Task):
         logits: Tensor = engine.forward(batch.images, batch.sample_index)
         loss = soft_cross_entropy(logits, batch.labels, self.topology.tensor)
         return loss, {"loss": loss.detach()}
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """The images and how they are shown, and the feature that is classified."""
+        assert self.evaluator is not None
+        shown = evaluation_settings(self.run, self.evaluator.index, self.run.dtype)
+        return {**shown, "pooling": self.run.head.pooling}
 
 
 class ClassificationEvaluator:
@@ -195,6 +202,18 @@ def evaluation_loader(
         topology.device,
         dtype,
     )
+
+
+def evaluation_settings(run: ClassificationConfig | ProbingConfig, index: DatasetIndex, dtype: str) -> dict[str, Any]:
+    """What :func:`evaluation_loader` shows of a set and the dtype that it is computed in, as settings of results."""
+    return {
+        "data": run.evaluation.data,
+        "images": len(index),
+        "image_size": run.model.image_size,
+        "resize_size": run.evaluation.resize_size,
+        "squash": run.evaluation.squash,
+        "dtype": dtype,
+    }
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor | None, tensor: TensorGroup) -> Tensor:

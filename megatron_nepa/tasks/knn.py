@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 
 from megatron_nepa.config import require
 
+TEMPERATURE = 0.07  # of the votes, DINO's
+
 
 class KnnHits(NamedTuple):
     """How many samples were classified rightly; counts, so that ranks which share the samples can add them.
@@ -32,7 +34,7 @@ def weighted_knn(
     features: Tensor,
     labels: Tensor,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     chunk: int = 4096,
 ) -> KnnHits:
     """Classify each sample by the votes of its ``k`` nearest training samples, weighted by exp(cosine / temperature).

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,18 @@ from megatron_nepa.tasks.classification import (
     ClassificationEvaluator,
     count_classes,
     evaluation_loader,
+    evaluation_settings,
     evaluation_steps,
     labelled_sets,
     soft_cross_entropy,
 )
 from megatron_nepa.tasks.features import extract_features, knn_accuracy
+from megatron_nepa.tasks.knn import TEMPERATURE
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
-from megatron_nepa.training.evaluation import load_weights, write_results
+from megatron_nepa.training.evaluation import load_weights
 from megatron_nepa.training.reporting.flops import forward_flops
+from megatron_nepa.training.results import identify_weights, write_results
 from megatron_nepa.training.task import Task
 
 # MAE's probe sees random crops and flips alone
@@ -98,6 +102,18 @@ class ProbingTask(Task):
         loss = soft_cross_entropy(logits, batch.labels, self.topology.tensor)
         return loss, {"loss": loss.detach()}
 
+    def evaluation_settings(self) -> dict[str, Any]:
+        """The images and how they are shown, and the features: of which trunk, which of them, in which dtype."""
+        assert self.validation is not None
+        trunk = self.run.trunk
+        assert trunk.path is not None
+        return {
+            **evaluation_settings(self.run, self.validation, trunk.dtype),
+            "trunk": identify_weights(trunk.path, trunk.weights),
+            "block": trunk.block,  # None: the final norm's output
+            "pooling": trunk.pooling,
+        }
+
 
 class ProbingEvaluator(ClassificationEvaluator):
     """Accuracy of the trunk with its probe over a whole validation set, exact across ranks.
@@ -127,8 +143,8 @@ class ProbingEvaluator(ClassificationEvaluator):
 def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
     """Classify the validation images by their nearest training images; every rank calls it.
 
-    Every image is resized and cropped as in an evaluation. The accuracies go to ``neighbours.json`` in the run's folder
-    and to the console.
+    Every image is resized and cropped as in an evaluation. The accuracies go with their settings to ``neighbours.json``
+    in the run's folder (see :mod:`~megatron_nepa.training.results`) and to the console.
 
     Raises:
         ConfigError: for fewer training images than neighbours.
@@ -149,7 +165,14 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
         sets.append(found)
     results = knn_accuracy(sets[0], sets[1], run.knn, topology)
     if topology.is_main:
-        write_results(Path(run.output_dir) / "neighbours.json", task.origin, results)
+        settings = {
+            **task.evaluation_settings(),
+            "train_data": run.data.path,
+            "train_images": len(task.index),
+            "k": run.knn,
+            "temperature": TEMPERATURE,
+        }
+        write_results(Path(run.output_dir) / "neighbours.json", task.origin, settings, results)
     return results
 
 

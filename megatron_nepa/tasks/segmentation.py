@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class SegmentationTask(Task):
         self.num_images = len(index)
         self.data_fingerprint = index.fingerprint()
         self.flops_per_image = float(train_flops(run.model) + decoder_train_flops(run))
-        self.evaluator = None
+        self.evaluator: SegmentationEvaluator | None = None
         if validation is not None:
             every = evaluation.every or max(1, round(len(index) / run.global_batch_size))
             self.evaluator = SegmentationEvaluator(run, validation, topology, every)
@@ -87,6 +88,25 @@ class SegmentationTask(Task):
         output: SegmentationOutput = engine.forward(batch.images, batch.sample_index, batch.labels)
         parts = dict(zip(("head_loss", "auxiliary_loss", "pixel_accuracy"), output.parts, strict=True))
         return output.loss, {"loss": output.loss.detach(), **parts}
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """The images, how they are scaled and shown, and what their masks mean."""
+        run = self.run
+        assert self.evaluator is not None
+        longer, shorter = run.crops.scale(run.model.image_size)
+        sliding = run.evaluation.inference == "slide"
+        return {
+            "data": run.evaluation.data,
+            "images": len(self.evaluator.index),
+            "image_size": run.model.image_size,
+            "longer_side": longer,
+            "shorter_side": shorter,
+            "inference": run.evaluation.inference,
+            "stride": run.window_stride if sliding else None,
+            "num_classes": run.masks.num_classes,
+            "reduce_zero_label": run.masks.reduce_zero_label,
+            "dtype": run.dtype,
+        }
 
 
 def decoder_train_flops(run: SegmentationConfig) -> int:

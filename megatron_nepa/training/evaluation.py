@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +18,14 @@ from megatron_nepa.checkpoint.format.state import TrainState
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.checkpoint.saving.store import CheckpointStore, replace_text
-from megatron_nepa.config import ConfigError, ModelConfig, RunConfig, require
+from megatron_nepa.checkpoint.saving.store import CheckpointStore
+from megatron_nepa.config import ModelConfig, RunConfig, require
 from megatron_nepa.data.index.agreement import names_are_numbers
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.results import identify_weights, write_results
 from megatron_nepa.training.task import Evaluator, Task
 
 RESULT_OF_AVERAGE = "ema_"  # what the average's results have in their names in the log, after the evaluator's prefix
@@ -99,7 +99,8 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
 
     The weights are those of ``run.init_from`` (any checkpoint, the release's included), or else of the best or newest
     checkpoint in ``run.output_dir``: the average, or of the best one the raw weights where they made it the best. The
-    results go to ``evaluation.json`` there and to the console.
+    results go with their settings to ``evaluation.json`` there (see :mod:`~megatron_nepa.training.results`) and to the
+    console.
 
     Raises:
         ConfigError: where there is no checkpoint, or it does not fit the model.
@@ -125,7 +126,8 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
         results = evaluator.evaluate(model, lambda: False)
     assert results is not None
     if topology.is_main:
-        write_results(output_dir / "evaluation.json", origin, results)
+        settings = {**identify_weights(source, choice), **task.evaluation_settings()}
+        write_results(output_dir / "evaluation.json", origin, settings, results)
     return results
 
 
@@ -183,20 +185,6 @@ def load_weights(model: nn.Module, source: str, choice: Choice | None, config: M
     # no optimizer: the weights are the model's own parameters
     bare = TrainState(model, Masters(torch.optim.AdamW(model.parameters()), [], {}), None, topology)
     return start_from(bare, source, choice, config, require_head=True)
-
-
-def write_results(path: Path, origin: str, results: dict[str, float]) -> None:
-    """Print results and whose they are, and write them as JSON in one piece; the main rank calls it.
-
-    Raises:
-        ConfigError: where the file cannot be written.
-    """
-    print(origin, *(f"  {name} {value:.6g}" for name, value in results.items()), sep="\n", flush=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({"weights": origin, **results}, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); the results stand above.") from None
 
 
 @contextlib.contextmanager

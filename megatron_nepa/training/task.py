@@ -94,6 +94,10 @@ class Task(ABC):
         The loss is among them, as "loss"; :mod:`~megatron_nepa.training.reporting.metric_table` says how each is shown.
         """
 
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What the evaluator's results depend on besides the model's weights, as JSON values by name."""
+        return {}
+
     def health(self) -> Tensor | None:
         """Flat fp32 device tensor about the last micro-batch, or None."""
         return None

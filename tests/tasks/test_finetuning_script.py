@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_nepa.checkpoint.reading.weights import read_weights
 from megatron_nepa.tasks.classification import ClassificationEvaluator
+from megatron_nepa.training.results import read_results
 from tests.distributed.ranks import run_ranks
 from tests.runs import call_script, make_images, pretrain, read_metrics, signal_in_step, without_training
 from tests.tasks.labelled import TINY, finetune, make_labelled
@@ -97,9 +98,13 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
 
     # evaluated alone, on two ranks, the best checkpoint reaches what it did in training
     assert run_ranks(2, finetune, evaluating(flags)) == [None, None]
-    alone = json.loads((tmp_path / "run/evaluation.json").read_text())
+    alone = read_results(tmp_path / "run/evaluation.json")[-1]
     assert alone["top1"] == best["value"]
-    assert best["checkpoint"] in alone["weights"]
+    assert best["checkpoint"] in alone["origin"]
+    step = int(best["checkpoint"].removeprefix("step_"))
+    weights = "ema" if best["metric"] == "val_ema_top1" else "raw"
+    expected = {"checkpoint": str(tmp_path / "run/checkpoints" / best["checkpoint"]), "step": step, "weights": weights}
+    assert expected.items() <= alone["settings"].items()
 
     # not on images of other classes, though their number is the same
     other = make_labelled(tmp_path / "other_classes", 1, ("blue", "green", "yellow"))
@@ -109,9 +114,7 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
     # the same weights, raw: another number of the log
     raw = [f"--init_from={tmp_path / 'run/checkpoints/step_00000006'}", "--init_weights=raw"]
     assert run_ranks(1, finetune, [*evaluating(flags_of(labelled, tmp_path / "other")), *raw]) == [None]
-    assert json.loads((tmp_path / "other/evaluation.json").read_text())["loss"] == pytest.approx(
-        rows[-1]["val_loss"], abs=1e-9
-    )
+    assert read_results(tmp_path / "other/evaluation.json")[-1]["loss"] == pytest.approx(rows[-1]["val_loss"], abs=1e-9)
 
 
 def finetune_and_listen(flags: list[str]) -> tuple[str | None, str]:
@@ -133,9 +136,9 @@ def test_an_average_that_is_still_its_beginning_is_named_and_not_the_best(
     assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["metric"] == "val_top1"
 
     assert run_ranks(1, finetune, evaluating(flags)) == [None]
-    alone = json.loads((tmp_path / "run/evaluation.json").read_text())
+    alone = read_results(tmp_path / "run/evaluation.json")[-1]
     assert alone["top1"] == row["val_top1"]
-    assert "raw weights of" in alone["weights"]
+    assert "raw weights of" in alone["origin"]
     assert "100% of which is still the weights that its run began with" in read_weights(tmp_path / "run").origin
 
 
@@ -183,8 +186,8 @@ def test_a_run_without_an_average(labelled: dict[str, Path], tmp_path: Path) -> 
     row = read_metrics(run)[-1]
     assert not any(key.startswith("val_ema") for key in row)
     assert json.loads((run / "checkpoints/best.json").read_text())["metric"] == "val_top1"
-    alone = json.loads((run / "evaluation.json").read_text())
-    assert "the raw weights of" in alone["weights"]
+    alone = read_results(run / "evaluation.json")[-1]
+    assert "the raw weights of" in alone["origin"]
     assert alone["loss"] == pytest.approx(row["val_loss"], abs=1e-9)
     assert alone["top1"] == row["val_top1"]
     assert str(started).endswith("step_00000001 holds no weight average: take its raw weights with --init_weights raw.")

@@ -28,6 +28,7 @@ from megatron_nepa.tasks.features import Features, knn_accuracy, linear_accuracy
 from megatron_nepa.tasks.probing import CROPS_ONLY
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.lars import build_lars
+from megatron_nepa.training.results import read_results
 from tests.distributed.ranks import run_ranks
 from tests.runs import Killed, call_script, kill_in_step, read_metrics, without_training
 from tests.tasks.labelled import TINY, make_labelled
@@ -174,13 +175,15 @@ def test_the_shared_loop_trains_as_a_loop_by_hand_on_any_grid_killed_or_not(fold
         # the evaluation of the run, of its checkpoint, and the neighbours, exact
         last = rows[-1]
         assert [row["step"] for row in rows if "val_top1" in row] == [2, 4]
-        alone = json.loads((output / "evaluation.json").read_text())
+        alone = read_results(output / "evaluation.json")[-1]
         best = json.loads((output / "checkpoints/best.json").read_text())
         assert alone["top1"] == best["value"] == max(row["val_top1"] for row in rows if "val_top1" in row)
         assert last["val_top1"] == read_metrics(one)[-1]["val_top1"]
-        neighbours = json.loads((output / "neighbours.json").read_text())
-        assert neighbours == json.loads((one / "neighbours.json").read_text())
-        assert neighbours["weights"].startswith("starting from the a trunk drawn at random")
+        neighbours = read_results(output / "neighbours.json")[-1]
+        assert neighbours == read_results(one / "neighbours.json")[-1]
+        assert (neighbours["settings"]["k"], neighbours["settings"]["train_images"]) == (5, 24)
+        assert alone["settings"]["trunk"] == neighbours["settings"]["trunk"]
+        assert neighbours["origin"].startswith("starting from the a trunk drawn at random")
         assert neighbours["knn_top1"] * 18 == pytest.approx(round(neighbours["knn_top1"] * 18))
         assert 1 / 6 < neighbours["knn_top1"] < 1  # a number that could differ, better than a guess
 

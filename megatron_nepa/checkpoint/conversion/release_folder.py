@@ -29,7 +29,12 @@ _CONFIG, _RAW, _EMA = "config.json", "model*.safetensors*", "pytorch_model_ema.b
 
 def is_release(path: Path) -> bool:
     """Whether a folder looks like a released model."""
-    return (path / _CONFIG).is_file() and (any(path.glob(_RAW)) or (path / _EMA).is_file())
+    return (path / _CONFIG).is_file() and (any(path.glob(_RAW)) or holds_average(path))
+
+
+def holds_average(release: Path) -> bool:
+    """Whether a released model's folder holds its average, which is read then unless the raw weights are chosen."""
+    return (release / _EMA).is_file()
 
 
 def read_release(folder: Path, choice: Choice | None = None, fold: bool = False) -> tuple[Weights, list[str]]:
@@ -55,7 +60,7 @@ def read_release(folder: Path, choice: Choice | None = None, fold: bool = False)
         config = model_from_release(values)
     except (TypeError, AttributeError) as error:  # a field of another type, or no object at all
         raise ConfigError(f"{folder / _CONFIG} describes no released model: {error}.") from None
-    kind = choice or ("ema" if (folder / _EMA).is_file() else "raw")
+    kind = choice or ("ema" if holds_average(folder) else "raw")
     state = unwrap(_read_average(folder / _EMA) if kind == "ema" else _read_raw(folder), folder)
     state, added = add_missing_qk_norm(state, config)
     notes = [f"QK-norm weights that are not in the file start as ones: {', '.join(added)}"] if added else []
