@@ -29,7 +29,17 @@ LAYERS = (
 # inside the large rooms, likewise
 ROOMS = {
     "kernels": (
-        *("launching", "operation", "swiglu", "residual_norm", "cosine_loss", "qk_norm_rope", "attention", "dispatch"),
+        *(
+            "launching",
+            "record",
+            "swiglu",
+            "residual_norm",
+            "cosine_loss",
+            "qk_norm_rope",
+            "attention",
+            "operations",
+            "dispatch",
+        ),
         "proofs",
     ),
     "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
 from megatron_nepa.kernels.attention.products import attention_products
-from megatron_nepa.kernels.dispatch import OPERATIONS
+from megatron_nepa.kernels.operations import OPERATIONS
 
 Implementation = Callable[..., Any]
 

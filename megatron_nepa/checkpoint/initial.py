@@ -33,7 +33,7 @@ from megatron_nepa.checkpoint.reading.weights import (
 from megatron_nepa.checkpoint.saving.store import quiet_torch_checkpoint
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
-from megatron_nepa.parallel.layers import REPLICATED, layout_of
+from megatron_nepa.parallel.parameters import REPLICATED, layout_of
 
 # parameters of a trunk that a run may have without their being in the checkpoint: they keep their initial values
 _OPTIONAL = ("mask_token", "q_norm", "k_norm")

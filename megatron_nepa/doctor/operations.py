@@ -13,7 +13,7 @@ from megatron_nepa.benchmarks.contenders import Contest, Implementation, contest
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.doctor.report import Row
 from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
-from megatron_nepa.kernels.dispatch import OPERATIONS
+from megatron_nepa.kernels.operations import OPERATIONS
 
 # every operation takes part; on a CPU the kernels run in Triton's interpreter, which is slow
 GPU_MODEL = ModelConfig()

@@ -15,16 +15,13 @@ from torch import Tensor
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.kernels.attention.backends import attention_sdpa, choose_attention
 from megatron_nepa.kernels.cosine_loss.operation import COSINE_LOSS
-from megatron_nepa.kernels.operation import Operation
+from megatron_nepa.kernels.operations import OPERATIONS
 from megatron_nepa.kernels.qk_norm_rope.operation import QK_NORM_ROPE
 from megatron_nepa.kernels.residual_norm.operation import RESIDUAL_NORM
 from megatron_nepa.kernels.residual_norm.reference import layer_norm_reference
 from megatron_nepa.kernels.swiglu.operation import SWIGLU
 
 logger = logging.getLogger(__name__)
-
-# what everything that goes through the fused operations iterates; attention's back-ends are no kernels of ours
-OPERATIONS: tuple[Operation, ...] = (QK_NORM_ROPE, SWIGLU, RESIDUAL_NORM, COSINE_LOSS)
 
 
 @dataclass(frozen=True)

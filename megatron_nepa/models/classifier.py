@@ -12,7 +12,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.transformer import Norm
 from megatron_nepa.models.trunk import Trunk, TrunkOutput
 from megatron_nepa.parallel.collectives import gather_rows
-from megatron_nepa.parallel.layers import initialize_parameters, parameter
+from megatron_nepa.parallel.parameters import initialize_parameters, parameter
 from megatron_nepa.parallel.rows import holds_whole_samples
 from megatron_nepa.parallel.topology import TensorGroup
 

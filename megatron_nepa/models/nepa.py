@@ -11,7 +11,7 @@ from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.collectives import reduce_from_group
-from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.parameters import initialize_parameters
 from megatron_nepa.parallel.topology import TensorGroup
 
 

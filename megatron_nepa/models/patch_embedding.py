@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, multiples_around, one_of, require
 from megatron_nepa.parallel.collectives import gather_rows
-from megatron_nepa.parallel.layers import parameter, sum_shares
+from megatron_nepa.parallel.parameters import parameter, sum_shares
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup
 

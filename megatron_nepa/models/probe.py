@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_nepa.models.classifier import Linear, Pooling, pool_samples
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.batch_norm import BatchNorm
-from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.parameters import initialize_parameters
 from megatron_nepa.parallel.topology import TensorGroup
 
 INIT_STD = 0.01  # of the classifier's weights, as MAE's

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from megatron_nepa.parallel.layers import parameter
+from megatron_nepa.parallel.parameters import parameter
 
 # builds the normalisation of so many channels
 NormFactory = Callable[[int], nn.Module]

@@ -15,7 +15,7 @@ from megatron_nepa.models.pyramid import FeaturePyramid, NormFactory
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.models.upernet import FcnHead, UperNetHead, resize
 from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group
-from megatron_nepa.parallel.layers import initialize_parameters, sum_shares
+from megatron_nepa.parallel.parameters import initialize_parameters, sum_shares
 from megatron_nepa.parallel.rows import RowShard, holds_whole_samples
 from megatron_nepa.parallel.topology import TensorGroup
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from megatron_nepa.config import ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.recomputation import called, recomputed
-from megatron_nepa.parallel.layers import ColumnParallelLinear, GradientRule, RowParallelLinear, parameter, sum_shares
+from megatron_nepa.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_nepa.parallel.parameters import GradientRule, parameter, sum_shares
 from megatron_nepa.parallel.topology import TensorGroup
 
 

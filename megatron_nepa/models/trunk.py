@@ -16,7 +16,7 @@ from megatron_nepa.models.patch_embedding import PatchEmbedding
 from megatron_nepa.models.recomputation import recomputed
 from megatron_nepa.models.rope import rope_angles
 from megatron_nepa.models.transformer import Block, Norm
-from megatron_nepa.parallel.layers import sum_shares
+from megatron_nepa.parallel.parameters import sum_shares
 from megatron_nepa.parallel.rows import RowShard, shard_rows
 from megatron_nepa.parallel.topology import TensorGroup
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_nepa.models.draws import channel_dropout_factors
 from megatron_nepa.models.pyramid import NUM_LEVELS, NormFactory
-from megatron_nepa.parallel.layers import parameter
+from megatron_nepa.parallel.parameters import parameter
 
 POOL_SCALES = (1, 2, 3, 6)
 DROPOUT = 0.1

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_nepa.config import require
-from megatron_nepa.parallel.layers import parameter
+from megatron_nepa.parallel.parameters import parameter
 
 MOMENTUM = 0.1  # share of a new batch in the running statistics, torch's default
 

@@ -22,7 +22,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES, Trunk
 from megatron_nepa.parallel.batch_norm import BatchNorm
-from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.parameters import initialize_parameters
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.classification import (
     ClassificationEvaluator,

@@ -18,7 +18,7 @@ from megatron_nepa.training.evaluation import best_of, describe_lag, evaluate_en
 from megatron_nepa.training.reporting.announce import describe_failure
 from megatron_nepa.training.reporting.device_memory import memory_gb
 from megatron_nepa.training.reporting.log import RunLog, read_metrics
-from megatron_nepa.training.reporting.metrics import MetricWindow
+from megatron_nepa.training.reporting.metric_window import MetricWindow
 from megatron_nepa.training.reporting.non_finite import describe_non_finite
 from megatron_nepa.training.reporting.profiling import StepProfiler
 from megatron_nepa.training.reporting.run_directory import RunDirectory

@@ -22,7 +22,7 @@ from megatron_nepa.config import (
 )
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import Topology, build_topology
 from megatron_nepa.training.engine.deepspeed_config import read_ds_config, resolve

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.topology import TensorGroup
 from tests.distributed.cases import MODEL, SEED, sample_images, spread_vectors
 from tests.distributed.ranks import run_ranks

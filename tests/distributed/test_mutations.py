@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models import draws, patch_embedding, transformer, trunk
-from megatron_nepa.parallel.layers import sum_shares
+from megatron_nepa.parallel.parameters import sum_shares
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup, Topology
 from tests.distributed.cases import Case, Mutation, Outcome, differences, train_case

@@ -13,7 +13,7 @@ from megatron_nepa.config import IGNORED, ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.segmenter import Segmenter, tapped_blocks
 from megatron_nepa.parallel.batch_norm import BatchNorm
-from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.rows import holds_whole_samples
 from megatron_nepa.parallel.topology import TensorGroup
 from tests.distributed.cases import MODEL, SEED, sample_images, spread_vectors

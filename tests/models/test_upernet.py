@@ -10,7 +10,7 @@ from megatron_nepa.models.draws import channel_dropout_factors
 from megatron_nepa.models.pyramid import FeaturePyramid
 from megatron_nepa.models.upernet import ConvNormRelu, FcnHead, UperNetHead
 from megatron_nepa.parallel.batch_norm import BatchNorm
-from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.parameters import initialize_parameters
 from megatron_nepa.parallel.topology import TensorGroup
 
 WIDTH, CLASSES, SEED = 32, 7, 3

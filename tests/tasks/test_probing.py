@@ -22,7 +22,7 @@ from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.probe import LinearProbe, TrunkFeatures
 from megatron_nepa.models.trunk import Trunk
-from megatron_nepa.parallel.layers import initialize_parameters
+from megatron_nepa.parallel.parameters import initialize_parameters
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.tasks.features import Features, knn_accuracy, linear_accuracy
 from megatron_nepa.tasks.probing import CROPS_ONLY

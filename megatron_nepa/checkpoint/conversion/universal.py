@@ -37,7 +37,7 @@ from megatron_nepa.checkpoint.reading.weights import (
 )
 from megatron_nepa.checkpoint.saving.store import beside
 from megatron_nepa.config import ConfigError, ModelConfig, require
-from megatron_nepa.parallel.layers import REPLICATED
+from megatron_nepa.parallel.parameters import REPLICATED
 
 _LATEST, _RUN, _EMA, _BUFFERS = "latest_universal", "run.json", "ema.safetensors", "buffers.safetensors"
 _FILES = {"master": "fp32", **{kind: kind for kind in MOMENTS}}

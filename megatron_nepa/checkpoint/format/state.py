@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_nepa.checkpoint.format.masters import Masters, fill_fragment, join_fragments
 from megatron_nepa.checkpoint.format.shares import Piece, share_out
-from megatron_nepa.parallel.layers import layout_of
+from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -25,7 +25,7 @@ from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_
 from megatron_nepa.config import ModelConfig, OptimizerConfig, ParallelConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import Trunk
-from megatron_nepa.parallel.layers import ParameterLayout, layout_of
+from megatron_nepa.parallel.parameters import ParameterLayout, layout_of
 from megatron_nepa.parallel.topology import TensorGroup
 
 Choice = Literal["ema", "raw"]

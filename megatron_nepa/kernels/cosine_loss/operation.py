@@ -10,7 +10,7 @@ import torch
 
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
-from megatron_nepa.kernels.operation import Case, NewTensor, Operation
+from megatron_nepa.kernels.record import Case, NewTensor, Operation
 
 
 def _fused() -> Callable[..., Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from megatron_nepa.config import ModelConfig
-from megatron_nepa.kernels.dispatch import OPERATIONS
-from megatron_nepa.kernels.operation import Case
+from megatron_nepa.kernels.operations import OPERATIONS
+from megatron_nepa.kernels.record import Case
 
 
 def model_cases(model: ModelConfig, batch: int, tokens: int, device: str) -> Iterator[Case]:

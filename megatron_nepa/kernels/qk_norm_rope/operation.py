@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import ModelConfig
-from megatron_nepa.kernels.operation import Case, NewTensor, Operation
 from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from megatron_nepa.kernels.record import Case, NewTensor, Operation
 
 
 def _fused() -> Callable[..., Tensor]:

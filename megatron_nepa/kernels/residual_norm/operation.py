@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_nepa.config import ModelConfig
-from megatron_nepa.kernels.operation import Case, NewTensor, Operation
+from megatron_nepa.kernels.record import Case, NewTensor, Operation
 from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_nepa.config import ModelConfig
-from megatron_nepa.kernels.operation import Case, NewTensor, Operation
+from megatron_nepa.kernels.record import Case, NewTensor, Operation
 from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 
 

@@ -1,8 +1,4 @@
-"""What the project knows of one fused operation: one record for dispatch, proofs, benchmarks, doctor and dry run.
-
-A new operation is a folder beside this file (``reference.py``, ``fused.py``, ``operation.py``), a field of
-:class:`~megatron_nepa.kernels.dispatch.Kernels` and a place in ``OPERATIONS`` there.
-"""
+"""What the project knows of one fused operation: one record for dispatch, proofs, benchmarks, doctor and dry run."""
 
 from __future__ import annotations
 
