@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ from megatron_nepa.parallel.topology import Topology
 
 CHECKPOINTS = "checkpoints"  # the folder of them in an OUTPUT_DIR
 _STEP = "step_"
+# what file systems answer that sync no folders (CIFS, some FUSE); a full or broken disk answers otherwise
+_CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
 
 
 class SaveError(RuntimeError):
@@ -268,12 +271,16 @@ def _discard(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have a folder's names on the disk, where its file system can: some sync files only."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
 
 
 def replace_text(path: Path, text: str) -> None:
