@@ -11,20 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_nepa"
 # as README.md and CONTRIBUTING.md list them
 LAYERS = (
-    *(
-        "hardware",
-        "config",
-        "terminal",
-        "recipes",
-        "parallel",
-        "kernels",
-        "models",
-        "data",
-        "checkpoint",
-        "training",
-        "tasks",
-    ),
-    *("planning", "analysis", "cli", "job", "benchmarks", "doctor"),
+    *("hardware", "files", "config", "terminal", "recipes", "parallel", "kernels", "models", "data", "checkpoint"),
+    *("training", "tasks", "planning", "analysis", "cli", "job", "benchmarks", "doctor"),
 )
 # inside the large rooms, likewise
 ROOMS = {

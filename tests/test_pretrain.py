@@ -190,7 +190,8 @@ def test_two_runs_cannot_write_one_folder(images: Path, tmp_path: Path) -> None:
     with (tmp_path / "run/.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         error = run_ranks(1, pretrain, flags(images, tmp_path / "run", "--steps=2"))[0]
-    assert "(rank 0: another run is writing there): choose another folder" in error
+    assert "(rank 0: another run is writing there: another process holds" in error
+    assert error.endswith("choose another folder.")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 

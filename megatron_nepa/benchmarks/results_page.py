@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import ConfigError
+from megatron_nepa.files import replace_text
 
 TITLES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 INTRODUCTION = """# Results

@@ -23,8 +23,8 @@ from megatron_nepa.benchmarks.results_page import (
     render_page,
     write_results,
 )
-from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import require
+from megatron_nepa.files import replace_text
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DESCRIBE = {"train": describe_train, "kernels": describe_kernels, "data": describe_data}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import SegmentationConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.pairs import class_names
 from megatron_nepa.data.loaders.segmentation import SegmentationImage, evaluate_segmentation
+from megatron_nepa.files import replace_text
 from megatron_nepa.models.sliding_window import sliding_window_logits, whole_image_logits
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.models.upernet import resize

@@ -11,8 +11,8 @@ from megatron_nepa.checkpoint.conversion.release_folder import holds_average, is
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice, choose_kind
-from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.files import replace_text
 
 
 def identify_weights(source: str, choice: Choice | None) -> dict[str, Any]:

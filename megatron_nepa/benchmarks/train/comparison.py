@@ -24,8 +24,8 @@ from megatron_nepa.benchmarks.train.contender import (
 )
 from megatron_nepa.benchmarks.train.report import Contest, TrainReport
 from megatron_nepa.benchmarks.train.steps import TrainingSteps, build_setting
-from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import require
+from megatron_nepa.files import replace_text
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.training.reporting.flops import measure_matmul, train_flops
 

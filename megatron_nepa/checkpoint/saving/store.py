@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.format.manifest import file_facts, write_manifest
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
+from megatron_nepa.files import replace_text
 from megatron_nepa.parallel.topology import Topology
 
 CHECKPOINTS = "checkpoints"  # the folder of them in an OUTPUT_DIR
@@ -281,16 +282,6 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC_FOLDERS:
             raise
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def quiet_torch_checkpoint() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.files import AlreadyHeldError, Hold
 
 
 @contextlib.contextmanager
@@ -29,13 +30,17 @@ def claimed(file: Path, facts: dict[str, Any], mismatch: str) -> Iterator[None]:
         handle = file.open("a+")
     except OSError as error:
         raise ConfigError(f"{file.parent} cannot be written: {error.strerror}.") from None
-    with handle:
+    with handle, contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            hold = Hold(file)
+        except AlreadyHeldError as error:
             raise ConfigError(
-                f"another process is writing {file.parent}: wait for its end, or choose another name for the result."
+                f"another process is writing {file.parent}: wait for its end, or choose another name for the result "
+                f"({error})."
             ) from None
+        stack.callback(hold.release)
+        for note in hold.notes:
+            print(note, file=sys.stderr)
         handle.seek(0)
         text, wanted = handle.read(), json.dumps(facts)
         require(text in ("", wanted), mismatch)

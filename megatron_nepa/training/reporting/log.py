@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_nepa.checkpoint.saving.store import replace_text
 from megatron_nepa.config import RunConfig
+from megatron_nepa.files import replace_text
 from megatron_nepa.training.reporting.metric_table import METRICS
 
 Row = dict[str, float | int]

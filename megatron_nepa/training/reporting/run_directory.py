@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from megatron_nepa.checkpoint.format.agreement import RankError, on_main_rank
 from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
-from megatron_nepa.checkpoint.saving.store import CheckpointStore, replace_text
+from megatron_nepa.checkpoint.saving.store import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, try_to_write
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.reporting.log import truncate_metrics
 
@@ -73,7 +73,7 @@ class RunDirectory:
         self.metrics_path = self.path / "metrics.jsonl"
         self.figures_path = self.path / "figures"
         self.profile_path = self.path / "profile"
-        self._lock: TextIO | None = None
+        self._hold: Hold | None = None
         self.checkpoints = CheckpointStore.of(self.path, run.keep_last, run.keep_every)
 
     def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
@@ -107,19 +107,21 @@ class RunDirectory:
         return find_intact(candidates, topology)
 
     def lock(self, topology: Topology) -> None:
-        """Create the folder and claim it until this process ends; every rank calls it.
+        """Create the folder, claim it until this process ends and try to write checkpoints; every rank calls it.
 
         Raises:
-            ConfigError: where another run is writing there, or the folder cannot be written.
+            ConfigError: where another run is writing there, or the folder or its checkpoints cannot be written.
         """
 
         def claim() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError("another run is writing there") from None
+                self._hold = Hold(self.path / ".lock")
+            except AlreadyHeldError as error:
+                raise OSError(f"another run is writing there: {error}") from None
+            for note in self._hold.notes:
+                print(note, flush=True)
+            try_to_write(self.checkpoints.folder)  # before the first step, not at the first save
 
         try:
             on_main_rank(topology, claim)
