@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from megatron_nepa.config import IGNORED, ConfigError, MaskConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError
 from megatron_nepa.data.index.mask_file import mask_values
 from megatron_nepa.data.index.pairs import require_masks
 from megatron_nepa.data.sampling.order import IntArray
@@ -40,14 +40,17 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
     """The label of every pixel of image ``image``, uint8 [H, W]: a class, or 255.
 
     Raises:
-        UnreadableImageError: the mask cannot be read, is of a kind that holds no exact labels, or has another size
+        InaccessibleImageError: the mask cannot be had.
+        UnreadableImageError: it cannot be read, is of a kind that holds no exact labels, or has another size
             than the index says.
         ConfigError: a value in it is no class.
     """
     name = index.masks[image]
     try:
         values = mask_values((index.root / name).read_bytes())
-    except (OSError, UnreadableImageError) as error:
+    except OSError as error:
+        raise InaccessibleImageError(f"its mask {name} cannot be read ({error})") from error
+    except UnreadableImageError as error:
         raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
     height, width = values.shape
     expected = int(index.width[image]), int(index.height[image])

@@ -84,11 +84,6 @@ def folder_listing(root: Path, walked: Walked) -> DatasetIndex:
     )
 
 
-def list_images(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Image files below ``root`` by extension, sorted: (paths relative to root, class numbers or -1, class names)."""
-    return _classified(root, walked_folder(root))
-
-
 def walked_folder(root: Path) -> Walked:
     """What lies below ``root``.
 

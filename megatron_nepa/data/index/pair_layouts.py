@@ -16,6 +16,7 @@ import numpy as np
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
+from megatron_nepa.data.index.walk import is_hidden, is_image
 
 _SAME_SPLIT = {"training": "train", "train": "training", "validation": "val", "val": "validation"}
 # why a mask is in the quarantine of an index
@@ -135,7 +136,7 @@ def _split_folder(root: Path, layout: PairLayout, split: str) -> str:
     except OSError as error:
         raise ConfigError(f"the data folder {root / layout.images} cannot be read: {error.strerror}.") from error
     folders = sorted(entry.name for entry in entries if entry.is_dir())
-    loose = sorted(entry.name for entry in entries if entry.is_file() and _is_image(entry.name))
+    loose = sorted(entry.name for entry in entries if entry.is_file() and is_image(entry.name))
     part = next((name for name in (split, _SAME_SPLIT.get(split)) if name in folders), None)
     if loose:
         require(
@@ -185,7 +186,7 @@ def _files(root: Path, folder: str, ending: str) -> dict[str, list[str]]:
         folders[:] = [name for name, target in targets.items() if os.path.commonpath((target, inside)) != target]
         for name in files:
             stem = os.path.splitext(name)[0]
-            if _is_image(name) and stem.endswith(ending):
+            if is_image(name) and not is_hidden(name) and stem.endswith(ending):
                 path = os.path.join(where, name)
                 shared = os.path.join(os.path.relpath(where, root / folder), stem.removesuffix(ending))
                 found.setdefault(os.path.normpath(shared), []).append(os.path.relpath(path, root))
@@ -201,7 +202,3 @@ def _require_train_ids(root: Path, part: str, without: set[str]) -> None:
         f"make labelTrainIds, the 19 classes, by `pip install cityscapesscripts` and `CITYSCAPES_DATASET={root} "
         "csCreateTrainIdLabelImgs`.",
     )
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
