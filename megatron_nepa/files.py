@@ -128,11 +128,12 @@ def _is_gone(owner: dict[str, Any], age: float) -> bool:
 
 
 def try_to_write(folder: Path) -> None:
-    """Make a folder and write, rename and remove a small file in it, as a later save will.
+    """Make a folder and write, rename and remove a small file in it, as a later save will; nothing stays behind.
 
     Raises:
         OSError: it cannot be done: no permission, no room, a file in the folder's place.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / f".trial_{secrets.token_hex(4)}"
     try:
@@ -140,3 +141,5 @@ def try_to_write(folder: Path) -> None:
     finally:
         for path in (trial, trial.with_name(f".{trial.name}.partial")):
             path.unlink(missing_ok=True)
+        if is_new:
+            folder.rmdir()

@@ -76,7 +76,10 @@ def find_place(environment: Mapping[str, str]) -> Place:
             "its machine, or start with deepspeed or torchrun, which do.",
         )
         local_rank = step.local_rank
-    require(local_rank <= rank, f"LOCAL_RANK is {local_rank}, but RANK is {rank}: it cannot be the smaller one.")
+    require(
+        local_rank < world_size,
+        f"LOCAL_RANK is {local_rank}, but WORLD_SIZE is {world_size}: it is counted from 0 on every machine.",
+    )
     return Place(rank, world_size, local_rank)
 
 

@@ -53,7 +53,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         try:
             runpy.run_path(str(TOOL), run_name="__main__")
         except SystemExit as ended:
-            return str(ended.code)
+            said = capsys.readouterr().err.removesuffix("\n")
+            return said if ended.code == 2 else f"{ended.code}: {said}"
         return [Path(line) for line in capsys.readouterr().out.splitlines()]
 
     return run

@@ -50,7 +50,7 @@ def test_place(variables: dict[str, str], place: Place, of_this_node: int) -> No
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is 2, but WORLD_SIZE is 2"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'; it must be a number"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'; it must be a number"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "LOCAL_RANK is 1, but RANK is 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but WORLD_SIZE is 2"),
     ],
 )
 def test_contradictions_are_named(variables: dict[str, str], message: str) -> None:

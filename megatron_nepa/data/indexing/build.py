@@ -83,7 +83,9 @@ def build_and_save_index(
 
 def _identity(listing: DatasetIndex, verify: Verify) -> dict[str, Any]:
     """What the finished chunks belong to."""
-    identity = hashlib.blake2b(f"{verify} {listing.root.resolve()} {listing.shards}".encode(), digest_size=16)
+    # the names may be no UTF-8
+    source = f"{verify} {listing.root.resolve()} {listing.shards}".encode(errors="surrogateescape")
+    identity = hashlib.blake2b(source, digest_size=16)
     for array in (listing.names.text, listing.label, listing.offset, listing.masks.text):
         identity.update(np.ascontiguousarray(array).data)
     return {"listing": identity.hexdigest(), "chunk": _CHUNK}
