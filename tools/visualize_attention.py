@@ -28,11 +28,9 @@ convert_checkpoint.py consolidate wrote.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from megatron_nepa.analysis.visualize import View, visualize, visualize_evolution
 from megatron_nepa.cli import path_argument
-from megatron_nepa.config import ConfigError
 from megatron_nepa.terminal import tool
 
 
@@ -93,13 +91,10 @@ def main() -> None:
     """Draw, and say what was written."""
     args = parse_arguments()
     view = View(tuple(args.query), args.layers, args.heads, args.size, args.square, args.bidirectional, args.weights)
-    try:
-        if args.evolution is None:
-            written = visualize(args.images, args.checkpoint, args.out, view)
-        else:
-            written = visualize_evolution(args.images, args.evolution, args.out, view, args.steps or ())
-    except ConfigError as error:
-        sys.exit(f"visualize_attention: {error}")
+    if args.evolution is None:
+        written = visualize(args.images, args.checkpoint, args.out, view)
+    else:
+        written = visualize_evolution(args.images, args.evolution, args.out, view, args.steps or ())
     for path in written:
         print(path)
 
