@@ -13,10 +13,8 @@ import pytest
 
 from megatron_nepa.cli import Recipes, parse_command_line, sections_of
 from megatron_nepa.config import ConfigError, ParallelConfig, RunConfig, override
-from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, PROBING_RECIPES, SEGMENTATION_RECIPES
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config, resolve
 
@@ -42,7 +40,7 @@ def test_tensor_parallel_sizes_divide_every_pretraining_trunk_the_default_includ
 @pytest.mark.parametrize(("name", "count"), [("nepa_b_release", 85_527_552), ("nepa_l_release", 302_967_808)])
 def test_release_recipes_have_the_published_parameter_counts(name: str, count: int) -> None:
     run = PRETRAINING_RECIPES[name]()
-    model = NepaForPretraining(run.model, run.objective, ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = NepaForPretraining(run.model, run.objective)
     assert sum(param.numel() for param in model.parameters()) == count
 
 

@@ -17,10 +17,10 @@ from megatron_nepa.analysis.images import Pixels, to_tensor
 from megatron_nepa.analysis.queries import Patch
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.checkpoint.reading.weights import Weights
-from megatron_nepa.config import ParallelConfig, require
+from megatron_nepa.config import require
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
-from megatron_nepa.parallel.topology import TensorGroup
 
 Array = NDArray[np.float32]
 Heads = Literal["mean", "max", "each"]
@@ -156,7 +156,7 @@ def _build_trunk(weights: Weights, kernels: Kernels) -> Trunk:
     }
     require(bool(state), f"the {weights.origin} hold no trunk, like a linear probe's checkpoint: give the trunk's own.")
     with torch.device("meta"):
-        trunk = Trunk(weights.model, ParallelConfig(), 0.0, 0, TensorGroup(), kernels).eval()
+        trunk = Trunk(weights.model, Build(kernels=kernels)).eval()
     wanted = trunk.state_dict()
     differing = [name for name in sorted(wanted.keys() | state.keys()) if _shape(wanted, name) != _shape(state, name)]
     require(

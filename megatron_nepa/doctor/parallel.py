@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, PretrainingConfig
+from megatron_nepa.config import ModelConfig, OptimizerConfig, ParallelConfig, PretrainingConfig
 from megatron_nepa.doctor.ranks import on_ranks
 from megatron_nepa.doctor.report import Row
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import build_topology
 from megatron_nepa.training.engine.deepspeed_config import read_ds_config, resolve
@@ -71,7 +71,7 @@ def train_steps(device: torch.device, tensor_parallel_size: int) -> list[tuple[f
         micro_batch_size=BATCH // topology.data_size,
         dtype="fp32",
     )
-    model = NepaForPretraining(MODEL, ObjectiveConfig(), parallel, 0, topology.tensor, Kernels())
+    model = NepaForPretraining(MODEL, build=Build(parallel, topology.tensor))
     engine = TrainingEngine(model, run, resolve(run, read_ds_config(None), topology.data_size), topology)
     results = []
     for step in range(STEPS):

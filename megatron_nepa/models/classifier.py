@@ -7,14 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import ModelConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.transformer import Norm
 from megatron_nepa.models.trunk import Trunk, TrunkOutput
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.parameters import initialize_parameters, parameter
 from megatron_nepa.parallel.rows import holds_whole_samples
-from megatron_nepa.parallel.topology import TensorGroup
 
 Pooling = Literal["last", "mean"]
 
@@ -43,28 +42,16 @@ class Classifier(nn.Module):
         num_classes: C.
         pooling: what is classified: the last token's output (paper), or the mean of the patches' outputs after a
             LayerNorm of its own (release).
-        parallel: tensor and sequence parallelism, activation checkpointing.
-        seed: of the run.
-        tensor: ranks that share the replica.
-        kernels: implementations of the fused operations.
+        build: ranks, kernels and seed.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        num_classes: int,
-        pooling: Pooling,
-        parallel: ParallelConfig,
-        seed: int,
-        tensor: TensorGroup,
-        kernels: Kernels,
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_classes: int, pooling: Pooling, build: Build = Build()) -> None:
         super().__init__()
         self.pooling = pooling
-        self.trunk = Trunk(config, parallel, 0.0, seed, tensor, kernels)
+        self.trunk = Trunk(config, build)
         self.fc_norm = Norm(config.hidden_size, "whole") if pooling == "mean" else None
         self.classifier = Linear(config.hidden_size, num_classes)
-        initialize_parameters(self, seed, config.init_std, tensor)
+        initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
     def forward(self, images: Tensor, sample_index: Tensor) -> Tensor:
         """Logits of the whole micro-batch, fp32 [B, C], equal on its tensor-parallel ranks.

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig, ObjectiveConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.collectives import reduce_from_group
 from megatron_nepa.parallel.parameters import initialize_parameters
-from megatron_nepa.parallel.topology import TensorGroup
 
 
 class PretrainingOutput(NamedTuple):
@@ -34,30 +33,19 @@ class PretrainingOutput(NamedTuple):
 class NepaForPretraining(nn.Module):
     """Predict the embedding of the next patch.
 
-    The parameters are drawn from ``seed`` and their names, whatever the parallel sizes.
-
     Args:
         config: of the model.
         objective: the loss and its ablations.
-        parallel: tensor and sequence parallelism, activation checkpointing.
-        seed: of the run.
-        tensor: ranks that share the replica.
-        kernels: implementations of the fused operations.
+        build: ranks, kernels and seed.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        objective: ObjectiveConfig,
-        parallel: ParallelConfig,
-        seed: int,
-        tensor: TensorGroup,
-        kernels: Kernels,
+        self, config: ModelConfig, objective: ObjectiveConfig = ObjectiveConfig(), build: Build = Build()
     ) -> None:
         super().__init__()
         self.objective = objective
-        self.trunk = Trunk(config, parallel, objective.mask_ratio, seed, tensor, kernels)
-        initialize_parameters(self, seed, config.init_std, tensor)
+        self.trunk = Trunk(config, build, objective.mask_ratio)
+        initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
     def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
         """Loss of a micro-batch; the arguments are those of :meth:`Trunk.forward`."""

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, multiples_around, one_of, require
+from megatron_nepa.models.build import Build
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.parameters import parameter, sum_shares
 from megatron_nepa.parallel.rows import RowShard
-from megatron_nepa.parallel.topology import TensorGroup
 
 
 class PatchEmbedding(nn.Module):
@@ -19,16 +19,15 @@ class PatchEmbedding(nn.Module):
 
     Args:
         config: of the model.
+        build: the ranks that share the replica.
         masking: whether the objective replaces input patches by a learned mask token.
-        tensor: ranks that share the replica.
-        sequence_parallel: whether each of them keeps only its token rows.
     """
 
-    def __init__(self, config: ModelConfig, masking: bool, tensor: TensorGroup, sequence_parallel: bool) -> None:
+    def __init__(self, config: ModelConfig, build: Build, masking: bool) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        self.tensor = tensor
-        self.sequence_parallel = sequence_parallel
+        self.tensor = build.tensor
+        self.sequence_parallel = build.parallel.sequence_parallel
         width = config.hidden_size
         self.weight = parameter((width, IMAGE_CHANNELS, config.patch_size, config.patch_size), "images")
         self.bias = parameter((width,), "images", constant=0.0)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.classifier import Linear, Pooling, pool_samples
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.parameters import initialize_parameters
-from megatron_nepa.parallel.topology import TensorGroup
 
 INIT_STD = 0.01  # of the classifier's weights, as MAE's
 
@@ -50,8 +50,7 @@ class LinearProbe(nn.Module):
     Args:
         num_features: D.
         num_classes: C.
-        seed: of the run.
-        tensor: ranks that share the replica.
+        build: ranks and seed.
         new_norm: builds the BatchNorm, over the replicas, whose batches are normalised as one; else of this rank alone.
     """
 
@@ -59,14 +58,13 @@ class LinearProbe(nn.Module):
         self,
         num_features: int,
         num_classes: int,
-        seed: int,
-        tensor: TensorGroup,
+        build: Build = Build(),
         new_norm: Callable[..., nn.Module] = BatchNorm,
     ) -> None:
         super().__init__()
         self.norm = new_norm(num_features, eps=1e-6, affine=False)
         self.classifier = Linear(num_features, num_classes, INIT_STD)
-        initialize_parameters(self, seed, INIT_STD, tensor)
+        initialize_parameters(self, build.seed, INIT_STD, build.tensor)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] to logits [B, C]."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_nepa.config import IGNORED, ModelConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import IGNORED, ModelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.pyramid import FeaturePyramid, NormFactory
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.models.upernet import FcnHead, UperNetHead, resize
+from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group
 from megatron_nepa.parallel.parameters import initialize_parameters, sum_shares
 from megatron_nepa.parallel.rows import RowShard, holds_whole_samples
-from megatron_nepa.parallel.topology import TensorGroup
 
 AUXILIARY_LEVEL = 2  # of the pyramid: the trunk's own resolution
 AUXILIARY_CHANNELS = 256
@@ -46,30 +46,24 @@ class Segmenter(nn.Module):
     Args:
         config: of the trunk.
         num_classes: K.
-        parallel: tensor and sequence parallelism, activation checkpointing.
-        seed: of the run.
-        tensor: ranks that share the replica.
+        build: ranks, kernels and seed.
         new_norm: builds the heads' BatchNorm, over all ranks whose heads see different samples.
-        kernels: implementations of the fused operations.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         num_classes: int,
-        parallel: ParallelConfig,
-        seed: int,
-        tensor: TensorGroup,
-        new_norm: NormFactory,
-        kernels: Kernels,
+        build: Build = Build(),
+        new_norm: NormFactory = BatchNorm,
     ) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.tensor = build.tensor
         self.taps = tapped_blocks(config.num_layers)
-        self.trunk = Trunk(config, parallel, 0.0, seed, tensor, kernels)
+        self.trunk = Trunk(config, build)
         self.trunk.norm.requires_grad_(False)  # the blocks' outputs are read before it
-        self.decoder = Decoder(config.hidden_size, num_classes, new_norm, seed)
-        initialize_parameters(self, seed, config.init_std, tensor)
+        self.decoder = Decoder(config.hidden_size, num_classes, new_norm, build.seed)
+        initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
     def forward(
         self, images: Tensor, sample_index: Tensor, labels: Tensor | None = None

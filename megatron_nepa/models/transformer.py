@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_nepa.config import ModelConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.recomputation import called, recomputed
 from megatron_nepa.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_nepa.parallel.parameters import GradientRule, parameter, sum_shares
-from megatron_nepa.parallel.topology import TensorGroup
 
 
 class Norm(nn.Module):
@@ -35,9 +34,10 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Fused qkv projection, QK-norm, RoPE, attention and output projection (without its bias)."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorGroup, sequence_parallel: bool, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
-        self.kernels = kernels
+        tensor, sequence_parallel = build.tensor, build.parallel.sequence_parallel
+        self.kernels = build.kernels
         self.causal = config.causal
         self.normalize = config.qk_norm != "none"
         self.eps = config.layer_norm_eps
@@ -76,9 +76,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU or GELU feed-forward layer (without its last bias)."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorGroup, parallel: ParallelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
-        self.kernels = kernels
+        tensor, parallel = build.tensor, build.parallel
+        self.kernels = build.kernels
         self.gated = config.mlp == "swiglu"
         self.call_cheap = recomputed if parallel.activation_checkpointing == "selective" else called
         width, hidden = config.hidden_size, config.mlp_hidden_size
@@ -115,19 +116,19 @@ class _Replicated(NamedTuple):
 class Block(nn.Module):
     """Attention and feed-forward branches on a residual stream."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorGroup, parallel: ParallelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
-        self.tensor = tensor
-        self.sequence_parallel = parallel.sequence_parallel
-        self.call_cheap = recomputed if parallel.activation_checkpointing == "selective" else called
-        self.kernels = kernels
+        self.tensor = build.tensor
+        self.sequence_parallel = build.parallel.sequence_parallel
+        self.call_cheap = recomputed if build.parallel.activation_checkpointing == "selective" else called
+        self.kernels = build.kernels
         self.eps = config.layer_norm_eps
         width, scale = config.hidden_size, config.layer_scale_init
         self.norm1 = Norm(width)
-        self.attention = Attention(config, tensor, parallel.sequence_parallel, kernels)
+        self.attention = Attention(config, build)
         self.layer_scale1 = parameter((width,), "rows", constant=scale) if scale is not None else None
         self.norm2 = Norm(width)
-        self.feed_forward = FeedForward(config, tensor, parallel, kernels)
+        self.feed_forward = FeedForward(config, build)
         self.layer_scale2 = parameter((width,), "rows", constant=scale) if scale is not None else None
 
     def forward(

@@ -9,8 +9,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import ModelConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.draws import drop_path_factors, patch_mask, rope_rescale_factor
 from megatron_nepa.models.patch_embedding import PatchEmbedding
 from megatron_nepa.models.recomputation import recomputed
@@ -18,7 +18,6 @@ from megatron_nepa.models.rope import rope_angles
 from megatron_nepa.models.transformer import Block, Norm
 from megatron_nepa.parallel.parameters import sum_shares
 from megatron_nepa.parallel.rows import RowShard, shard_rows
-from megatron_nepa.parallel.topology import TensorGroup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,33 +45,22 @@ class Trunk(nn.Module):
 
     Args:
         config: of the model.
-        parallel: tensor and sequence parallelism, activation checkpointing.
+        build: ranks, kernels and seed.
         mask_ratio: share of input patches that the mask token replaces in training.
-        seed: of the run, for the draws of training mode.
-        tensor: ranks that share the replica.
-        kernels: implementations of the fused operations.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        parallel: ParallelConfig,
-        mask_ratio: float,
-        seed: int,
-        tensor: TensorGroup,
-        kernels: Kernels,
-    ) -> None:
+    def __init__(self, config: ModelConfig, build: Build = Build(), mask_ratio: float = 0.0) -> None:
         super().__init__()
-        parallel.check_model(config)
+        build.parallel.check_model(config)
         self.config = config
         self.mask_ratio = mask_ratio
-        self.seed = seed
-        self.tensor = tensor
-        self.kernels = kernels
-        self.sequence_parallel = parallel.sequence_parallel
-        self.activation_checkpointing = parallel.activation_checkpointing
-        self.embedding = PatchEmbedding(config, mask_ratio > 0, tensor, self.sequence_parallel)
-        self.blocks = nn.ModuleList(Block(config, tensor, parallel, kernels) for _ in range(config.num_layers))
+        self.seed = build.seed
+        self.tensor = build.tensor
+        self.kernels = build.kernels
+        self.sequence_parallel = build.parallel.sequence_parallel
+        self.activation_checkpointing = build.parallel.activation_checkpointing
+        self.embedding = PatchEmbedding(config, build, masking=mask_ratio > 0)
+        self.blocks = nn.ModuleList(Block(config, build) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size)
 
     def forward(self, images: Tensor, sample_index: Tensor, taps: Sequence[int] = ()) -> TrunkOutput:

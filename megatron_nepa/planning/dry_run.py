@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_nepa.config import IMAGE_CHANNELS, PretrainingConfig, require
 from megatron_nepa.kernels.dispatch import fused_kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.planning.communication import Collective
@@ -111,7 +112,7 @@ def join_fake_group(world_size: int) -> None:
 def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> NepaForPretraining:
     """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
     with torch.device("meta"):
-        return NepaForPretraining(run.model, run.objective, run.parallel, run.seed, tensor, fused_kernels())
+        return NepaForPretraining(run.model, run.objective, Build(run.parallel, tensor, fused_kernels(), run.seed))
 
 
 def _give_fake_parameters(model: nn.Module) -> None:

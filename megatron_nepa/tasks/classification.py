@@ -21,6 +21,7 @@ from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import Batch, build_index
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.collectives import gather_rows
@@ -61,7 +62,7 @@ class ClassificationTask(Task):
         """The model, drawn from the run's seed."""
         run = self.run
         tensor = self.topology.tensor
-        return Classifier(run.model, self.num_classes, run.head.pooling, run.parallel, run.seed, tensor, kernels)
+        return Classifier(run.model, self.num_classes, run.head.pooling, Build(run.parallel, tensor, kernels, run.seed))
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
         """This rank's augmented micro-batches from sample ``consumed_samples`` on."""

@@ -11,6 +11,7 @@ from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader, build_index
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -46,7 +47,8 @@ class PretrainingTask(Task):
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The model, drawn from the run's seed."""
         run = self.run
-        return NepaForPretraining(run.model, run.objective, run.parallel, run.seed, self.topology.tensor, kernels)
+        build = Build(run.parallel, self.topology.tensor, kernels, run.seed)
+        return NepaForPretraining(run.model, run.objective, build)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> PretrainingLoader | SyntheticLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""

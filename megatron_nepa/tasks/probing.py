@@ -19,6 +19,7 @@ from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES, Trunk
 from megatron_nepa.parallel.batch_norm import BatchNorm
@@ -83,8 +84,9 @@ class ProbingTask(Task):
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The layer, drawn from the run's seed."""
         run, topology = self.run, self.topology
+        build = Build(run.parallel, topology.tensor, kernels, run.seed)
         new_norm = partial(BatchNorm, group=topology.data_group)
-        return LinearProbe(run.model.hidden_size, count_classes(self.index), run.seed, topology.tensor, new_norm)
+        return LinearProbe(run.model.hidden_size, count_classes(self.index), build, new_norm)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
         """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
@@ -177,7 +179,7 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
 
 
 def _frozen_features(run: ProbingConfig, topology: Topology, kernels: Kernels) -> tuple[TrunkFeatures, str]:
-    trunk = Trunk(run.model, run.parallel, 0.0, run.seed, topology.tensor, kernels)
+    trunk = Trunk(run.model, Build(run.parallel, topology.tensor, kernels, run.seed))
     initialize_parameters(trunk, run.seed, run.model.init_std, topology.tensor)
     features = TrunkFeatures(trunk, run.trunk.block, run.trunk.pooling).requires_grad_(False).eval()
     features.to(topology.device, DTYPES[run.trunk.dtype])

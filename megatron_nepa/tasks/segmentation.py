@@ -19,6 +19,7 @@ from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.loaders.segmentation import SegmentationLoader
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.segmenter import Decoder, SegmentationOutput, Segmenter
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.batch_norm import BatchNorm
@@ -71,7 +72,8 @@ class SegmentationTask(Task):
         # BatchNorm sees each sample of all replicas' micro-batches once
         shares = holds_whole_samples(run.micro_batch_size, topology.tensor, run.parallel.sequence_parallel)
         new_norm = partial(BatchNorm, group=torch.distributed.group.WORLD if shares else topology.data_group)
-        return Segmenter(run.model, run.masks.num_classes, run.parallel, run.seed, topology.tensor, new_norm, kernels)
+        build = Build(run.parallel, topology.tensor, kernels, run.seed)
+        return Segmenter(run.model, run.masks.num_classes, build, new_norm)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path) -> SegmentationLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from megatron_nepa.checkpoint.reading.weights import Weights, write_state
 from megatron_nepa.checkpoint.saving.store import Progress
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 
 MODEL = ModelConfig(
     image_size=56,
@@ -33,7 +32,7 @@ PHOTOGRAPH = photographs.astronaut()
 
 
 def build(model: ModelConfig = MODEL, seed: int = 0) -> NepaForPretraining:
-    return NepaForPretraining(model, ObjectiveConfig(), ParallelConfig(), seed, TensorGroup(), Kernels()).eval()
+    return NepaForPretraining(model, build=Build(seed=seed)).eval()
 
 
 def weights_of(nepa: NepaForPretraining) -> Weights:

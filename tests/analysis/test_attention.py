@@ -9,11 +9,10 @@ import torch
 
 from megatron_nepa.analysis.attention import AttentionRecorder, attention_probabilities
 from megatron_nepa.analysis.images import to_tensor
-from megatron_nepa.config import ParallelConfig
 from megatron_nepa.kernels.attention.backends import attention_sdpa
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
-from megatron_nepa.parallel.topology import TensorGroup
 from tests.analysis.models import MODEL, build, pixels_of
 
 TOKENS = [0, 4, 10]
@@ -62,7 +61,7 @@ def test_a_recorded_model_computes_what_it_computed() -> None:
     recorder = AttentionRecorder(TOKENS)
     outputs = []
     for kernels in (Kernels(), replace(Kernels(), attention=recorder)):
-        trunk = Trunk(MODEL, ParallelConfig(), 0.0, 0, TensorGroup(), kernels).eval()
+        trunk = Trunk(MODEL, Build(kernels=kernels)).eval()
         trunk.load_state_dict(state)
         outputs.append(trunk(images, torch.zeros(1, dtype=torch.int64)).output)
     assert torch.equal(outputs[0], outputs[1])

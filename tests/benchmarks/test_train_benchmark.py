@@ -21,10 +21,8 @@ from megatron_nepa.benchmarks.train.contender import Local, StepTime
 from megatron_nepa.benchmarks.train.peer import PeerModel
 from megatron_nepa.benchmarks.train.report import Contest, TrainReport
 from megatron_nepa.benchmarks.train.steps import PARTS, PartClock, TrainingSteps, build_setting
-from megatron_nepa.config import ConfigError, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ConfigError, ModelConfig, OptimizerConfig
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from tests.distributed.cases import sample_images, spread_vectors
 from tests.distributed.ranks import run_ranks
@@ -92,7 +90,7 @@ def to_peer(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
 def test_the_peer_trains_the_same_model(changes: dict[str, str]) -> None:
     pytest.importorskip("transformers")
     config = replace(RELEASE, **changes)  # type: ignore[arg-type]
-    model = NepaForPretraining(config, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = NepaForPretraining(config)
     spread_vectors(model)
     peer = PeerModel(config).train()
     missing, unexpected = peer.load_state_dict(to_peer(dict(model.named_parameters()), config), strict=False)

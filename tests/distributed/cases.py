@@ -21,6 +21,7 @@ from megatron_nepa.config import (
     RunConfig,
 )
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.random import derive_key
@@ -80,7 +81,7 @@ class Case:
 
     def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
         """The model that is trained; other tasks' cases override it and :meth:`loss`."""
-        return NepaForPretraining(run.model, self.objective, run.parallel, run.seed, topology.tensor, kernels)
+        return NepaForPretraining(run.model, self.objective, Build(run.parallel, topology.tensor, kernels, run.seed))
 
     def loss(self, engine: TrainingEngine, images: Tensor, sample_index: Tensor) -> Tensor:
         """Loss of one micro-batch, equal on its tensor-parallel ranks."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.topology import TensorGroup
@@ -38,7 +38,7 @@ LAYOUTS: list[Layout] = [
 
 def loss_and_gradients(layout: Layout, tensor: TensorGroup) -> tuple[float, dict[str, Tensor]]:
     config, objective, parallel, batch = layout
-    model = NepaForPretraining(config, objective, parallel, SEED, tensor, Kernels())
+    model = NepaForPretraining(config, objective, Build(parallel, tensor, seed=SEED))
     spread_vectors(model)
     model.double()
     share = batch // tensor.size if batch % tensor.size == 0 else batch
@@ -73,7 +73,7 @@ def compare_all(layouts: list[Layout]) -> list[str]:
 
 
 def shards_of(layout: Layout, whole: dict[str, Tensor], tensor: TensorGroup) -> dict[str, Tensor]:
-    model = NepaForPretraining(*layout[:3], SEED, tensor, Kernels())
+    model = NepaForPretraining(*layout[:2], Build(layout[2], tensor, seed=SEED))
     layouts: dict[str, Any] = {name: layout_of(param) for name, param in model.named_parameters()}
     return {name: layouts[name].take_shard(value, tensor) for name, value in whole.items()}
 

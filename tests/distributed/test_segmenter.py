@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nepa.config import IGNORED, ModelConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.segmenter import Segmenter, tapped_blocks
 from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.parameters import layout_of
@@ -57,7 +57,7 @@ def sample_labels(samples: range) -> Tensor:
 
 
 def build(parallel: ParallelConfig, tensor: TensorGroup, norm_group: dist.ProcessGroup | None) -> Segmenter:
-    model = Segmenter(CONFIG, CLASSES, parallel, SEED, tensor, partial(BatchNorm, group=norm_group), Kernels())
+    model = Segmenter(CONFIG, CLASSES, Build(parallel, tensor, seed=SEED), partial(BatchNorm, group=norm_group))
     spread_vectors(model)
     return model.double()
 

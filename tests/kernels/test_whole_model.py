@@ -8,8 +8,8 @@ import torch
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_nepa.kernels.attention.backends import flash_attention
 from megatron_nepa.kernels.dispatch import Kernels, select_kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 from tests.kernels import flash_attn_stub
 
 PAPER = ModelConfig(
@@ -28,7 +28,7 @@ RELEASE = replace(
 
 def build(config, kernels, dtype=torch.float32, checkpointing="none"):
     parallel = ParallelConfig(activation_checkpointing=checkpointing)
-    model = NepaForPretraining(config, ObjectiveConfig(), parallel, 0, TensorGroup(), kernels)
+    model = NepaForPretraining(config, build=Build(parallel, kernels=kernels))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:  # at its initial 1e-5 nothing inside a branch would show

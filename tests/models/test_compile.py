@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import ActivationCheckpointing, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ActivationCheckpointing, ParallelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 from tests.distributed.cases import MODEL, sample_images, spread_vectors
 
 
 def loss_and_gradients(compiled: bool, checkpointing: ActivationCheckpointing) -> tuple[float, dict[str, Tensor]]:
     parallel = ParallelConfig(activation_checkpointing=checkpointing)
-    model = NepaForPretraining(replace(MODEL, num_layers=2), ObjectiveConfig(), parallel, 0, TensorGroup(), Kernels())
+    model = NepaForPretraining(replace(MODEL, num_layers=2), build=Build(parallel))
     spread_vectors(model)
     if compiled:
         for block in model.trunk.blocks:

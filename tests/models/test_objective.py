@@ -8,10 +8,8 @@ import torch
 from skimage import data as photographs
 from torch import Tensor
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig, ObjectiveConfig
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.training.reporting.health import EmbeddingHealth, embedding_health, read_health
 
 MODEL = ModelConfig(
@@ -40,7 +38,7 @@ def photograph_crops(count: int, step: int) -> Tensor:
 def train(stop_gradient: bool) -> tuple[list[float], EmbeddingHealth]:
     torch.manual_seed(0)
     objective = ObjectiveConfig(stop_gradient=stop_gradient)
-    model = NepaForPretraining(MODEL, objective, ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = NepaForPretraining(MODEL, objective)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
     losses = []
     for step in range(STEPS):
@@ -71,7 +69,7 @@ def test_without_stop_gradient_the_embeddings_collapse() -> None:
 
 
 def test_a_causal_model_cannot_see_ahead() -> None:
-    model = NepaForPretraining(MODEL, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
+    model = NepaForPretraining(MODEL).eval()
     images = photograph_crops(1, 0)
     changed = images.clone()
     changed[:, :, 28:] = 0  # the last two of four rows of patches
@@ -83,8 +81,8 @@ def test_a_causal_model_cannot_see_ahead() -> None:
 
 def test_the_target_is_the_next_patch_without_positions_or_mask() -> None:
     config = ModelConfig(**{**MODEL.__dict__, "position_embedding": "learned"})
-    masked = NepaForPretraining(config, ObjectiveConfig(mask_ratio=0.6), ParallelConfig(), 0, TensorGroup(), Kernels())
-    plain = NepaForPretraining(config, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels())
+    masked = NepaForPretraining(config, ObjectiveConfig(mask_ratio=0.6))
+    plain = NepaForPretraining(config)
     images, index = photograph_crops(2, 0), torch.arange(2)
     assert torch.equal(masked(images, index).target, plain(images, index).target)
     assert not torch.equal(masked(images, index).prediction, plain(images, index).prediction)

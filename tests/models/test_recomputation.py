@@ -6,17 +6,16 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_nepa.config import ActivationCheckpointing, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ActivationCheckpointing, ParallelConfig
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.models.recomputation import recomputed
-from megatron_nepa.parallel.topology import TensorGroup
 from tests.distributed.cases import MODEL, sample_images
 
 
 def counted_flops(level: ActivationCheckpointing) -> int:
     parallel = ParallelConfig(activation_checkpointing=level)
-    model = NepaForPretraining(MODEL, ObjectiveConfig(), parallel, 0, TensorGroup(), Kernels())
+    model = NepaForPretraining(MODEL, build=Build(parallel))
     images = sample_images(range(2), MODEL, torch.float32)
     with FlopCounterMode(display=False) as counter:
         model(images, torch.arange(2)).loss.backward()

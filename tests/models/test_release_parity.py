@@ -14,10 +14,8 @@ from megatron_nepa.checkpoint.conversion.release_config import model_from_releas
 from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.format.release_names import from_release, to_release
 from megatron_nepa.checkpoint.reading.weights import read_weights, write_weights
-from megatron_nepa.config import ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ConfigError, ModelConfig
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 
 FOLDER = Path(os.environ.get("NEPA_PARITY_DIR", Path(__file__).parents[2] / "../shared/parity"))
 CASES = ["pretrain_gelu_qkaffine_causal", "pretrain_swiglu_qkplain_causal"]
@@ -31,7 +29,7 @@ def load_case(name: str) -> tuple[NepaForPretraining, dict[str, torch.Tensor], M
     meta = json.loads((FOLDER / "meta.json").read_text())[name]
     config = model_from_release(meta)
     golden = load_file(FOLDER / f"{name}.safetensors")
-    model = NepaForPretraining(config, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
+    model = NepaForPretraining(config).eval()
     released = {key.removeprefix("sd."): value for key, value in golden.items() if key.startswith("sd.")}
     model.load_state_dict(from_release(released, config))
     return model, golden, config

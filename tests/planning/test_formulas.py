@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_nepa.config import ActivationCheckpointing, ConfigError, ModelConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.kernels.proofs.cases import model_cases
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.planning.cluster import GPUS, ring_of
@@ -34,7 +34,7 @@ def test_parameters_are_those_of_the_model(name: str, size: int) -> None:
     if model.num_heads % size or model.mlp_hidden_size % size:
         pytest.skip("not a divisor")
     with torch.device("meta"):
-        trunk = Trunk(model, ParallelConfig(size), 0.0, 1, TensorGroup(0, size), Kernels())
+        trunk = Trunk(model, Build(ParallelConfig(size), TensorGroup(0, size)))
     counted = count_parameters(model, size)
     assert counted.local == sum(param.numel() for param in trunk.parameters())
     shared = [param for param in trunk.parameters() if not param.tensor_model_parallel]  # type: ignore[attr-defined]

@@ -17,10 +17,11 @@ from megatron_nepa.checkpoint.format.release_names import from_release
 from megatron_nepa.config import ClassificationConfig, EvaluationConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.classifier import Classifier, Pooling
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.random import derive_key
-from megatron_nepa.parallel.topology import TensorGroup, Topology, build_topology
+from megatron_nepa.parallel.topology import Topology, build_topology
 from megatron_nepa.tasks.classification import ClassificationEvaluator
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.evaluation import evaluate_engine, evaluation_mode
@@ -36,7 +37,7 @@ CLASSES = 5
 def test_the_releases_logits() -> None:
     config = model_from_release(json.loads((FOLDER / "meta.json").read_text())["cls_bidir_pool"])
     golden = load_file(FOLDER / "cls_bidir_pool.safetensors")
-    model = Classifier(config, 10, "mean", ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
+    model = Classifier(config, 10, "mean").eval()
     released = {key.removeprefix("sd."): value for key, value in golden.items() if key.startswith("sd.")}
     model.load_state_dict(from_release(released, config))
     logits = model(golden["in.pixel_values"], torch.arange(2))
@@ -52,7 +53,7 @@ class ClassificationCase(Case):
     pooling: Pooling = "mean"
 
     def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
-        model = Classifier(run.model, CLASSES, self.pooling, run.parallel, run.seed, topology.tensor, kernels)
+        model = Classifier(run.model, CLASSES, self.pooling, Build(run.parallel, topology.tensor, kernels, run.seed))
         generator = torch.Generator().manual_seed(SEED)  # at its initial 0 the trunk would get no gradient
         nn.init.normal_(model.classifier.weight, std=0.2, generator=generator)
         return model
@@ -107,7 +108,7 @@ def evaluate(folder: Path, parallel: tuple[int, bool]) -> tuple[dict[str, float]
         dtype="fp32",
         steps=1,
     )
-    model = Classifier(model_config, 3, "mean", run.parallel, SEED, topology.tensor, Kernels())
+    model = Classifier(model_config, 3, "mean", Build(run.parallel, topology.tensor, seed=SEED))
     nn.init.normal_(model.classifier.weight, std=0.5, generator=torch.Generator().manual_seed(SEED))
     calls = [0]
 

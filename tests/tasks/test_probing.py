@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nepa.checkpoint.reading.weights import Weights, load_whole, stored_tensors, write_weights
-from megatron_nepa.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
+from megatron_nepa.config import ConfigError, DataConfig, ModelConfig
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.probe import LinearProbe, TrunkFeatures
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.parameters import initialize_parameters
@@ -57,7 +57,7 @@ CLASSES = ("a", "b", "c", "d", "e", "f")  # of three colours: two look alike
 
 
 def build_trunk() -> Trunk:
-    trunk = Trunk(MODEL, ParallelConfig(), 0.0, 0, TensorGroup(), Kernels())
+    trunk = Trunk(MODEL)
     initialize_parameters(trunk, 3, 0.2, TensorGroup())
     return trunk.eval()
 
@@ -121,7 +121,7 @@ def train_by_hand(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     data = DataConfig(horizontal_flip=True, num_threads=1)
     feed = Feed(share, SEED, torch.device("cpu"), torch.float32)
     loader = FinetuningLoader(scan_folder(folder / "train"), data, CROPS_ONLY, 32, 6, feed)
-    drawn = LinearProbe(32, 6, SEED, TensorGroup())
+    drawn = LinearProbe(32, 6, Build(seed=SEED))
     norm, linear = nn.BatchNorm1d(32, affine=False, eps=1e-6), nn.Linear(32, 6)
     linear.load_state_dict(drawn.classifier.state_dict())
     velocity = {name: torch.zeros_like(value) for name, value in linear.named_parameters()}
@@ -226,7 +226,7 @@ def separable(seed: int, count: int) -> Features:
 
 def test_separable_features_are_classified_without_an_error() -> None:
     train, validation = separable(0, 400), separable(1, 103)
-    head = LinearProbe(16, 4, SEED, TensorGroup())
+    head = LinearProbe(16, 4, Build(seed=SEED))
     optimizer = build_lars([{"params": [head.classifier.weight]}, {"params": [head.classifier.bias]}], 0.9)
     for group in optimizer.param_groups:
         group["lr"] = 10.0

@@ -9,11 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_nepa.config import ModelConfig
 from megatron_nepa.hardware import data_sheet
-from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.training.reporting.flops import device_peak_flops, forward_flops, train_flops
 
 SMALL = ModelConfig(image_size=32, patch_size=8, hidden_size=48, num_layers=3, num_heads=4, mlp_hidden_size=64)
@@ -26,7 +24,7 @@ BATCH = 2
 
 def counted(config: ModelConfig, train: bool) -> dict[str, int]:
     """FLOPs by operation that torch counts on the model, attention as one entry."""
-    model = NepaForPretraining(config, ObjectiveConfig(), ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = NepaForPretraining(config)
     images = torch.zeros(BATCH, 3, config.image_size, config.image_size)
     # as two batched products: not every release of torch counts its CPU attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -8,10 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_nepa.config import ClassificationConfig, LayerDecayConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ClassificationConfig, LayerDecayConfig, ModelConfig, OptimizerConfig
 from megatron_nepa.models.classifier import Classifier
-from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.training.engine.learning_rates import LearningRates
 
 MODEL = ModelConfig(
@@ -29,7 +27,7 @@ RUN = ClassificationConfig(
 def rates_by_parameter(decay: LayerDecayConfig, step: int, warmup: float = 0.0) -> dict[str, float]:
     """The learning rate of every parameter after ``step`` steps, over what no decay would give."""
     run = replace(RUN, layer_decay=decay, optimizer=replace(RUN.optimizer, warmup_ratio=warmup))
-    model = Classifier(MODEL, 5, "mean", ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = Classifier(MODEL, 5, "mean")
     names = {id(param): name for name, param in model.named_parameters()}
     rates = LearningRates(run, total_steps=100, layer_decay=run.layer_decay)
     groups = rates.groups(model)
@@ -97,7 +95,7 @@ def test_the_releases_warm_up_is_longer_for_deep_layers() -> None:
 
 
 def test_what_is_not_a_matrix_is_not_decayed() -> None:
-    model = Classifier(MODEL, 5, "mean", ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = Classifier(MODEL, 5, "mean")
     for group in LearningRates(RUN, 100, RUN.layer_decay).groups(model):
         is_bos = [param is model.trunk.embedding.bos_token for param in group["params"]]
         for param, bos in zip(group["params"], is_bos, strict=True):
@@ -106,7 +104,7 @@ def test_what_is_not_a_matrix_is_not_decayed() -> None:
 
 def test_the_optimizer_takes_each_groups_rate() -> None:
     """The names of the groups survive in the optimizer's own."""
-    model = Classifier(MODEL, 5, "mean", ParallelConfig(), 0, TensorGroup(), Kernels())
+    model = Classifier(MODEL, 5, "mean")
     rates = LearningRates(RUN, 100, LayerDecayConfig(rate=0.5))
     optimizer = torch.optim.AdamW(rates.groups(model))
     assert {group["name"] for group in optimizer.param_groups} == set(rates.at(3))

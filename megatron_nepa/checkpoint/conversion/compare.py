@@ -14,12 +14,10 @@ from torch import Tensor
 from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN, fold_layer_scale
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, read_consolidated, read_weights
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig, require
+from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.data.index.builtin import photograph_files
-from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.classifier import Classifier, Pooling
 from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.parallel.topology import TensorGroup
 
 _NUM_IMAGES = 4
 
@@ -149,8 +147,7 @@ def _compare_tensors(first: Weights, second: Weights) -> tuple[dict[str, float],
 
 @torch.no_grad()
 def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
-    objective, parallel = ObjectiveConfig(), ParallelConfig()
-    model = NepaForPretraining(weights.model, objective, parallel, 0, TensorGroup(), Kernels()).eval()
+    model = NepaForPretraining(weights.model).eval()
     trunk = {name: value for name, value in weights.tensors.items() if name.startswith("trunk.") and name != MASK_TOKEN}
     model.load_state_dict(trunk)
     output = model(images, torch.arange(images.shape[0]))
@@ -162,7 +159,7 @@ def _logits(weights: Weights, images: Tensor) -> Tensor:
     names = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
     pooling: Pooling = "mean" if "fc_norm.weight" in names else "last"
     num_classes = names["classifier.weight"].shape[0]
-    model = Classifier(weights.model, num_classes, pooling, ParallelConfig(), 0, TensorGroup(), Kernels()).eval()
+    model = Classifier(weights.model, num_classes, pooling).eval()
     model.load_state_dict(names)
     logits: Tensor = model(images, torch.arange(images.shape[0]))
     return logits

@@ -22,11 +22,9 @@ from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.tensor_files import read_safetensors, unwrap
 from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sync_folder
-from megatron_nepa.config import ModelConfig, OptimizerConfig, ParallelConfig, require
-from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.config import ModelConfig, OptimizerConfig, require
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.parameters import ParameterLayout, layout_of
-from megatron_nepa.parallel.topology import TensorGroup
 
 Choice = Literal["ema", "raw"]
 
@@ -210,7 +208,7 @@ def trunk_layouts(model: ModelConfig, masked: bool) -> dict[str, ParameterForm]:
         masked: whether the objective gives it a mask token.
     """
     with torch.device("meta"):
-        trunk = Trunk(model, ParallelConfig(), 0.5 if masked else 0.0, 0, TensorGroup(), Kernels())
+        trunk = Trunk(model, mask_ratio=0.5 if masked else 0.0)
     return {f"trunk.{name}": ParameterForm(param.shape, layout_of(param)) for name, param in trunk.named_parameters()}
 
 
