@@ -123,3 +123,11 @@ def describe_data(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py data --json``."""
     ratios = ", ".join(f"{ratio:.2f}x {other}" for other, ratio in report["ratio"].items())
     return f"{report['images_per_second_per_core']:.0f} images/s a core as uint8; {ratios}"
+
+
+def describe_order(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py order --json``."""
+    return "; ".join(
+        f"{timing['images']:,} images: {timing['microseconds']:.0f} us a batch, {timing['peak_mb']:.2g} MB at most"
+        for timing in report["timings"]
+    )

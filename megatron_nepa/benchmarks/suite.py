@@ -18,6 +18,7 @@ from megatron_nepa.benchmarks.results_page import (
     Result,
     describe_data,
     describe_kernels,
+    describe_order,
     describe_train,
     read_results,
     render_page,
@@ -27,7 +28,7 @@ from megatron_nepa.config import require
 from megatron_nepa.files import replace_text
 
 TOOLS = Path(__file__).parents[2] / "tools"
-DESCRIBE = {"train": describe_train, "kernels": describe_kernels, "data": describe_data}
+DESCRIBE = {"train": describe_train, "kernels": describe_kernels, "data": describe_data, "order": describe_order}
 ZERO2 = ("--ds_config", "ds_configs/zero2.json")
 
 
@@ -42,6 +43,7 @@ ENTRIES = (
     ),
     _train("cpu_quickstart", "quickstart, fp32, batch 32", "cpu", "--recipe", "quickstart", "--baseline"),
     Entry("cpu_data", "pre-training input", "cpu", ("data",)),
+    Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",
            "--recipe", "nepa_b_release", "--micro_batch_size", "128", "--compile", "--baseline"),
     _train("gpu_b", "NEPA-B", "cuda", "--recipe", "nepa_b"),

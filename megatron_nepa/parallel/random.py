@@ -41,10 +41,14 @@ def uniform(key: int, index: npt.NDArray[np.integer], count: int) -> npt.NDArray
     Returns:
         fp32 [n, count], multiples of 2**-24.
     """
-    with np.errstate(over="ignore"):
-        row = _mix_numpy(np.asarray(index, np.uint64)[:, None] * np.uint64(_GOLDEN) + np.uint64(key))
-        word = _mix_numpy(row + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    row = words(key, np.asarray(index, np.uint64)[:, None])
+    word = _mix_numpy(row + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     return (word >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def words(key: int, index: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One 64-bit draw for every number in ``index``, of its shape."""
+    return _mix_numpy(index * np.uint64(_GOLDEN) + np.uint64(key))
 
 
 def uniform_tensor(key: int, index: Tensor, count: int) -> Tensor:

@@ -64,10 +64,10 @@ class ClassificationTask(Task):
         tensor = self.topology.tensor
         return Classifier(run.model, self.num_classes, run.head.pooling, Build(run.parallel, tensor, kernels, run.seed))
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
+    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
         """This rank's augmented micro-batches from sample ``consumed_samples`` on."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log)
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
         return FinetuningLoader(self.index, run.data, run.augmentation, run.model.image_size, self.num_classes, feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:

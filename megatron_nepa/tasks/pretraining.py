@@ -50,10 +50,12 @@ class PretrainingTask(Task):
         build = Build(run.parallel, self.topology.tensor, kernels, run.seed)
         return NepaForPretraining(run.model, run.objective, build)
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> PretrainingLoader | SyntheticLoader:
+    def build_loader(
+        self, consumed_samples: int, bad_image_log: Path, order: int
+    ) -> PretrainingLoader | SyntheticLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log)
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
         if self.index is None:
             return SyntheticLoader(run.model.image_size, feed)
         return PretrainingLoader(self.index, run.data, run.model.image_size, feed)

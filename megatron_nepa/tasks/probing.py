@@ -88,10 +88,10 @@ class ProbingTask(Task):
         new_norm = partial(BatchNorm, group=topology.data_group)
         return LinearProbe(run.model.hidden_size, count_classes(self.index), build, new_norm)
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> FinetuningLoader:
+    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
         """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.trunk.dtype], consumed_samples, bad_image_log)
+        feed = Feed.of(run, self.topology, DTYPES[run.trunk.dtype], consumed_samples, bad_image_log, order)
         return FinetuningLoader(self.index, run.data, CROPS_ONLY, run.model.image_size, count_classes(self.index), feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:

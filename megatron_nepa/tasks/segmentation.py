@@ -75,10 +75,10 @@ class SegmentationTask(Task):
         build = Build(run.parallel, topology.tensor, kernels, run.seed)
         return Segmenter(run.model, run.masks.num_classes, build, new_norm)
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> SegmentationLoader:
+    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> SegmentationLoader:
         """This rank's micro-batches from sample ``consumed_samples`` on."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log)
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
         return SegmentationLoader(self.index, run.data, run.crops, run.masks, run.model.image_size, feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:

@@ -96,7 +96,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
     with waiting_for("building the data pipeline", topology.is_main):
-        loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl")
+        loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl", progress.order)
     loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)
     reset_peak_memory(topology.device)
     try:

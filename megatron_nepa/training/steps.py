@@ -159,6 +159,7 @@ class TrainingLoop:
             samples=progress.samples + run.global_batch_size,
             applied_steps=engine.applied_steps,
             skipped_in_a_row=engine.skipped_in_a_row,
+            order=progress.order,
         )
 
         now = time.perf_counter()

@@ -80,8 +80,8 @@ class Task(ABC):
         """The freshly initialised fp32 model."""
 
     @abstractmethod
-    def build_loader(self, consumed_samples: int, bad_image_log: Path) -> Loader:
-        """The data from sample ``consumed_samples`` on."""
+    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> Loader:
+        """The data from sample ``consumed_samples`` on, in the order of that version."""
 
     @abstractmethod
     def learning_rates(self, total_steps: int) -> LearningRates:

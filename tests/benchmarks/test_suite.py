@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from megatron_nepa.benchmarks import suite
-from megatron_nepa.benchmarks.results_page import Entry, describe_data, describe_kernels, read_results, render_page
+from megatron_nepa.benchmarks.results_page import (
+    Entry,
+    describe_data,
+    describe_kernels,
+    describe_order,
+    read_results,
+    render_page,
+)
 from megatron_nepa.benchmarks.suite import ENTRIES, TOOLS
 from megatron_nepa.config import ConfigError
 
@@ -99,3 +106,5 @@ def test_kernels_and_data_have_figures() -> None:
     assert describe_kernels({"timings": timings}) == "swiglu: triton 1 ms, eager 2 ms"
     report = {"images_per_second_per_core": 240.4, "ratio": {"torchvision": 1.3}}
     assert describe_data(report) == "240 images/s a core as uint8; 1.30x torchvision"
+    report = {"timings": [{"images": 10**9, "microseconds": 95.6, "peak_mb": 0.031}]}
+    assert describe_order(report) == "1,000,000,000 images: 96 us a batch, 0.031 MB at most"

@@ -10,9 +10,22 @@ from torch import Tensor
 
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import load
+from megatron_nepa.config import ConfigError
 from tests.checkpoint.test_universal import MASKED, SOURCE, STEPS, train_and_save
 from tests.distributed.cases import Case, Grid, build_engine, build_run, join_state
 from tests.distributed.ranks import run_ranks
+
+
+def order_of(checkpoint: Path, recorded: int | None) -> int | str:
+    """The order that a run continues in whose manifest holds ``recorded``, or why it does not."""
+    case, manifest = Case(grid=Grid(), model=MASKED), read_manifest(checkpoint)
+    manifest["progress"].pop("order")
+    if recorded is not None:
+        manifest["progress"]["order"] = recorded
+    try:
+        return load(build_engine(case).train_state, checkpoint, manifest, build_run(case).to_dict()["model"]).order
+    except ConfigError as error:
+        return str(error)
 
 
 def load_on(grid: Grid, checkpoint: Path) -> tuple[dict[str, Tensor], list[float]]:
@@ -48,3 +61,13 @@ def test_masters_moments_and_average_are_equal_after_gathering(
     assert unequal == []
     average = [name for name in state if name.startswith("ema.")]
     assert any(not torch.equal(state[name], state[name.replace("ema.", "master.")]) for name in average)
+
+
+@pytest.mark.parametrize(("recorded", "continued"), [(None, 1), (1, 1), (2, 2)])
+def test_a_run_keeps_its_order(recorded: int | None, continued: int, saved: tuple[Path, dict[str, Tensor]]) -> None:
+    assert run_ranks(1, order_of, saved[0], recorded) == [continued]
+
+
+def test_a_run_of_an_unknown_order_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    (refusal,) = run_ranks(1, order_of, saved[0], 3)
+    assert refusal.startswith(f"{saved[0]} is of a run whose images come in order version 3; this release knows")

@@ -95,7 +95,7 @@ def test_steps_trained_elsewhere_move_the_data_on(exported: tuple[Path, dict[str
         torch.save(5, path)
     assert "the weight average starts anew" in import_universal(tmp_path / "universal", tmp_path / "back")
     manifest = json.loads((tmp_path / "back/state.json").read_text())
-    assert manifest["progress"] == {"step": 6, "samples": 48, "applied_steps": 5, "skipped_in_a_row": 0}
+    assert manifest["progress"] == {"step": 6, "samples": 48, "applied_steps": 5, "skipped_in_a_row": 0, "order": 2}
 
 
 def test_a_file_that_runs_code_is_refused(exported: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:

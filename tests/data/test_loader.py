@@ -21,6 +21,7 @@ from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipelin
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader
+from megatron_nepa.data.sampling import order
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
@@ -103,6 +104,19 @@ def test_restart_continues_the_run(photographs: Path, reference: Tensor, step: i
     assert loader.consumed_samples == consumed + GLOBAL
     assert torch.equal(torch.cat([batch.images for batch in batches]), reference[consumed : consumed + GLOBAL])
     assert torch.cat([batch.sample_index for batch in batches]).tolist() == list(range(consumed, consumed + GLOBAL))
+
+
+def test_the_order_of_many_images_is_cut_alike(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the order is computed, replicas and restarts see the same run; version 1 goes on with the shuffle."""
+    shuffled = torch.cat([batch.images for batch in take(make_loader(photographs), 6)])
+    monkeypatch.setattr(order, "LARGEST_SHUFFLE", 8)
+    computed = torch.cat([batch.images for batch in take(make_loader(photographs), 6)])
+    assert not torch.equal(computed, shuffled)
+    assert torch.equal(torch.cat([batch.images for batch in take(make_loader(photographs, order=1), 6)]), shuffled)
+    for rank in range(2):
+        loader = make_loader(photographs, micro_batch_size=4, data_rank=rank, data_size=2, consumed_samples=2 * GLOBAL)
+        for batch in take(loader, 4):
+            assert torch.equal(batch.images, computed[batch.sample_index])
 
 
 def test_threads_change_nothing(photographs: Path, reference: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_nepa.benchmarks.train.steps import LEARNING_RATE, PartClock, Setting
 from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.tasks.pretraining import PretrainingTask
 
 
@@ -126,7 +127,9 @@ class PeerSteps:
             eps=run.optimizer.eps,
         )
         self.average: nn.Module | None = None
-        self.loader = PretrainingTask(replace(run, dtype="fp32"), setting.topology).build_loader(0, Path(os.devnull))
+        self.loader = PretrainingTask(replace(run, dtype="fp32"), setting.topology).build_loader(
+            0, Path(os.devnull), ORDER_VERSION
+        )
 
     def step(self, clock: PartClock) -> None:
         """One optimizer step."""

@@ -12,6 +12,7 @@ import torch
 
 from megatron_nepa.config import PretrainingConfig, override
 from megatron_nepa.data.loaders.pretraining import SYNTHETIC
+from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.job import start_job
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology
@@ -104,7 +105,7 @@ class TrainingSteps:
         if run.compile:
             for block in self.engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
                 block.compile()
-        self.loader = self.task.build_loader(0, Path(os.devnull))
+        self.loader = self.task.build_loader(0, Path(os.devnull), ORDER_VERSION)
 
     def step(self, clock: PartClock) -> None:
         """One optimizer step."""

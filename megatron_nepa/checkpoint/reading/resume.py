@@ -15,6 +15,7 @@ from megatron_nepa.checkpoint.format.manifest import STATE_FILE, DamagedCheckpoi
 from megatron_nepa.checkpoint.format.state import TrainState, empty_state, restore_state, set_optimizer_step
 from megatron_nepa.checkpoint.saving.store import CheckpointStore, Progress, quiet_torch_checkpoint
 from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.data.sampling.order import require_known_order
 from megatron_nepa.parallel.topology import Topology
 
 
@@ -90,12 +91,13 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
         model: this run's model config as plain values, which the checkpoint's must equal.
 
     Raises:
-        ConfigError: where the checkpoint belongs to another model or task.
+        ConfigError: where the checkpoint belongs to another model or task, or to a run in an unknown order.
     """
     require(
         manifest["has_optimizer"],
         f"{checkpoint} holds weights only: start a run from it with --init_from instead of --resume.",
     )
+    require_known_order(manifest["progress"].get("order", 1), str(checkpoint))
     theirs = manifest["run"]["model"]
     differing = [
         f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value
@@ -118,7 +120,7 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
     )
     dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
     restore_state(train, state)
-    progress = Progress(**manifest["progress"])
+    progress = Progress(**{"order": 1, **manifest["progress"]})  # older checkpoints name none
     set_optimizer_step(train, progress.applied_steps)
     return progress
 

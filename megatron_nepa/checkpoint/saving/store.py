@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.format.manifest import file_facts, write_manifest
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
+from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.files import replace_text
 from megatron_nepa.parallel.topology import Topology
 
@@ -44,12 +45,14 @@ class Progress:
         samples: samples consumed; the whole state of the data.
         applied_steps: steps that changed the weights.
         skipped_in_a_row: newest steps that did not, because a gradient was not finite.
+        order: version of the order that the run's images come in.
     """
 
     step: int = 0
     samples: int = 0
     applied_steps: int = 0
     skipped_in_a_row: int = 0
+    order: int = ORDER_VERSION
 
 
 class CheckpointStore:

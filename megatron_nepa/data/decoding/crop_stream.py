@@ -50,6 +50,7 @@ class CropStream:
             feed.share.local_samples,
             lambda sample, image: self._store.read(image),
             feed.bad_image_log,
+            feed.order,
         )
         self._images: dict[int, IntArray] = {}  # that the micro-batches under way show
         self._pipeline = SubstitutingPipeline(

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
-from megatron_nepa.data.sampling.order import IntArray, image_of_sample
+from megatron_nepa.data.sampling.order import ORDER_VERSION, IntArray, image_of_sample
 
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few images says anything
 
@@ -72,6 +72,7 @@ class SampleReader(Generic[T]):
         samples_of: sample numbers of a micro-batch, int64 [n].
         read: called in threads with a sample and the image that it is to show; raises UnreadableImageError.
         bad_image_log: JSON-lines file that bad images are appended to.
+        order: version of the order that the run was begun with.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class SampleReader(Generic[T]):
         samples_of: Callable[[int], IntArray],
         read: Callable[[int, int], T],
         bad_image_log: Path | None = None,
+        order: int = ORDER_VERSION,
     ) -> None:
-        self._index, self._config, self._seed = index, config, seed
+        self._index, self._config, self._seed, self._order = index, config, seed, order
         self._samples_of, self._read, self._log = samples_of, read, bad_image_log
         self._read_ahead = ReadAhead(samples_of, self._read_samples, config.num_threads)
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
@@ -116,7 +118,7 @@ class SampleReader(Generic[T]):
 
     def _read_samples(self, samples: IntArray) -> tuple[list[T], list[int]]:
         items = []
-        images = image_of_sample(self._seed, samples, len(self._index)).tolist()
+        images = self._images(samples).tolist()
         for i, sample in enumerate(samples.tolist()):
             skip = 0
             while True:
@@ -132,7 +134,10 @@ class SampleReader(Generic[T]):
         return items, images
 
     def _image(self, sample: int, skip: int) -> int:
-        return int(image_of_sample(self._seed, np.array([sample]), len(self._index), skip)[0])
+        return int(self._images(np.array([sample]), skip)[0])
+
+    def _images(self, samples: IntArray, skip: int = 0) -> IntArray:
+        return image_of_sample(self._seed, samples, len(self._index), skip, self._order)
 
     def reject(self, micro_batch: int, slots: list[int], reason: str) -> None:
         """Take the images in ``slots`` of ``micro_batch`` for undecodable: the next call gives others in their place.

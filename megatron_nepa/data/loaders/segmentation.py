@@ -78,7 +78,9 @@ class SegmentationLoader:
         self._device, self._dtype = feed.device, feed.dtype
         self._options = DecoderOptions.of(config, index, feed.device)
         self._store = EncodedImages(index)
-        self._reader = SampleReader(index, config, feed.seed, feed.share.local_samples, self._read, feed.bad_image_log)
+        self._reader = SampleReader(
+            index, config, feed.seed, feed.share.local_samples, self._read, feed.bad_image_log, feed.order
+        )
         self._masks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # of the micro-batches under way
         self._pipeline = SubstitutingPipeline(
             self._build, self._reader, self._undecodable_slots, feed.share.first_micro_batch(feed.consumed_samples)

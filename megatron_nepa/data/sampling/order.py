@@ -1,8 +1,9 @@
 """Which image sample k of a run is, and the crop and flip that it gets: pure functions of (seed, k).
 
 Sample k is position k mod N of the permutation of epoch k // N, so any world size, micro-batch or restart sees the
-same sequence, and the state of the data is one integer. The crop follows torchvision's ``RandomResizedCrop.get_params``
-(BSD-3) try for try, with draws keyed by k.
+same sequence, and the state of the data is one integer. The permutation of many images is computed place by place, in
+constant memory. The crop follows torchvision's ``RandomResizedCrop.get_params`` (BSD-3) try for try, with draws keyed
+by k.
 """
 
 from __future__ import annotations
@@ -13,18 +14,42 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nepa.config import require
+from megatron_nepa.data.sampling.bijection import KeyedBijection
 from megatron_nepa.parallel.random import derive_key, uniform
 
 IntArray = npt.NDArray[np.int64]
 
 _TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
-_CROP, _FLIP, _PERMUTATION = "random_resized_crop", "horizontal_flip", "permutation"
+_CROP, _FLIP, _PERMUTATION, _BIJECTION = "random_resized_crop", "horizontal_flip", "permutation", "bijection"
+
+# what a run's order is computed by, which it keeps to its end: 1 shuffles sets of any size; 2 shuffles sets of up to
+# LARGEST_SHUFFLE images and computes the order of larger ones place by place
+ORDER_VERSION = 2
+LARGEST_SHUFFLE = 2**20  # 8 MB and a third of a second an epoch; small Feistel networks are visibly biased
+
+
+def require_known_order(version: int, source: str) -> None:
+    """Refuse to continue a run in an order that this release cannot compute.
+
+    Args:
+        version: of the order that the run was begun with.
+        source: what holds it, for the message.
+
+    Raises:
+        ConfigError: the version is unknown.
+    """
+    require(
+        1 <= version <= ORDER_VERSION,
+        f"{source} is of a run whose images come in order version {version}; this release knows versions 1 to "
+        f"{ORDER_VERSION}: continue it with the release that wrote it, or start from its weights with --init_from.",
+    )
 
 
 @lru_cache(maxsize=4)  # two epochs of two loaders
 def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
-    """The order of epoch ``epoch``: every image once.
+    """The shuffled order of epoch ``epoch``: every image once.
 
     Returns:
         int64 [num_images], read-only. The same on every platform and numpy version: it sorts 48-bit keyed draws.
@@ -36,7 +61,14 @@ def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
     return order
 
 
-def image_of_sample(seed: int, sample: IntArray, num_images: int, skip: int = 0) -> IntArray:
+@lru_cache(maxsize=8)
+def _bijection(seed: int, epoch: int, num_images: int) -> KeyedBijection:
+    return KeyedBijection.derive(seed, _BIJECTION, epoch, num_images)
+
+
+def image_of_sample(
+    seed: int, sample: IntArray, num_images: int, skip: int = 0, version: int = ORDER_VERSION
+) -> IntArray:
     """The image that each sample of the run shows.
 
     Args:
@@ -44,6 +76,7 @@ def image_of_sample(seed: int, sample: IntArray, num_images: int, skip: int = 0)
         sample: sample numbers k, int64 [n].
         num_images: images N of the index.
         skip: positions further on in the same epoch's permutation, for a sample whose own image cannot be decoded.
+        version: of the order, 1 or 2: the one that the run was begun with.
 
     Returns:
         int64 [n] in [0, num_images).
@@ -51,9 +84,13 @@ def image_of_sample(seed: int, sample: IntArray, num_images: int, skip: int = 0)
     epoch, position = np.divmod(sample, num_images)
     position = (position + skip) % num_images
     image = np.empty_like(position)
+    computed = version > 1 and num_images > LARGEST_SHUFFLE
     for value in np.unique(epoch):
-        rows = epoch == value
-        image[rows] = permutation(seed, int(value), num_images)[position[rows]]
+        rows, number = epoch == value, int(value)
+        if computed:
+            image[rows] = _bijection(seed, number, num_images)(position[rows])
+        else:
+            image[rows] = permutation(seed, number, num_images)[position[rows]]
     return image
 
 
