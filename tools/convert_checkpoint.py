@@ -1,8 +1,10 @@
-"""Look into checkpoints, convert them to and from the authors' released format, and check the result.
+"""Look into checkpoints, convert them to and from other formats, and check the result.
 
     python tools/convert_checkpoint.py inspect runs/nepa_b
     python tools/convert_checkpoint.py to_release runs/nepa_b_release nepa-base-patch14-224
     python tools/convert_checkpoint.py from_release nepa-base-patch14-224 nepa_b_start
+    python tools/convert_checkpoint.py to_hf runs/nepa_b nepa_b_hf
+    python tools/convert_checkpoint.py from_hf nepa_b_hf nepa_b_start
     python tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
     python tools/convert_checkpoint.py universal runs/nepa_b nepa_b_universal
     python tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
@@ -19,22 +21,28 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_nepa.checkpoint.conversion.compare import compare
+from megatron_nepa.checkpoint.conversion.compare import compare, read_any
+from megatron_nepa.checkpoint.conversion.huggingface_folder import read_huggingface
 from megatron_nepa.checkpoint.conversion.inspect import describe
 from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.conversion.universal import export_universal, import_universal, is_universal
 from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights, write_weights
 from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.export.huggingface import write_huggingface
+from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, release_preprocessor
+from megatron_nepa.export.run_facts import read_facts
 from megatron_nepa.terminal import tool
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def to_release(args: argparse.Namespace) -> int:
-    """Write config.json and model.safetensors as the authors' code reads them."""
+    """Write config.json, preprocessor_config.json and model.safetensors as the authors' code reads them."""
     weights = read_weights(args.source, args.weights)
-    _say(weights.origin, args.target, write_release(weights, args.target, args.fold_layer_scale))
+    classes = read_facts(args.source, args.weights).classes
+    files = {PREPROCESSOR_FILE: release_preprocessor(weights.model)}
+    _say(weights.origin, args.target, write_release(weights, args.target, args.fold_layer_scale, classes, files))
     return 0
 
 
@@ -43,6 +51,22 @@ def from_release(args: argparse.Namespace) -> int:
     weights, notes = read_release(args.source, args.weights, args.fold_layer_scale)
     write_weights(weights, args.target)
     _say(weights.origin, args.target, notes)
+    return 0
+
+
+def to_hf(args: argparse.Namespace) -> int:
+    """Write a folder that Hugging Face transformers loads, with the model's source and a model card."""
+    weights = read_any(args.source, args.weights)
+    facts = read_facts(args.source, args.weights)
+    _say(weights.origin, args.target, write_huggingface(weights, facts, args.target))
+    return 0
+
+
+def from_hf(args: argparse.Namespace) -> int:
+    """Write a checkpoint for --init_from from such a folder; its code is not run."""
+    weights = read_huggingface(args.source)
+    write_weights(weights, args.target)
+    _say(weights.origin, args.target, [])
     return 0
 
 
@@ -109,11 +133,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             action="store_true",
             help="multiply LayerScale into the layers before it: the same function without it",
         )
+    exporter = add("to_hf", to_hf, "source", "target")
+    add("from_hf", from_hf, "source", "target")
     add("inspect", inspect, "source")
     add("universal", universal, "source", "target")
     comparison = add("verify", verify, "first", "second")
     comparison.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of an element (1e-4)")
-    for weighted in (*converters, add("consolidate", consolidate_weights, "source", "target"), comparison):
+    for weighted in (*converters, exporter, add("consolidate", consolidate_weights, "source", "target"), comparison):
         weighted.add_argument("--weights", choices=["ema", "raw"], help="default: ema where there is one")
     return parser.parse_args(arguments)
 

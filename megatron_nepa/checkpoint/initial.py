@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
+from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_huggingface
 from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.format.state import TrainState, empty_weights, restore_weights
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint, find_intact
@@ -179,6 +180,8 @@ def _of_weights(train: TrainState, path: str, choice: Choice | None) -> _Source:
     notes: list[str] = []
     if Path(path).is_file():
         weights = read_consolidated(Path(path))
+    elif is_huggingface(Path(path)):
+        weights = read_huggingface(Path(path))
     else:
         weights, notes = read_release(Path(path), "raw" if choice == "raw" else None)
     layouts = {name: layout_of(param) for name, param in train.module.named_parameters()}

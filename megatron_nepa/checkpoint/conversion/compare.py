@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_huggingface
 from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN, fold_layer_scale
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, read_consolidated, read_weights
@@ -112,13 +113,16 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
 
 
 def read_any(path: Path, choice: Choice | None = None) -> Weights:
-    """The weights of a checkpoint of this project's or the release's format, or of a consolidated file.
+    """The weights of a checkpoint of this project's or the release's format, of a folder for transformers, or of a
+    consolidated file.
 
     Raises:
         ConfigError: where ``path`` is none of them, or is damaged.
     """
     if path.is_file():  # holds one kind of weights, whatever the choice
         return read_consolidated(path)
+    if is_huggingface(path):
+        return read_huggingface(path)
     return read_release(path, choice)[0] if is_release(path) else read_weights(path, choice)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_nepa.config import IMAGE_CHANNELS, ConfigError, ModelConfig, require
@@ -89,13 +89,16 @@ def model_from_release(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def model_to_release(model: ModelConfig, num_labels: int | None = None, pooled: bool = False) -> dict[str, Any]:
+def model_to_release(
+    model: ModelConfig, num_labels: int | None = None, pooled: bool = False, classes: Sequence[str] = ()
+) -> dict[str, Any]:
     """config.json of a model, in the release's field names.
 
     Args:
         model: what is written.
         num_labels: classes of a classifier, or None for the pre-training model.
         pooled: whether the classifier averages the tokens and normalises the average (``fc_norm``).
+        classes: their names, by number; those without one are called "LABEL_3" and so on.
 
     Raises:
         ConfigError: naming a choice of the model that the release's format cannot hold.
@@ -135,6 +138,19 @@ def model_to_release(model: ModelConfig, num_labels: int | None = None, pooled: 
         "pos_embed_rescale": model.rope_rescale,
     }
     if num_labels is not None:
-        values["id2label"] = {str(label): f"LABEL_{label}" for label in range(num_labels)}
-        values["label2id"] = {f"LABEL_{label}": label for label in range(num_labels)}
+        values |= label_names(classes, num_labels)
     return values
+
+
+def label_names(classes: Sequence[str], count: int) -> dict[str, dict[str, Any]]:
+    """ "id2label" and "label2id" of a classifier, as transformers reads them.
+
+    Args:
+        classes: names by number.
+        count: outputs of the classifier; those without a name are called "LABEL_3" and so on.
+    """
+    names = [classes[label] if label < len(classes) else f"LABEL_{label}" for label in range(count)]
+    return {
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+    }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +81,21 @@ def read_release(folder: Path, choice: Choice | None = None, fold: bool = False)
     return Weights(config, tensors, origin, dtypes={name: value.dtype for name, value in stored.items()}), notes
 
 
-def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[str]:
+def write_release(
+    weights: Weights,
+    folder: Path,
+    fold: bool = False,
+    classes: Sequence[str] = (),
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[str]:
     """Write a model as the authors' code reads it; the folder appears in one piece or not at all.
+
+    Args:
+        weights: of a trunk or a classifier.
+        folder: that must not exist.
+        fold: multiply LayerScale into the layers before it.
+        classes: names of a classifier's classes, by number.
+        files: JSON files that are written besides, by name.
 
     Returns:
         What a user should know of the conversion.
@@ -92,12 +107,13 @@ def write_release(weights: Weights, folder: Path, fold: bool = False) -> list[st
     require_releasable(weights.tensors)
     tensors, model = fold_layer_scale(weights.tensors, weights.model) if fold else (weights.tensors, weights.model)
     num_labels = tensors["classifier.bias"].shape[0] if "classifier.bias" in tensors else None
-    config = model_to_release(model, num_labels, pooled="fc_norm.weight" in tensors)
+    config = model_to_release(model, num_labels, pooled="fc_norm.weight" in tensors, classes=classes)
     state = to_release(tensors, model)
     partial = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for file, values in {_CONFIG: config, **(files or {})}.items():
+        (partial / file).write_text(json.dumps(values, indent=2) + "\n")
     # the parts of a fused tensor share its memory, which safetensors refuses
     write_safetensors(
         {name: value.float().clone() for name, value in state.items()}, partial / "model.safetensors", {"format": "pt"}

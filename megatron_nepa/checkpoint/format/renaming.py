@@ -1,0 +1,58 @@
+"""Tensors of this project's names as those of another format: renamed, and fused projections split into their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_nepa.config import ConfigError
+
+# a name of ours to those of the other format; several mean that ours is their concatenation along dimension 0
+Names = Mapping[str, list[str]]
+_MOST_NAMES = 4  # of tensors in a message
+
+
+def rename(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Our tensors under the other format's names.
+
+    Args:
+        state: exactly the tensors that ``names`` has.
+        names: of the format.
+
+    Raises:
+        ConfigError: listing the tensors that are missing or left over.
+    """
+    _require_same(set(names), set(state))
+    renamed = {}
+    for name, parts in names.items():
+        pieces = state[name].chunk(len(parts))
+        renamed.update({part: piece.contiguous() for part, piece in zip(parts, pieces, strict=True)})
+    return renamed
+
+
+def rename_back(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """The inverse of :func:`rename`.
+
+    Raises:
+        ConfigError: listing the tensors that are missing or left over.
+    """
+    _require_same({part for parts in names.values() for part in parts}, set(state))
+    return {
+        name: state[parts[0]] if len(parts) == 1 else torch.cat([state[part] for part in parts])
+        for name, parts in names.items()
+    }
+
+
+def _require_same(wanted: set[str], found: set[str]) -> None:
+    missing, left_over = sorted(wanted - found), sorted(found - wanted)
+    if missing or left_over:
+        raise ConfigError(
+            f"the weights do not fit their config: missing {_listed(missing)}, left over {_listed(left_over)}."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"{', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing"

@@ -1,0 +1,47 @@
+"""``preprocessor_config.json``: how images become a model's input, for transformers' image processors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_nepa.config import ModelConfig
+from megatron_nepa.tasks.pretraining_probe import CROP_SHARE
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+_BICUBIC = 3  # PIL's number
+_PIXELS = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": _BICUBIC,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+def evaluation_preprocessor(model: ModelConfig, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The pixels that a run's evaluation shows: a resize of the shorter side, or of both, and a centre crop.
+
+    Args:
+        model: of the run.
+        run: its config as plain values; without a resize of its own the crop takes 7/8 of the shorter side.
+    """
+    evaluation = run.get("evaluation") or {}
+    side = evaluation.get("resize_size") or round(model.image_size / CROP_SHARE)
+    size = {"height": side, "width": side} if evaluation.get("squash") else {"shortest_edge": side}
+    return {
+        "image_processor_type": "BitImageProcessor",
+        **_PIXELS,
+        "size": size,
+        "do_center_crop": True,
+        "crop_size": {"height": model.image_size, "width": model.image_size},
+    }
+
+
+def release_preprocessor(model: ModelConfig) -> dict[str, Any]:
+    """What the release's scripts read: the model's image size, whose resize and crop they add themselves."""
+    size = {"height": model.image_size, "width": model.image_size}
+    return {"image_processor_type": "ViTImageProcessor", **_PIXELS, "size": size}

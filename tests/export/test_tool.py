@@ -1,0 +1,94 @@
+"""convert_checkpoint.py from a run to other formats and back."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from megatron_nepa.config import DataConfig, ModelConfig
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.loaders.evaluation import EvaluationLoader
+from megatron_nepa.data.loaders.pretraining import build_index
+from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, evaluation_preprocessor
+from tests.distributed.ranks import run_ranks
+from tests.runs import TINY, make_images, pretrain
+
+TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
+RELEASABLE = ["--model.position_embedding=none", "--model.bos_token=true", "--objective.mask_ratio=0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step whose trunk every format holds."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = [*TINY, *RELEASABLE, f"--data={make_images(folder / 'my_images')}", "--steps=1"]
+    assert run_ranks(1, pretrain, [*flags, f"--output_dir={folder / 'a'}"]) == [None]
+    return folder / "a"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the tool: its exit status and what it printed."""
+
+    def run_tool(*arguments: object) -> tuple[Any, str]:
+        monkeypatch.setattr("sys.argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOL), run_name="tool")["main"]()
+        return ended.value.code, capsys.readouterr().out
+
+    return run_tool
+
+
+def test_to_transformers_and_back(run: Path, call: Any, tmp_path: Path) -> None:
+    assert call("to_hf", run, tmp_path / "hf", "--weights", "raw")[0] == 0
+    assert call("from_hf", tmp_path / "hf", tmp_path / "start")[0] == 0
+    for other in ("hf", "start"):
+        assert call("verify", run, tmp_path / other, "--weights", "raw", "--tolerance=0")[0] == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    for said in (
+        "| recipe | quickstart |",
+        "| data | my_images |",
+        "| steps | 1, 8 images seen |",
+        "| loss | -",
+        "torch 2",
+    ):
+        assert said in card, said
+    assert str(tmp_path.parent) not in card, "a path of this machine"
+    status, _ = call("to_hf", run, tmp_path / "hf")
+    assert "exists: choose another name" in str(status)
+    assert "holds no checkpoint" in str(call("to_hf", tmp_path, tmp_path / "none")[0])
+
+
+def test_a_release_has_what_its_scripts_load(run: Path, call: Any, tmp_path: Path) -> None:
+    assert call("to_release", run, tmp_path / "release")[0] == 0
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "release")
+    assert (processor.size["height"], processor.size["width"]) == (56, 56)
+    assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_the_processor_shows_the_pixels_of_the_evaluation(squash: bool, tmp_path: Path) -> None:
+    data, model = DataConfig(path=str(make_images(tmp_path / "images", 3))), ModelConfig(image_size=56)
+    file = tmp_path / "images/000.jpg"
+    Image.open(file).resize((144, 96)).save(file, quality=95)
+    index = build_index(data, verbose=False)
+    assert isinstance(index, DatasetIndex)
+    loader = EvaluationLoader(
+        index, data, 56, 64, squash, batch_size=3, data_rank=0, data_size=1, device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
+    (batch,) = loader
+    settings = evaluation_preprocessor(model, {"evaluation": {"resize_size": 64, "squash": squash}})
+    (tmp_path / PREPROCESSOR_FILE).write_text(json.dumps(settings))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    images = [Image.open(index.where(int(i))) for i in batch.image_index]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    assert np.abs((pixels - batch.images).numpy()).mean() < 0.01
