@@ -5,6 +5,7 @@
     python tools/convert_checkpoint.py from_release nepa-base-patch14-224 nepa_b_start
     python tools/convert_checkpoint.py to_hf runs/nepa_b nepa_b_hf
     python tools/convert_checkpoint.py from_hf nepa_b_hf nepa_b_start
+    python tools/convert_checkpoint.py to_timm runs/nepa_b nepa_b_timm
     python tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
     python tools/convert_checkpoint.py universal runs/nepa_b nepa_b_universal
     python tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
@@ -67,6 +68,16 @@ def from_hf(args: argparse.Namespace) -> int:
     weights = read_huggingface(args.source)
     write_weights(weights, args.target)
     _say(weights.origin, args.target, [])
+    return 0
+
+
+def to_timm(args: argparse.Namespace) -> int:
+    """Write a folder that timm.create_model("local-dir:TARGET", pretrained=True) loads."""
+    from megatron_nepa.export.timm_folder import write_timm
+
+    weights = read_any(args.source, args.weights)
+    facts = read_facts(args.source, args.weights)
+    _say(weights.origin, args.target, write_timm(weights, facts, args.target, args.stock))
     return 0
 
 
@@ -133,13 +144,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             action="store_true",
             help="multiply LayerScale into the layers before it: the same function without it",
         )
-    exporter = add("to_hf", to_hf, "source", "target")
+    exporters = [add("to_hf", to_hf, "source", "target"), add("to_timm", to_timm, "source", "target")]
+    exporters[1].add_argument(
+        "--stock",
+        action="store_true",
+        help="for timm's own class: bidirectional models without a head on the last token",
+    )
     add("from_hf", from_hf, "source", "target")
     add("inspect", inspect, "source")
     add("universal", universal, "source", "target")
     comparison = add("verify", verify, "first", "second")
     comparison.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of an element (1e-4)")
-    for weighted in (*converters, exporter, add("consolidate", consolidate_weights, "source", "target"), comparison):
+    for weighted in (*converters, *exporters, add("consolidate", consolidate_weights, "source", "target"), comparison):
         weighted.add_argument("--weights", choices=["ema", "raw"], help="default: ema where there is one")
     return parser.parse_args(arguments)
 

@@ -29,9 +29,8 @@ def evaluation_preprocessor(model: ModelConfig, run: Mapping[str, Any]) -> dict[
         model: of the run.
         run: its config as plain values; without a resize of its own the crop takes 7/8 of the shorter side.
     """
-    evaluation = run.get("evaluation") or {}
-    side = evaluation.get("resize_size") or round(model.image_size / CROP_SHARE)
-    size = {"height": side, "width": side} if evaluation.get("squash") else {"shortest_edge": side}
+    side, squash = resize_of(model, run)
+    size = {"height": side, "width": side} if squash else {"shortest_edge": side}
     return {
         "image_processor_type": "BitImageProcessor",
         **_PIXELS,
@@ -39,6 +38,17 @@ def evaluation_preprocessor(model: ModelConfig, run: Mapping[str, Any]) -> dict[
         "do_center_crop": True,
         "crop_size": {"height": model.image_size, "width": model.image_size},
     }
+
+
+def resize_of(model: ModelConfig, run: Mapping[str, Any]) -> tuple[int, bool]:
+    """The side that a run's evaluation resizes images to before the crop, and whether both sides get that length.
+
+    Args:
+        model: of the run.
+        run: its config as plain values.
+    """
+    evaluation = run.get("evaluation") or {}
+    return evaluation.get("resize_size") or round(model.image_size / CROP_SHARE), bool(evaluation.get("squash"))
 
 
 def release_preprocessor(model: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""What the training code computes of weights, to compare an export with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.reading.weights import Weights
+from megatron_nepa.config import ConfigError, ModelConfig
+from megatron_nepa.models.classifier import Classifier, Pooling
+from megatron_nepa.models.trunk import Trunk
+
+
+class Evaluated(NamedTuple):
+    """Results of the training code in fp32.
+
+    Attributes:
+        tokens: after the final LayerNorm, [B, T, D].
+        logits: of a classifier, [B, C], or None.
+    """
+
+    tokens: Tensor
+    logits: Tensor | None
+
+
+@torch.no_grad()
+def evaluate_weights(weights: Weights, images: Tensor) -> Evaluated:
+    """The features and logits of images [B, 3, H, W] in evaluation."""
+    numbers = torch.arange(len(images))
+    tensors = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
+    trunk = Trunk(weights.model).eval()
+    trunk.load_state_dict(
+        {name.removeprefix("trunk."): value for name, value in tensors.items() if name.startswith("trunk.")}
+    )
+    output = trunk(images, numbers)
+    logits = None
+    if "classifier.weight" in tensors:
+        pooling: Pooling = "mean" if "fc_norm.weight" in tensors else "last"
+        classifier = Classifier(weights.model, len(tensors["classifier.weight"]), pooling).eval()
+        classifier.load_state_dict(tensors)
+        logits = classifier(images, numbers)
+    return Evaluated(output.output.unflatten(0, (len(images), -1)), logits)
+
+
+def sample_images(model: ModelConfig, count: int) -> Tensor:
+    """The same random images in [-1, 1] every time, fp32 [count, 3, S, S]."""
+    side = model.image_size
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def require_equal(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> float:
+    """Refuse an export that computes something else.
+
+    Args:
+        found: by the export.
+        wanted: by the training code.
+        tolerance: largest difference, relative to the largest value.
+        what: the export, for the message.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        ConfigError: where it is larger than ``tolerance``, not a number, or of another shape.
+    """
+    apart = float("nan")
+    if found.shape == wanted.shape:
+        apart = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not apart <= tolerance:
+        raise ConfigError(
+            f"{what} differs from the training code by {apart:.2g} of the largest value: nothing written."
+        )
+    return apart
