@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from megatron_nepa.job import start_job
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.tasks.pretraining import PretrainingTask
-from megatron_nepa.training.loop import train
 from megatron_nepa.training.stopping.process import exit_on_user_error
+from megatron_nepa.training.train import train
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -20,8 +20,8 @@ from megatron_nepa.job import start_job
 from megatron_nepa.recipes import PROBING_RECIPES
 from megatron_nepa.tasks.probing import ProbingTask, evaluate_neighbours
 from megatron_nepa.training.evaluation import evaluate_only
-from megatron_nepa.training.loop import train
 from megatron_nepa.training.stopping.process import exit_on_user_error
+from megatron_nepa.training.train import train
 
 
 def main(arguments: Sequence[str]) -> None:

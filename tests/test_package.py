@@ -32,7 +32,19 @@ ROOMS = {
     ),
     "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
     "checkpoint": ("format", "saving", "reading", "conversion", "initial"),
-    "training": ("stopping", "engine", "reporting", "task", "results", "evaluation", "steps", "loop"),
+    "training": (
+        "stopping",
+        "engine",
+        "reporting",
+        "task",
+        "results",
+        "evaluation",
+        "step",
+        "judge",
+        "saves",
+        "loop",
+        "train",
+    ),
 }
 
 

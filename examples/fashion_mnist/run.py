@@ -29,7 +29,7 @@ from examples.fashion_mnist.data import DEBIAN_FOLDER, PERCENTS, SIDE, prepare  
 from examples.fashion_mnist.report import write_report  # noqa: E402
 from megatron_nepa.config import ConfigError, require  # noqa: E402
 from megatron_nepa.terminal import tool  # noqa: E402
-from megatron_nepa.training.reporting.log import read_metrics  # noqa: E402
+from megatron_nepa.training.reporting.metrics_file import read_metrics  # noqa: E402
 
 SEEDS = (0, 1, 2)
 STEPS = (300, 1500, 4000)  # of a fine-tuning or training, for each of PERCENTS

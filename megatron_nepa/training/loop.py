@@ -1,121 +1,177 @@
-"""The training that every task shares: set up, run the steps, end."""
+"""The steps of a run, between its set-up and its end."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
 
-import torch.distributed as dist
-
-from megatron_nepa.checkpoint.initial import start_from
-from megatron_nepa.checkpoint.reading.resume import load
+from megatron_nepa.checkpoint.format.agreement import on_all_ranks
 from megatron_nepa.checkpoint.saving.store import Progress
-from megatron_nepa.config import ConfigError, RunConfig, require
-from megatron_nepa.kernels.dispatch import Kernels
-from megatron_nepa.models.trunk import DTYPES
-from megatron_nepa.parallel.topology import Topology
-from megatron_nepa.training.engine.deepspeed_config import resolve
+from megatron_nepa.config import RunConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
-from megatron_nepa.training.reporting.announce import describe_end, describe_start
-from megatron_nepa.training.reporting.curves import draw_figures
-from megatron_nepa.training.reporting.device_memory import reset_peak_memory
-from megatron_nepa.training.reporting.flops import device_peak_flops
-from megatron_nepa.training.reporting.log import RunLog
+from megatron_nepa.training.engine.learning_rates import LearningRates
+from megatron_nepa.training.judge import Judge
+from megatron_nepa.training.reporting.announce import describe_failure
+from megatron_nepa.training.reporting.log import Log
+from megatron_nepa.training.reporting.metric_window import MetricWindow
+from megatron_nepa.training.reporting.non_finite import describe_non_finite
+from megatron_nepa.training.reporting.profiling import StepProfiler
 from megatron_nepa.training.reporting.run_directory import RunDirectory
-from megatron_nepa.training.reporting.waiting import waiting_for
-from megatron_nepa.training.steps import TrainingLoop
-from megatron_nepa.training.stopping.errors import RunStopped
-from megatron_nepa.training.task import Task
+from megatron_nepa.training.saves import Saves
+from megatron_nepa.training.step import StepClock, Stepper
+from megatron_nepa.training.stopping.errors import TrainingError
+from megatron_nepa.training.stopping.exit_codes import EXIT_TRAINING_FAILED
+from megatron_nepa.training.stopping.lost_rank import LostRankWatch
+from megatron_nepa.training.stopping.preemption import StopSignal, job_end_time
+from megatron_nepa.training.stopping.stall import StallWatch
+from megatron_nepa.training.task import Loader, Task
 
 
-def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernels, topology: Topology) -> Progress:
-    """Train ``task`` to the end of the run; every rank calls it.
+class TrainingLoop:
+    """One optimizer step after another: when to evaluate, to write the log, to save and to stop between them.
 
-    The config of DeepSpeed is as :func:`~megatron_nepa.training.engine.deepspeed_config.read_ds_config` returns it.
-    Continues from a checkpoint as ``run.resume`` says; writes metrics, checkpoints, figures under ``run.output_dir``.
+    Every rank makes the same decisions at the same steps, since each of them is a collective.
 
-    Returns:
-        Where the run stands.
-
-    Raises:
-        RunStopped: after a signal, or shortly before the end of the Slurm job's time, once a checkpoint is saved.
-        ConfigError: for a folder or checkpoint that does not fit, before anything is written.
-        TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written.
+    Args:
+        run: the config.
+        task: what is trained.
+        engine: with the weights to start from.
+        loader: this rank's micro-batches.
+        rates: learning rates of the engine's parameter groups.
+        directory: the run's folder.
+        total_steps: optimizer steps of the whole run.
+        peak_flops: of this rank's device, for the MFU.
+        log: of the run.
     """
-    ds_config = resolve(run, ds_config, topology.data_size)
-    directory = RunDirectory(run)
-    with waiting_for(f"verifying the newest checkpoint in {directory.path}", topology.is_main):
-        found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
-    total_steps = run.total_steps(task.num_images)
-    require(
-        run.profile is None or run.profiled_steps.start <= total_steps,
-        f"--profile {run.profile} begins after the last of the run's {total_steps} steps: choose earlier ones.",
-    )
-    stands = found.manifest["progress"]["step"] if found.checkpoint is not None else 0
-    asked = f"--steps {run.steps}" if run.steps is not None else f"--epochs {run.epochs} ({total_steps} steps)"
-    require(
-        stands <= total_steps,
-        f"{asked} ends before step {stands} of {found.checkpoint}, which this run would continue: ask for more, or "
-        "continue an older checkpoint with --resume PATH.",
-    )
-    rates = task.learning_rates(total_steps)
-    with waiting_for("drawing the weights", topology.is_main):
-        model = task.build_model(kernels)
-    with waiting_for("setting up DeepSpeed", topology.is_main):
-        engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))
-    progress, start = Progress(), None
-    if found.checkpoint is not None:
-        with waiting_for(f"reading {found.checkpoint}", topology.is_main):
-            progress = load(engine.train_state, found.checkpoint, found.manifest, run.to_dict()["model"])
-        engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
-    elif run.init_from is not None:
-        with waiting_for(f"reading {run.init_from}", topology.is_main):
-            start = start_from(engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head)
-    if run.compile:
-        for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
-            block.compile()
-    if progress.samples % run.global_batch_size:
-        raise ConfigError(
-            f"{found.checkpoint} stands at sample {progress.samples}, which is no multiple of global_batch_size "
-            f"{run.global_batch_size}: take its --global_batch_size {found.manifest['run']['global_batch_size']}, or "
-            "start from its weights with --init_from."
-        )
-    directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
-    with waiting_for("measuring this device's matrix products", topology.is_main):
-        peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])
-    facts = {
-        "data_fingerprint": task.data_fingerprint,
-        "ds_config": ds_config,
-        "kernels": kernels.describe(),
-        "peak_flops": peak.flops,
-    }
-    directory.record(topology, facts, progress.step)
-    log = None
-    if topology.is_main:
-        log = RunLog(directory.path, run, total_steps, progress.step)
-        log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
-        log.warn(start)
-    with waiting_for("building the data pipeline", topology.is_main):
-        loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl", progress.order)
-    loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)
-    reset_peak_memory(topology.device)
-    try:
-        progress, stopped = loop.run_from(progress)
-    finally:
-        loader.close()
-        if log is not None:
-            log.close()
-    if stopped is not None:
-        if log is not None:
-            log.message(stopped)  # below the progress bar, which is closed: the last line
-        # leave together: a launcher takes the first status that is not 0 for a failure and kills the others
-        dist.barrier(topology.host_group)
-        raise RunStopped(stopped)
-    if topology.is_main:
-        try:
-            if directory.metrics_path.is_file():
-                draw_figures(directory.metrics_path, directory.figures_path)
-        except OSError as error:
-            print(f"warning: the figures could not be drawn: {error}", flush=True)
-        print(describe_end(directory, progress, total_steps, finished_before=stands == total_steps), flush=True)
-    return progress
+    def __init__(
+        self,
+        run: RunConfig,
+        task: Task,
+        engine: TrainingEngine,
+        loader: Loader,
+        rates: LearningRates,
+        directory: RunDirectory,
+        total_steps: int,
+        peak_flops: float,
+        log: Log,
+    ) -> None:
+        self.run, self.task, self.log = run, task, log
+        self.total_steps = total_steps
+        self.topology = topology = engine.topology
+        self.checkpoints = directory.checkpoints
+        self.stall = StallWatch(topology, run.stall_timeout)
+        self.clock = StepClock()
+        profiled = run.profiled_steps if topology.is_main else range(0)
+        self.profiler = StepProfiler(profiled, directory.profile_path, topology.device)
+        self.stepper = Stepper(run, task, engine, loader, rates, peak_flops, self.clock, self.stall, self.profiler)
+        self.judge = Judge(
+            task.evaluator, engine, run.optimizer, self.checkpoints, directory.metrics_path, total_steps, log
+        )
+        description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
+        self.saves = Saves(engine, self.checkpoints, description, run.async_save, self.clock, self.stall, log)
+        self.stop = StopSignal(topology.is_main, job_end_time())
+        self.window = MetricWindow(topology)
+
+    def run_from(self, progress: Progress) -> tuple[Progress, str | None]:
+        """Train to the end of the run or until it is asked to stop; where it stands then, and what stopped it."""
+        self.log.warn(self.saves.time.warning())
+        lost = LostRankWatch(self.topology, EXIT_TRAINING_FAILED, orderly=(TrainingError,))
+        with self.stop, lost, self.stall, self.profiler:
+            stopped_by = self.make_up_evaluation(progress)
+            self.clock.restart()
+            first = progress.step + 1
+            while stopped_by is None and progress.step < self.total_steps:
+                progress, stopped_by = self.advance(progress, first)
+            if stopped_by is None or (progress.step == self.total_steps and not self.judge.lacks(progress.step)):
+                return progress, None
+        newest = self.checkpoints.latest()
+        saved = f"saved {newest}" if newest is not None else "nothing was saved"
+        stopped = f"stopped by {stopped_by} after step {progress.step}; {saved}; the same command continues from there"
+        return progress, stopped
+
+    def advance(self, progress: Progress, first: int) -> tuple[Progress, str | None]:
+        """One step and what follows it; where the run stands then, and what asks it to stop.
+
+        Args:
+            progress: where it stands.
+            first: number of the first step that this process makes.
+        """
+        run = self.run
+        number = progress.step + 1
+        self.profiler.before(number)
+        with self.log.waiting_for(f"waiting for step {number}, the first") if number == first else nullcontext():
+            progress, applied, row, scalars = self.stepper.step(progress)
+        self.window.add(row, scalars)
+        self.log.advance(number)
+        profile = self.profiler.after(number)
+        if profile is not None:
+            self.log.message(f"profile written to {profile}")
+        self.stall.at("agreeing after the update", number)
+        stopped_by = self.asked_to_stop()
+
+        is_last = number == self.total_steps
+        failed = progress.skipped_in_a_row >= run.max_skipped_steps
+        results = None
+        if self.judge.is_due(number) and stopped_by is None and not failed:
+            results = self.evaluate(progress)
+            stopped_by = self.asked_to_stop()
+        is_best = results is not None and self.judge.is_best(results)
+        saves = is_last or is_best or stopped_by is not None or number % run.save_every == 0
+        is_logged = number == first or number % run.log_every == 0
+        if failed or saves or results or not applied or is_logged:
+            self.write_log(progress, results or {})
+        self.saves.conclude(wait=failed or saves)  # one at a time
+        if failed:
+            raise TrainingError(describe_failure(run, progress, self.checkpoints.latest()))
+        if saves:
+            path = self.saves.save(progress, wait=is_last or is_best or stopped_by is not None)
+            if results is not None and is_best:
+                self.judge.mark_best(path, results)
+        return progress, stopped_by
+
+    def asked_to_stop(self) -> str | None:
+        """What asks the run to stop, the same on every rank, or None; a collective."""
+        self.stop.save_seconds = self.saves.time.seconds
+        return self.stop.agreed(self.topology.host_group, self.topology.world_size)
+
+    def evaluate(self, progress: Progress) -> dict[str, float] | None:
+        """Results by their names in the log; None where a signal cut the evaluation short."""
+
+        def interrupted() -> bool:
+            self.stall.at("evaluating", progress.step)
+            return self.asked_to_stop() is not None
+
+        results = self.judge.evaluate(progress, interrupted)
+        self.clock.restart()  # the time to evaluate is not the next step's
+        return results
+
+    def make_up_evaluation(self, progress: Progress) -> str | None:
+        """Evaluate the weights that a run starts or continues from, where that is due and missing; what stopped it.
+
+        The results get a row of their own in metrics.jsonl: step 0 has no other, that of a later step is written.
+        """
+        if not self.judge.lacks(progress.step):
+            return None
+        if progress.step > 0:
+            self.log.message(f"evaluating step {progress.step}, which has no result yet")
+        results = self.evaluate(progress)
+        if results is not None:
+            self.log.write([{"step": progress.step, **results}])
+            if progress.step > 0 and self.judge.is_best(results):  # nothing was trained yet that could be kept
+                path = self.checkpoints.path_of(progress.step)
+                if not on_all_ranks(self.topology, path.is_dir)[0]:  # continued from another folder's
+                    self.saves.save(progress, wait=True)
+                self.judge.mark_best(path, results)
+        return self.asked_to_stop()
+
+    def write_log(self, progress: Progress, results: dict[str, float]) -> None:
+        """Write the rows since the last call, with what was measured at the last step; every rank calls it."""
+        is_main = self.topology.is_main
+        rows, flat = self.window.read(self.task.health() if is_main else None)
+        if not is_main:
+            return
+        rows[-1] |= self.task.read_health(flat) | results
+        self.log.write(rows)
+        for step, replicas in self.window.not_finite.items():
+            first_sample = progress.samples - (progress.step - step + 1) * self.run.global_batch_size
+            self.log.message(describe_non_finite(step, first_sample, replicas, self.run, self.topology))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nepa.training.reporting.log import read_metrics
+from megatron_nepa.training.reporting.metrics_file import read_metrics
 from tests.runs import TINY, make_images
 from tests.slurm.cluster import NODES, install, virtual_cluster
 

@@ -11,20 +11,60 @@ import math
 import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from megatron_nepa.config import RunConfig
-from megatron_nepa.files import replace_text
 from megatron_nepa.training.reporting.metric_table import METRICS
+from megatron_nepa.training.reporting.waiting import waiting_for
 
 Row = dict[str, float | int]
 
 
+class Log(Protocol):
+    """What a run says about itself, on whichever rank."""
+
+    def write(self, rows: list[Row]) -> None:
+        """Log consecutive steps; a row holds any of the table of metrics and others, its "step" counts from 1."""
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar, where there is one, to a step whose row may be written later."""
+
+    def message(self, text: str) -> None:
+        """Print ``text`` to the console, above the progress bar where there is one."""
+
+    def warn(self, text: str | None) -> None:
+        """Print ``text`` where there is one: several that say what may go wrong return None where nothing will."""
+
+    def waiting_for(self, what: str) -> AbstractContextManager[None]:
+        """A block, such as "saving the checkpoint", that is named where it takes long."""
+
+    def close(self) -> None:
+        """End the progress bar and wait for wandb to finish."""
+
+
+class SilentLog:
+    """The log of every rank but the main one: says nothing."""
+
+    def write(self, rows: list[Row]) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def warn(self, text: str | None) -> None: ...
+
+    def waiting_for(self, what: str) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None: ...
+
+
 class RunLog:
-    """Log of a run, opened on its main rank only.
+    """Log of a run, opened on its main rank only; its methods are those of :class:`Log`.
 
     Args:
         output_dir: folder of the run: metrics.jsonl, wandb's files and wandb_id lie there.
@@ -81,6 +121,10 @@ class RunLog:
         """Print ``text`` where there is one: several that say what may go wrong return None where nothing will."""
         if text is not None:
             self.message(text)
+
+    def waiting_for(self, what: str) -> AbstractContextManager[None]:
+        """A block that is named once it has taken 5 seconds."""
+        return waiting_for(what, is_main=True, say=self.message)
 
     def close(self) -> None:
         """End the progress bar and wait for wandb to finish."""
@@ -164,35 +208,3 @@ def _ordered(row: Row) -> dict[str, float | int | None]:
     keys = [key for key in known if key in row] + [key for key in row if key not in known]
     # JSON has no nan and no infinity
     return {key: row[key] if math.isfinite(row[key]) else None for key in keys}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, oldest first; lines that were written only in part are left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Cut a metrics.jsonl back to a checkpoint, so that the run that continues it writes every step once.
-
-    The rows after ``step`` move to metrics.replaced.jsonl beside it, appended to what is there. The file is replaced
-    in one piece. Nothing happens where there is no file.
-
-    Args:
-        path: the metrics.jsonl.
-        step: last step to keep.
-    """
-    if not path.exists():
-        return
-    rows = read_metrics(path)
-    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-    removed = [json.dumps(row) + "\n" for row in rows if row["step"] > step]
-    if removed:
-        with path.with_name("metrics.replaced.jsonl").open("a") as file:
-            file.writelines(removed)
-    replace_text(path, "".join(kept))

@@ -18,7 +18,7 @@ from megatron_nepa.checkpoint.saving.store import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, try_to_write
 from megatron_nepa.parallel.topology import Topology
-from megatron_nepa.training.reporting.log import truncate_metrics
+from megatron_nepa.training.reporting.metrics_file import truncate_metrics
 
 # settings that change where or how fast a run computes, never what; anything else makes it another run
 _FREE_FIELDS = {

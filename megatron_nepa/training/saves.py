@@ -1,0 +1,84 @@
+"""The checkpoints that a run writes between its steps, and how long each takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
+from megatron_nepa.checkpoint.saving.store import CheckpointStore, Progress, SaveError
+from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.reporting.log import Log
+from megatron_nepa.training.step import StepClock
+from megatron_nepa.training.stopping.errors import TrainingError
+from megatron_nepa.training.stopping.save_time import SaveTime, checkpoint_bytes
+from megatron_nepa.training.stopping.stall import StallWatch
+
+
+class Saves:
+    """Writes a run's checkpoints, at most one at a time; every rank makes the same calls.
+
+    Args:
+        engine: with what is saved.
+        checkpoints: where.
+        description: of the run, for the manifest.
+        in_background: write beside the steps that follow (``--async_save``).
+        clock: of the steps, whose time a save is not.
+        stall: told where this rank is.
+        log: of the run.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        checkpoints: CheckpointStore,
+        description: dict[str, Any],
+        in_background: bool,
+        clock: StepClock,
+        stall: StallWatch,
+        log: Log,
+    ) -> None:
+        self.engine, self.description = engine, description
+        self.clock, self.stall, self.log = clock, stall, log
+        self.saver = CheckpointSaver(checkpoints, engine.topology, in_background)
+        num_bytes = checkpoint_bytes(engine.module, engine.topology.tensor.size, has_ema=engine.ema is not None)
+        self.time = SaveTime(num_bytes)
+
+    def save(self, progress: Progress, wait: bool) -> Path:
+        """Write a checkpoint, or begin to: where it stands, or will.
+
+        Args:
+            progress: where the run stands.
+            wait: until it is complete, in the background or not.
+
+        Raises:
+            TrainingError: on every rank, where one could not write; the older checkpoints are as they were.
+        """
+        self.stall.at("saving the checkpoint", progress.step)
+        with self.log.waiting_for(f"saving the checkpoint of step {progress.step}"):
+            try:
+                path = self.saver.save(self.engine.train_state, progress, self.engine.zero_stage, self.description)
+            except SaveError as error:
+                raise TrainingError(str(error)) from error
+            self.conclude(wait)
+        self.clock.restart()
+        return path
+
+    def conclude(self, wait: bool) -> None:
+        """Say that the save under way is done, if it is, and learn how long it took.
+
+        Args:
+            wait: for it.
+
+        Raises:
+            TrainingError: on every rank, where one could not write.
+        """
+        try:
+            saved = self.saver.wait() if wait else self.saver.finished()
+        except SaveError as error:
+            raise TrainingError(str(error)) from error
+        if saved is None:
+            return
+        self.time.measured(saved.seconds)
+        self.log.message(f"saved {saved.path}")
+        self.log.warn(self.time.warning(self.clock.seconds))
