@@ -6,6 +6,7 @@
     python tools/convert_checkpoint.py to_hf runs/nepa_b nepa_b_hf
     python tools/convert_checkpoint.py from_hf nepa_b_hf nepa_b_start
     python tools/convert_checkpoint.py to_timm runs/nepa_b nepa_b_timm
+    python tools/convert_checkpoint.py to_onnx runs/nepa_b nepa_b.onnx
     python tools/convert_checkpoint.py consolidate runs/nepa_b/checkpoints/step_00001000 nepa_b.safetensors
     python tools/convert_checkpoint.py universal runs/nepa_b nepa_b_universal
     python tools/convert_checkpoint.py verify runs/nepa_b_release nepa-base-patch14-224
@@ -81,6 +82,18 @@ def to_timm(args: argparse.Namespace) -> int:
     return 0
 
 
+def to_graph(args: argparse.Namespace) -> int:
+    """Write a graph for other runtimes, .onnx or .pt2 by the target's name, and compare what it computes."""
+    from megatron_nepa.export.graph import require_onnx, write_graph
+
+    if args.target.suffix == ".onnx":
+        require_onnx()
+    weights = read_any(args.source, args.weights)
+    facts = read_facts(args.source, args.weights)
+    _say(weights.origin, args.target, write_graph(weights, facts, args.target, args.output, args.image_size))
+    return 0
+
+
 def consolidate_weights(args: argparse.Namespace) -> int:
     """Write the weights as one fp32 safetensors file under this project's names."""
     weights = read_weights(args.source, args.weights)
@@ -145,6 +158,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             help="multiply LayerScale into the layers before it: the same function without it",
         )
     exporters = [add("to_hf", to_hf, "source", "target"), add("to_timm", to_timm, "source", "target")]
+    exporters.append(add("to_onnx", to_graph, "source", "target"))
+    exporters[2].add_argument("--output", choices=["features", "classes", "masks"], help="default: what the head gives")
+    exporters[2].add_argument("--image_size", type=int, help="side of the images (default: the model's)")
     exporters[1].add_argument(
         "--stock",
         action="store_true",

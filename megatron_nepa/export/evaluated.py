@@ -68,7 +68,8 @@ def require_equal(found: Tensor, wanted: Tensor, tolerance: float, what: str) ->
     """
     apart = float("nan")
     if found.shape == wanted.shape:
-        apart = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        scale = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)  # a head before training gives zeros
+        apart = ((found - wanted).abs().max() / scale).item()
     if not apart <= tolerance:
         raise ConfigError(
             f"{what} differs from the training code by {apart:.2g} of the largest value: nothing written."

@@ -67,6 +67,18 @@ def test_to_transformers_and_back(run: Path, call: Any, tmp_path: Path) -> None:
     assert "holds no checkpoint" in str(call("to_hf", tmp_path, tmp_path / "none")[0])
 
 
+def test_to_timm_and_to_a_graph(run: Path, call: Any, tmp_path: Path) -> None:
+    status, out = call("to_timm", run, tmp_path / "timm")
+    assert status == 0
+    assert "computes the same" in out
+    assert "the model is causal" in str(call("to_timm", run, tmp_path / "stock", "--stock")[0])
+    status, out = call("to_onnx", run, tmp_path / "model.pt2")
+    assert status == 0
+    assert "to tokens [17, 32], last [32], mean [32]" in out
+    assert "no head that gives classes" in str(call("to_onnx", run, tmp_path / "a.pt2", "--output", "classes")[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2", "timm"]
+
+
 def test_a_release_has_what_its_scripts_load(run: Path, call: Any, tmp_path: Path) -> None:
     assert call("to_release", run, tmp_path / "release")[0] == 0
     processor = AutoImageProcessor.from_pretrained(tmp_path / "release")
