@@ -35,7 +35,7 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
     """Read the flags, join the other ranks and choose the kernels; every rank calls it.
 
     Args:
-        arguments: as in ``sys.argv[1:]``.
+        arguments: command line, as in ``sys.argv[1:]``.
         description: what the script does, for ``--help``.
         recipes: those of the script's task; the first is the default.
 

@@ -54,7 +54,7 @@ def draw_triplets(
 
     Args:
         path: PNG file.
-        maps: of the image.
+        maps: the image's maps.
         pixels: the image, [H, W, 3].
         patch_size: side of a patch, pixels.
         layers, heads: as in :meth:`Maps.relative_attention`; ``each`` draws one attention panel a head.

@@ -22,7 +22,7 @@ def choose_queries(wishes: Sequence[str], pixels: Pixels, patch_size: int, name:
         wishes: ``["auto"]``, ``["grid"]`` or ``["grid:N"]`` for N x N evenly spread ones, or one "y,x" a query.
         pixels: the image, [H, W, 3].
         patch_size: side of a patch, pixels.
-        name: of the image, for messages.
+        name: the image's name, for messages.
 
     Raises:
         ConfigError: for a wish that is none of these, or a patch that is not in the image or has no next one.

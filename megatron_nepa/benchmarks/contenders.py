@@ -23,8 +23,8 @@ class Contest:
     """One operation at one shape.
 
     Attributes:
-        name: of the operation.
-        inputs: its arguments.
+        name: the operation's name.
+        inputs: the operation's arguments.
         trained: names of the inputs that receive gradients.
         minimum_bytes: that forward and backward together must move.
         contenders: name to implementation, called with ``inputs``; the first is the definition.

@@ -23,8 +23,8 @@ class Timing:
     """What the order of one set takes.
 
     Attributes:
-        images: of the set.
-        microseconds: of a batch, median.
+        images: number of images in the set.
+        microseconds: median time of a batch.
         slowest: of a batch, the 99th percentile, microseconds.
         peak_mb: the most memory that was allocated, an epoch's start included.
     """

@@ -27,7 +27,7 @@ class Entry:
         name: short, for ``--only``.
         title: what is measured.
         device: cpu or cuda.
-        arguments: of ``tools/benchmark.py``.
+        arguments: arguments that ``tools/benchmark.py`` was given.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Result:
     Attributes:
         figures: a sentence's worth.
         machine: device and threads.
-        versions: of this project and torch.
-        date: of the measurement.
-        command: that was run.
+        versions: versions of this project and torch.
+        date: day of the measurement.
+        command: the command that was run.
     """
 
     figures: str

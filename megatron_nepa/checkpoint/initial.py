@@ -77,7 +77,7 @@ def start_from(
         path: a checkpoint, an OUTPUT_DIR, what ``convert_checkpoint.py from_release`` wrote, or a released model's
             folder (config.json with model.safetensors or pytorch_model_ema.bin), or a file of ``consolidate``.
         choice: the average or the raw weights, where there are both; None takes the average where there is one.
-        model: of this run.
+        model: this run's model.
         reset_head: leave the head at its initial values, whatever the checkpoint holds.
         require_head: refuse a checkpoint without a head, as an evaluation must.
 
@@ -136,7 +136,7 @@ class _Source:
     """Weights to start from.
 
     Attributes:
-        path: as the user gave it.
+        path: the path as the user gave it.
         origin: what they are, in words.
         model: config of their model, as plain values.
         shapes: of the whole tensors, as a checkpoint stores them, by the names of parameters and buffers.

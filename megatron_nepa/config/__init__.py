@@ -24,6 +24,7 @@ from megatron_nepa.config.run import Run, RunConfig, override
 from megatron_nepa.config.sections import (
     ActivationCheckpointing,
     DataConfig,
+    Decay,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigError",
     "CropConfig",
     "DataConfig",
+    "Decay",
     "EvaluationConfig",
     "FinetuningConfig",
     "FrozenTrunkConfig",

@@ -103,6 +103,9 @@ class DataConfig:
         )
 
 
+Decay = Literal["cosine", "linear"]  # shape of a learning rate's fall
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, its schedule and the weight average (paper table 4)."""
@@ -114,7 +117,7 @@ class OptimizerConfig:
     # learning rate at the end of the fall
     min_lr: float = 0.0
     # shape of the fall from the peak to min_lr
-    decay: Literal["cosine", "linear"] = "cosine"
+    decay: Decay = "cosine"
     # warm-up as a share of all steps
     warmup_ratio: float = 0.025
     # weight decay of matrices, AdamW's decoupled; never of biases, norms and LayerScale

@@ -15,7 +15,7 @@ class Row:
     """One thing that was looked at.
 
     Attributes:
-        name: of the thing.
+        name: what was checked.
         status: ok; failed; absent, of an optional part that is not installed; not checked, of what this machine
             cannot run.
         found: what was seen, or why nothing could be.

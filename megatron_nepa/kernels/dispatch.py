@@ -59,7 +59,7 @@ def select_kernels(
         device: where the run computes.
         attention_shape: (B, T, local heads, d) of the run's attention, on which a GPU's back-ends are timed once; None
             takes the first that is installed.
-        dtype: of the activations.
+        dtype: dtype of the activations.
         causal: whether attention will be causal.
 
     Raises:

@@ -41,7 +41,7 @@ class Operation:
     """One fused operation.
 
     Attributes:
-        name: of its field in ``Kernels``.
+        name: name of the operation's field in ``Kernels``.
         reference: its definition in plain torch.
         fused: imports and returns the function that runs its Triton kernels, called like the reference.
         inputs: arguments of both by name, at a model's shapes for a number of samples, from a maker of tensors.

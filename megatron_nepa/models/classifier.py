@@ -38,7 +38,7 @@ class Classifier(nn.Module):
     gradients need no sum.
 
     Args:
-        config: of the trunk.
+        config: the trunk's shape.
         num_classes: C.
         pooling: what is classified: the last token's output (paper), or the mean of the patches' outputs after a
             LayerNorm of its own (release).
@@ -73,11 +73,11 @@ def pool_samples(output: TrunkOutput, rows: Tensor, num_samples: int, pooling: P
     """One embedding of every sample of the micro-batch, on every tensor-parallel rank.
 
     Args:
-        output: of the trunk.
+        output: what the trunk returned.
         rows: this rank's token rows of any block, [n, D].
         num_samples: B.
         pooling: "last" takes the last token, "mean" the mean of the patches in fp32 (the BOS token left out).
-        trunk: that computed them.
+        trunk: the trunk that computed them.
 
     Returns:
         [B, D]: in the rows' dtype for "last", fp32 for "mean".

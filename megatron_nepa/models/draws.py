@@ -16,7 +16,7 @@ def rope_rescale_factor(rescale: float, group: int, seed: int, sample_index: Ten
     Args:
         rescale: largest factor.
         group: consecutive samples that share one draw.
-        seed: of the run.
+        seed: the run's seed.
         sample_index: sample numbers, int64 [B].
 
     Returns:
@@ -59,7 +59,7 @@ def channel_dropout_factors(rate: float, num_channels: int, purpose: str, seed: 
         rate: share of channels that are dropped.
         num_channels: channels C.
         purpose: names the layer, so that two of them draw separately.
-        seed: of the run.
+        seed: the run's seed.
         sample_index: sample numbers, int64 [B].
 
     Returns:

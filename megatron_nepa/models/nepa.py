@@ -34,7 +34,7 @@ class NepaForPretraining(nn.Module):
     """Predict the embedding of the next patch.
 
     Args:
-        config: of the model.
+        config: the model's shape.
         objective: the loss and its ablations.
         build: ranks, kernels and seed.
     """

@@ -1,4 +1,8 @@
-"""Images to token rows: the target embedding z and the trunk's input."""
+"""Images to token rows: the target embedding z and the trunk's input.
+
+Shapes: B samples of the micro-batch, b of them whose images this rank holds, C channels, h x w patches of p x p pixels,
+T tokens of a sample, n token rows of this rank, D width.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ class PatchEmbedding(nn.Module):
     The target is the patch embedding before positions and mask, without a norm, as in the release.
 
     Args:
-        config: of the model.
+        config: the model's shape.
         build: the ranks that share the replica.
         masking: whether the objective replaces input patches by a learned mask token.
     """
@@ -50,7 +54,7 @@ class PatchEmbedding(nn.Module):
             num_samples: samples B of the whole micro-batch.
             rows: the token rows that this rank keeps.
             mask: patches that the mask token replaces, bool [B, patches], or None.
-            dtype: of the residual stream.
+            dtype: dtype of the residual stream.
 
         Returns:
             The targets z: this rank's rows [n, D], and one halo row more where its rows cut a sample. And
@@ -60,7 +64,7 @@ class PatchEmbedding(nn.Module):
         weight, bias, bos_token, positions, mask_token = self._shared_parameters(is_share)
         tokens = self._tokens(images, weight, bias, bos_token)  # [b, T, D]
         period = tokens.shape[1]
-        local = tokens.flatten(0, 1)
+        local = tokens.flatten(0, 1)  # [b T, D]
         if not is_share:
             target = rows.take(local, halo=1) if self.sequence_parallel else local
         else:
@@ -99,12 +103,12 @@ class PatchEmbedding(nn.Module):
             f"an image of {height} x {width} pixels is not a whole number of {size} x {size} patches: take sides of "
             f"{one_of(multiples_around(height, size))} x {one_of(multiples_around(width, size))} pixels.",
         )
-        patches = images.view(batch, channels, height // size, size, width // size, size)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
-        tokens = nn.functional.linear(patches, weight.flatten(1), bias)
+        patches = images.view(batch, channels, height // size, size, width // size, size)  # [b, C, h, p, w, p]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)  # [b, h w, C p p]
+        tokens = nn.functional.linear(patches, weight.flatten(1), bias)  # [b, h w, D]
         if bos_token is None:
             return tokens
-        return torch.cat((bos_token.expand(batch, 1, -1), tokens), dim=1)
+        return torch.cat((bos_token.expand(batch, 1, -1), tokens), dim=1)  # [b, T, D]
 
     @staticmethod
     def _position_rows(positions: Tensor, num_samples: int, rows: RowShard) -> Tensor:

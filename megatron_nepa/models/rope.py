@@ -24,7 +24,7 @@ def rope_angles(
         head_size: channels d of a head, divisible by 4.
         theta: base of the frequencies theta ** (-4 j / d).
         num_prefix: leading tokens that are not rotated (BOS).
-        device: of the result.
+        device: device of the result.
 
     Returns:
         fp32 [num_prefix + grid_height * grid_width, d / 2]; zeros for prefix tokens.

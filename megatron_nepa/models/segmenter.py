@@ -44,7 +44,7 @@ class Segmenter(nn.Module):
     samples, it computes the heads on those; elsewhere every rank computes them on the whole micro-batch.
 
     Args:
-        config: of the trunk.
+        config: the trunk's shape.
         num_classes: K.
         build: ranks, kernels and seed.
         new_norm: builds the heads' BatchNorm, over all ranks whose heads see different samples.
@@ -71,8 +71,8 @@ class Segmenter(nn.Module):
         """Loss of a micro-batch, or the logits without labels.
 
         Args:
-            images: as of :meth:`Trunk.forward`.
-            sample_index: likewise.
+            images: images as :meth:`Trunk.forward` takes them.
+            sample_index: sample numbers as :meth:`Trunk.forward` takes them.
             labels: int64 [b, H, W] of those images, 255 where a pixel counts for nothing.
 
         Returns:
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         width: channels D of the trunk.
         num_classes: K.
         new_norm: builds a BatchNorm.
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, width: int, num_classes: int, new_norm: NormFactory, seed: int) -> None:

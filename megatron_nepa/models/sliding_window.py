@@ -17,7 +17,7 @@ def whole_image_logits(model: PixelModel, image: Tensor, multiple: int) -> Tenso
     Args:
         model: its sides must be multiples of ``multiple``.
         image: [1, C, H, W], padded with zeros at the right and bottom, as training pads small images.
-        multiple: of the patch size.
+        multiple: the patch size, to a multiple of which the sides are padded.
 
     Returns:
         [1, K, H, W].

@@ -7,6 +7,9 @@ successor.
 Selective activation checkpointing computes two cheap things again: the seam between the branches and the feed-forward
 layer's activation. It repeats no matrix product, no attention and no collective. QK-norm and RoPE stay: they work in
 place, so that they keep nothing of their own.
+
+Shapes: B samples of the micro-batch, T tokens of a sample, N = B T token rows of the replica, n of them on this rank, D
+width, F feed-forward width, H heads of this rank, d of a head.
 """
 
 from __future__ import annotations
@@ -61,14 +64,14 @@ class Attention(nn.Module):
         period: int,
     ) -> Tensor:
         """[n, D] to [n, D]; ``num_samples`` samples of ``period`` tokens each."""
-        fused = self.qkv(normed)  # [N, 3 * heads * d], N padded under sequence parallelism
+        fused = self.qkv(normed)  # [N, 3 H d], padded at the end where sequence parallelism needs equal parts
         num_rows = num_samples * period
         padding = fused.shape[0] - num_rows
         # cut only where there is padding: a slice's gradient is a copy into zeros
         rows = fused[:num_rows] if padding else fused
-        qkv = rows.view(num_samples, period, 3, self.num_local_heads, self.head_size)
+        qkv = rows.view(num_samples, period, 3, self.num_local_heads, self.head_size)  # [B, T, 3, H, d]
         qkv = self.kernels.qk_norm_rope(qkv, angles, rope_scale, q_norm, k_norm, self.normalize, self.eps)
-        mixed = self.kernels.attention(qkv, self.causal).flatten(2).flatten(0, 1)
+        mixed = self.kernels.attention(qkv, self.causal).flatten(2).flatten(0, 1)  # [B, T, H, d] to [N, H d]
         output: Tensor = self.out(nn.functional.pad(mixed, (0, 0, 0, padding)) if padding else mixed)
         return output
 
@@ -93,8 +96,8 @@ class FeedForward(nn.Module):
         return self.call_cheap(self._activate_and_project, hidden)
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
-        hidden = self.kernels.swiglu(hidden) if self.gated else nn.functional.gelu(hidden)
-        output: Tensor = self.down(hidden)
+        hidden = self.kernels.swiglu(hidden) if self.gated else nn.functional.gelu(hidden)  # [N, F]
+        output: Tensor = self.down(hidden)  # [n, D]
         return output
 
 
@@ -150,11 +153,11 @@ class Block(nn.Module):
             stream: residual stream, this rank's rows [n, D].
             normed: ``norm1`` of it, [n, D].
             next_norm_weight: factor of the norm that follows this block, [D].
-            next_norm_bias: its summand, [D].
+            next_norm_bias: summand of that norm, [D].
             angles: of :func:`~megatron_nepa.models.rope.rope_angles`, or None.
             rope_scale: the RoPE rescale of every sample, or None.
             attention_scale: DropPath factor of the attention branch, a row each, fp32 [n], or None.
-            feed_forward_scale: likewise of the feed-forward branch.
+            feed_forward_scale: DropPath factor of the feed-forward branch, likewise.
             num_samples: samples whose rows the replica holds.
             period: tokens of a sample.
 

@@ -1,4 +1,8 @@
-"""The trunk that every task shares: patch embedding, blocks, final norm."""
+"""The trunk that every task shares: patch embedding, blocks, final norm.
+
+Shapes: B samples of the micro-batch, b of them whose images this rank holds, C channels, T tokens of a sample, N = B T
+token rows of the replica, n of them on this rank, D width, L blocks.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ class Trunk(nn.Module):
     """Causal Vision Transformer.
 
     Args:
-        config: of the model.
+        config: the model's shape.
         build: ranks, kernels and seed.
         mask_ratio: share of input patches that the mask token replaces in training.
     """
@@ -79,9 +83,9 @@ class Trunk(nn.Module):
 
         mask = None
         if self.training and self.mask_ratio > 0:
-            mask = patch_mask(self.mask_ratio, period - num_prefix, self.seed, sample_index)
+            mask = patch_mask(self.mask_ratio, period - num_prefix, self.seed, sample_index)  # [B, patches]
         stream_dtype = torch.promote_types(DTYPES[config.residual_dtype], images.dtype)
-        embedding, stream = self.embedding(images, num_samples, rows, mask, stream_dtype)
+        embedding, stream = self.embedding(images, num_samples, rows, mask, stream_dtype)  # [n or n + 1, D], [n, D]
 
         angles, rope_scale = None, None
         if config.rope:
@@ -90,7 +94,7 @@ class Trunk(nn.Module):
                 rope_scale = rope_rescale_factor(
                     config.rope_rescale, config.rope_rescale_group, self.seed, sample_index
                 )
-        row_scale = self._row_scale(sample_index, rows, period)
+        row_scale = self._row_scale(sample_index, rows, period)  # 2 L of [n]
 
         blocks = cast("list[Block]", list(self.blocks))
         norms = [block.norm1 for block in blocks] + [self.norm]
@@ -99,7 +103,7 @@ class Trunk(nn.Module):
         weight, bias = sum_shares((weight, bias), ("rows",) if self.sequence_parallel else (), self.tensor)
         assert weight is not None
         assert bias is not None
-        normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)
+        normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)  # [n, D]
         tapped = []
         for i, block in enumerate(blocks):
             call: Callable[..., tuple[Tensor, Tensor]] = block

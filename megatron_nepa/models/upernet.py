@@ -117,7 +117,7 @@ class PixelClassifier(nn.Module):
         width: channels D.
         num_classes: K.
         purpose: name of the head in the draws of the run.
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, width: int, num_classes: int, purpose: str, seed: int) -> None:

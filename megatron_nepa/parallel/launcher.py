@@ -39,7 +39,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     describes one process is a run of one, however much is missing.
 
     Args:
-        environment: as ``os.environ``.
+        environment: environment variables, as ``os.environ`` holds them.
 
     Raises:
         ConfigError: where the variables contradict each other.
@@ -87,7 +87,7 @@ def ranks_of_this_node(environment: Mapping[str, str]) -> int:
     """How many ranks of the run share this machine, by the variables of torchrun, deepspeed or ``srun``.
 
     Args:
-        environment: as ``os.environ``.
+        environment: environment variables, as ``os.environ`` holds them.
 
     Raises:
         ConfigError: where a variable is no number.
@@ -110,7 +110,7 @@ def speaks_for_its_node(environment: Mapping[str, str]) -> bool:
     """Whether this process tells what every one of its machine would; never fails.
 
     Args:
-        environment: as ``os.environ``.
+        environment: environment variables, as ``os.environ`` holds them.
     """
     text = environment.get("LOCAL_RANK", "")
     return not text.isdigit() or int(text) == 0
@@ -137,7 +137,7 @@ def require_rendezvous(environment: Mapping[str, str], world_size: int) -> None:
     """Refuse several ranks that cannot know where to meet.
 
     Args:
-        environment: as ``os.environ``.
+        environment: environment variables, as ``os.environ`` holds them.
         world_size: processes of the run.
 
     Raises:
@@ -162,7 +162,7 @@ def meet(place: Place, address: str, port: str, seconds: float = RENDEZVOUS_SECO
         place: this process's.
         address: of the first node, as MASTER_ADDR.
         port: on it, as MASTER_PORT.
-        seconds: to wait for the other ranks.
+        seconds: how long to wait for the other ranks.
 
     Raises:
         ConfigError: the port is taken, or not every rank came in time.

@@ -58,7 +58,7 @@ def parameter(
     """An fp32 parameter of this rank's ``shape`` that :func:`initialize_parameters` will fill; NaN until then.
 
     Args:
-        shape: of this rank's part.
+        shape: shape of this rank's part.
         gradient: what a rank's gradient of it covers: "local" of a split parameter, whose shard's gradient is complete;
             "whole" where every tensor-parallel rank computes all of it; "rows", "heads" or "images" where each
             computes the share of its token rows, attention heads or images. :func:`sum_shares` adds the shares up.

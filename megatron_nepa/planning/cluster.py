@@ -24,7 +24,7 @@ class Gpu:
     """One GPU in a node of eight with an InfiniBand adapter each, on a network that does not block.
 
     Attributes:
-        name: as its data sheet prints it.
+        name: the GPU's name as its data sheet prints it.
         memory_bytes: what a run may fill. A part sold as "80 GB" has about 85e9 bytes: the rest is left to CUDA's
             context, NCCL's buffers and the allocator's gaps.
         peak_flops: dense bf16 peak in FLOP/s, the denominator of MFU.

@@ -42,7 +42,7 @@ class Collective:
 
     Attributes:
         what: it moves.
-        kind: of collective.
+        kind: name of the collective, such as "all_gather".
         group: which ranks take part.
         phase: of a micro-batch, or "step": once an optimizer step.
         calls: in that phase.

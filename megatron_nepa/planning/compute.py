@@ -23,7 +23,7 @@ class Work:
     """Kernels of one kind in one pass over one micro-batch, on one rank.
 
     Attributes:
-        name: of the operation.
+        name: the operation's name.
         phase: forward, or which of the two products of its backward ("input_gradient", "weight_gradient"), or
             "backward" for what has no weight.
         flops: floating-point operations, in matrix products only.

@@ -63,10 +63,10 @@ class Plan:
     Attributes:
         layout: how the run is spread.
         accumulation_steps: micro-batches of a step.
-        memory: of one GPU.
+        memory: what one GPU holds, part by part.
         fits: whether that is within the GPU's.
-        time: of a step.
-        images_per_second: of the whole run.
+        time: how long a step takes.
+        images_per_second: throughput of the whole run.
         mfu: model FLOP/s over the GPUs' dense bf16 peak.
         host_bound: whether the host probably needs longer to launch a block's kernels than they run, so that the time
             is too hopeful.

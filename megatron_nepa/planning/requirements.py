@@ -22,10 +22,10 @@ class Requirements:
         steps: optimizer steps.
         images: seen in all.
         days: of training, without stops, saves and evaluations.
-        gpu_hours: of all GPUs.
+        gpu_hours: hours of all GPUs together.
         images_per_node: a second.
         read_bytes_per_node: bytes/s of ImageNet-like JPEGs.
-        cores_per_node: that decode on CPUs alone.
+        cores_per_node: CPU cores that decode, where no GPU does.
         checkpoint_bytes: of one checkpoint: masters, two moments, and the average where there is one.
     """
 

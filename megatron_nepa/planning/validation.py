@@ -37,7 +37,7 @@ class Anchor:
         source: who measured, and where it is written.
         gpu: key of ``GPUS``.
         gpus: how many.
-        images_per_second: of the whole run.
+        images_per_second: throughput of the whole run.
         plan: the planner's best for the same model and number of GPUs.
     """
 

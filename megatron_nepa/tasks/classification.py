@@ -157,7 +157,7 @@ def labelled_index(data: DataConfig, path: str | None, topology: Topology, flag:
 
     Args:
         data: settings of the run's data.
-        path: of these images.
+        path: the images' folder or index.
         topology: this rank's place.
         flag: that gives the path, for messages.
 

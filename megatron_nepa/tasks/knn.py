@@ -47,7 +47,7 @@ def weighted_knn(
         features: of the samples to classify, [m, D].
         labels: theirs, int64 [m]; a class that no training sample has is never hit.
         k: neighbours that vote.
-        temperature: of the weights.
+        temperature: divides a neighbour's similarity in the exponent of its weight.
         chunk: training samples, and samples, of one product.
 
     Raises:

@@ -122,7 +122,7 @@ class ProbingEvaluator(ClassificationEvaluator):
 
     Args:
         run: the config.
-        features: of the frozen trunk.
+        features: computes the frozen trunk's features.
         index: labelled images.
         topology: this rank's place.
         every: steps between evaluations.

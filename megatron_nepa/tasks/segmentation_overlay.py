@@ -40,11 +40,11 @@ def write_overlay(path: Path, image: Pixels, labels: Classes, predictions: Class
     The file is replaced in one piece.
 
     Args:
-        path: of the PNG file.
+        path: the PNG file to write.
         image: uint8 [H, W, 3].
         labels: [H, W], 255 where a pixel is ignored: it is drawn darkened, without colour.
         predictions: [H, W].
-        names: of the classes, [K].
+        names: the classes' names, [K].
     """
     height, width = labels.shape
     counts = np.bincount(labels[labels != IGNORED].ravel(), minlength=len(names))

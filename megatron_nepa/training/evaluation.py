@@ -57,8 +57,8 @@ def best_of(evaluator: Evaluator, results: dict[str, float], is_young: bool) -> 
     """The result by which the best checkpoint is kept: of the average, or of the raw weights where they are ahead.
 
     Args:
-        evaluator: that measured.
-        results: of :func:`evaluate_engine`.
+        evaluator: the evaluator that measured.
+        results: what :func:`evaluate_engine` returned.
         is_young: whether the average is still so near to its beginning that only the raw weights count.
 
     Returns:
@@ -75,8 +75,8 @@ def describe_lag(evaluator: Evaluator, results: dict[str, float], initial_share:
     """The sentence for an evaluation in which the average is behind the raw weights, or is young; None elsewhere.
 
     Args:
-        evaluator: that measured.
-        results: of :func:`evaluate_engine`.
+        evaluator: the evaluator that measured.
+        results: what :func:`evaluate_engine` returned.
         initial_share: of the average, that is still the weights which it began with.
         is_young: whether that share is too large for the average to say much.
     """
@@ -170,10 +170,10 @@ def load_weights(model: nn.Module, source: str, choice: Choice | None, config: M
     """Give a model that is not trained the weights of a checkpoint; every rank calls it.
 
     Args:
-        model: of this rank, on its device.
+        model: this rank's model, on its device.
         source: any checkpoint, as ``--init_from`` takes it.
         choice: the average or the raw weights, where there are both; None takes the average where there is one.
-        config: of the model.
+        config: the model's shape.
         topology: this rank's place.
 
     Returns:

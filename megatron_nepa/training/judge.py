@@ -22,10 +22,10 @@ class Judge:
         evaluator: that measures, or None where nothing is ever due.
         engine: with the weights.
         optimizer: the config of the weight average.
-        checkpoints: of the run.
+        checkpoints: the run's checkpoints.
         metrics_path: the run's metrics.jsonl, which knows what was evaluated before.
         total_steps: optimizer steps of the whole run, after which an evaluation is always due.
-        log: of the run.
+        log: the run's log.
     """
 
     def __init__(

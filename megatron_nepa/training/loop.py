@@ -40,7 +40,7 @@ class TrainingLoop:
         directory: the run's folder.
         total_steps: optimizer steps of the whole run.
         peak_flops: of this rank's device, for the MFU.
-        log: of the run.
+        log: the run's log.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TrainingLoop:
         """One step and what follows it; where the run stands then, and what asks it to stop.
 
         Args:
-            progress: where it stands.
+            progress: where the run stands.
             first: number of the first step that this process makes.
         """
         run = self.run

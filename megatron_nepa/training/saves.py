@@ -20,12 +20,12 @@ class Saves:
 
     Args:
         engine: with what is saved.
-        checkpoints: where.
-        description: of the run, for the manifest.
+        checkpoints: the folder to write them in.
+        description: what the manifest says of the run.
         in_background: write beside the steps that follow (``--async_save``).
         clock: of the steps, whose time a save is not.
         stall: told where this rank is.
-        log: of the run.
+        log: the run's log.
     """
 
     def __init__(

@@ -63,9 +63,9 @@ class Stepper:
         loader: this rank's micro-batches.
         rates: learning rates of the engine's parameter groups.
         peak_flops: of this rank's device, for the MFU.
-        clock: of the steps.
+        clock: takes the time of the steps.
         stall: told where this rank is.
-        profiler: of the parts of a step.
+        profiler: marks the parts of a step.
     """
 
     def __init__(

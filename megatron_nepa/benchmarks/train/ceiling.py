@@ -21,11 +21,11 @@ def measure_ceiling(
     """Time every part of a step of ``batch`` images on one device.
 
     Args:
-        model: of the run.
+        model: the run's model.
         optimizer: whether there is a weight average and clipping.
         batch: images.
-        device: where.
-        dtype: of weights and activations.
+        device: where it is measured.
+        dtype: dtype of weights and activations.
         compiled: let the elementwise operations be compiled, as ``--compile`` does.
 
     Returns:

@@ -25,7 +25,7 @@ class StepTime:
     """Mean over the steps of one round.
 
     Attributes:
-        seconds: of a step.
+        seconds: duration of a step.
         parts: seconds by part; measured on a step of their own on a GPU, since waiting between parts takes time.
     """
 

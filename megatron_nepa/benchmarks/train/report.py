@@ -16,7 +16,7 @@ class Contest:
     """One contender's rounds.
 
     Attributes:
-        name: of the contender.
+        name: the contender's name.
         images_per_step: over all devices.
         times: one a round.
         peak_memory_gb: of its device's tensors, or of its process on a CPU.
@@ -47,8 +47,8 @@ class TrainReport:
     """Everything that was measured.
 
     Attributes:
-        command: that was given.
-        machine: where.
+        command: the command that was given.
+        machine: the machine that was measured.
         recipe, dtype: what.
         devices: ranks of the run.
         flops_per_image: model FLOPs of a training step.

@@ -62,8 +62,8 @@ class Setting:
 
     Attributes:
         run: recipe and flags; synthetic images unless ``--data`` names others.
-        ds_config: as DeepSpeed gets it.
-        kernels: of the run.
+        ds_config: DeepSpeed's config, as DeepSpeed gets it.
+        kernels: the run's implementations of the fused operations.
         topology: this process's place.
     """
 

@@ -30,7 +30,7 @@ class Comparison:
     Attributes:
         origins: what was compared.
         output: what was compared: "logit" where both are classifiers, else "embedding" (predicted ones).
-        largest_difference: of any element.
+        largest_difference: largest difference of any element.
         largest_value: largest element of the first model's, to judge it by.
         losses: next-embedding loss of each trunk.
         tensors: largest difference of each tensor that both hold in one shape: of trunk, tokens, positions, head, and

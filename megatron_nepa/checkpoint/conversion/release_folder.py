@@ -91,8 +91,8 @@ def write_release(
     """Write a model as the authors' code reads it; the folder appears in one piece or not at all.
 
     Args:
-        weights: of a trunk or a classifier.
-        folder: that must not exist.
+        weights: the weights of a trunk or a classifier.
+        folder: the folder to write; it must not exist.
         fold: multiply LayerScale into the layers before it.
         classes: names of a classifier's classes, by number.
         files: JSON files that are written besides, by name.

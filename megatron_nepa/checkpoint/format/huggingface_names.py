@@ -16,7 +16,7 @@ def huggingface_names(config: ModelConfig, stored: Collection[str]) -> dict[str,
     """Our name of every tensor to that in ``modeling_nepa.py``; several mean that ours is their concatenation.
 
     Args:
-        config: of the model.
+        config: the model's shape.
         stored: names that a model may have or lack, of either format: a mask token, a head.
     """
     embeddings = "nepa.embeddings."

@@ -87,7 +87,7 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
     Args:
         train: filled in place.
         checkpoint: folder of a complete checkpoint.
-        manifest: of that checkpoint.
+        manifest: that checkpoint's manifest.
         model: this run's model config as plain values, which the checkpoint's must equal.
 
     Raises:

@@ -82,8 +82,8 @@ def choose_kind(
     """Under which prefix the chosen weights lie in a checkpoint; one that holds weights only has just one kind.
 
     Args:
-        checkpoint: its folder.
-        manifest: the checkpoint's.
+        checkpoint: the checkpoint's folder.
+        manifest: the checkpoint's manifest.
         choice: average (ema) or raw; None takes the average where there is one.
         flag: by which the user chooses, for the message.
 
@@ -134,7 +134,7 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
     """Write whole tensors as a checkpoint of one process, in one piece or not at all.
 
     Args:
-        folder: that must not exist.
+        folder: the folder to write; it must not exist.
         state: by kind and name ("master.NAME", "exp_avg.NAME", "buffer.NAME", ...), in the parameters' shapes.
         model: whose fused projections are stored section by section.
         description: what the manifest says besides the files.
@@ -204,7 +204,7 @@ def trunk_layouts(model: ModelConfig, masked: bool) -> dict[str, ParameterForm]:
     """Every trunk parameter of a model, without its memory.
 
     Args:
-        model: its config.
+        model: the model's config.
         masked: whether the objective gives it a mask token.
     """
     with torch.device("meta"):
@@ -216,7 +216,7 @@ def load_whole(checkpoint: Path, keys: Iterable[str], stored: dict[str, Tensor])
     """Whole tensors of a checkpoint, read by this process alone, as they are stored.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: the checkpoint's folder.
         keys: which, by kind and name.
         stored: :func:`stored_tensors` of the checkpoint.
     """

@@ -23,7 +23,7 @@ class Saved:
     """A checkpoint that stands under its name.
 
     Attributes:
-        path: its folder.
+        path: the checkpoint's folder.
         seconds: from the call to its publication.
     """
 
@@ -41,7 +41,7 @@ class CheckpointSaver:
     collectives never meet. A failure is raised by the next :meth:`finished` or :meth:`wait`.
 
     Args:
-        store: where they are written.
+        store: the folder of checkpoints to write to.
         topology: this rank's place.
         in_background: return from :meth:`save` before the checkpoint is written.
     """

@@ -80,7 +80,7 @@ class CheckpointStore:
         Args:
             train: what is saved.
             progress: where the run stands.
-            zero_stage: that wrote it, for information.
+            zero_stage: ZeRO stage of the run that writes it, for information.
             run: the run's config as plain values.
 
         Returns:
@@ -133,7 +133,7 @@ class CheckpointStore:
         """Keep a checkpoint beyond ``keep_last``, until a better one is marked; the main rank calls it.
 
         Args:
-            path: of a checkpoint in this folder.
+            path: a checkpoint in this folder.
             metric: name of what was measured.
             value: what it reached.
         """
@@ -171,10 +171,10 @@ class PartialCheckpoint:
     """A checkpoint that is being written beside its place; every rank calls its methods, which agree on the host.
 
     Args:
-        store: where it will stand.
+        store: the folder of checkpoints in which it will stand.
         train: what is saved.
         progress: where the run stands.
-        zero_stage: that wrote it, for information.
+        zero_stage: ZeRO stage of the run that writes it, for information.
         run: the run's config as plain values.
         topology: this rank's place, whose ``host_group`` the agreements use.
     """

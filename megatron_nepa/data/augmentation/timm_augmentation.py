@@ -47,7 +47,7 @@ class RandAugmenter:
     """timm's RandAugment on decoded crops, in worker processes.
 
     Args:
-        config: its rand_augment and workers.
+        config: the augmentation's config, of which rand_augment and workers count.
         seed: the run's seed.
 
     Raises:

@@ -47,8 +47,8 @@ def crop_pipeline(
         source: called with 0, 1, ... ahead of the batches that are asked for.
         batch_size: images n of a batch.
         image_size: side S of the output.
-        options: where to decode.
-        interpolation: of the resize.
+        options: where and how images are decoded.
+        interpolation: how the resize interpolates.
 
     Returns:
         A pipeline whose images are uint8 [n, 3, S, S].

@@ -28,7 +28,7 @@ class CropStream:
         image_size: side S of the crops.
         feed: which samples this rank loads.
         options: where and how images are decoded.
-        interpolation: of the resize.
+        interpolation: how the resize interpolates.
     """
 
     def __init__(

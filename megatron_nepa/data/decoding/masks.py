@@ -75,7 +75,7 @@ def check_masks(index: DatasetIndex, masks: MaskConfig, allowed_share: float, na
         index: image and mask pairs.
         masks: what their values mean.
         allowed_share: share of these that may be unreadable or of another size than their image.
-        names: of the classes.
+        names: the classes' names.
 
     Returns:
         A sentence on the classes that never occur in them; None where all do.

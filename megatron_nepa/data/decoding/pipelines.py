@@ -87,7 +87,7 @@ class DaliImages:
 
     Args:
         pipeline: a built one, whose only output is images of equal size.
-        device: where it puts them.
+        device: where the pipeline puts its images.
     """
 
     def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
@@ -113,7 +113,7 @@ def normalise(images: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor
     Args:
         images: uint8 [n, 3, H, W].
         flip: bool [n], the images to mirror; None mirrors none.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         [n, 3, H, W] of ``dtype``, in memory of its own.

@@ -18,7 +18,7 @@ class ThreadedResize:
         pipeline: a built one, whose only output is n images of any size, uint8 [H, W, 3].
         image_size: side S of the squares.
         interpolation: torch's name of it; antialiased.
-        threads: that resize.
+        threads: number of threads that resize.
     """
 
     def __init__(self, pipeline: Pipeline, image_size: int, interpolation: str, threads: int) -> None:

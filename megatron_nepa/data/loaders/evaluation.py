@@ -62,7 +62,7 @@ class OnePassLoader:
         data_rank: which rank this is; image i is evaluated by rank i mod ``data_size``.
         data_size: number of ranks that see different images.
         device: where images are decoded and delivered.
-        dtype: of the images.
+        dtype: dtype of the images.
         interpolation: of the resize, which is antialiased.
 
     Raises:

@@ -29,7 +29,7 @@ class KeyedBijection:
 
     Attributes:
         size: places N, from 1 to 2**62.
-        keys: of the rounds, 64 bits each.
+        keys: the rounds' keys, 64 bits each.
     """
 
     size: int

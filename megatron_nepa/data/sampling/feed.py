@@ -21,7 +21,7 @@ class Feed:
         share: the samples of the run that this rank loads.
         seed: of the run; every draw is keyed by it.
         device: where images are decoded, if it can, and delivered.
-        dtype: of the delivered images.
+        dtype: dtype of the delivered images.
         consumed_samples: samples of the steps already taken, a multiple of the global batch.
         bad_image_log: JSON-lines file that substituted images are appended to; None keeps no record.
         order: version of the order that the run was begun with.

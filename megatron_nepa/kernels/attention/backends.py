@@ -125,8 +125,8 @@ def choose_attention(
     Args:
         device: where the run computes.
         shape: (B, T, local heads, d) of the run; None takes the first candidate without timing.
-        dtype: of qkv.
-        causal: as the run will call it.
+        dtype: dtype of qkv.
+        causal: whether the run's attention is causal.
         deterministic: whether backward must repeat bit for bit.
 
     Returns:

@@ -23,7 +23,7 @@ class MachineCode:
     """Figures of one compiled kernel.
 
     Attributes:
-        registers: of a thread.
+        registers: registers that a thread uses.
         spilled_bytes: of a thread's stack, where registers that do not fit go.
         shared_bytes: shared memory of a program.
         wide_loads, wide_stores: instructions that move 16 bytes a thread between device memory and registers.

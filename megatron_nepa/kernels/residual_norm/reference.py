@@ -36,7 +36,7 @@ def residual_norm_reference(
         layer_scale: LayerScale gamma, [D], or None.
         row_scale: DropPath factor of every row, fp32 [n]: 0 or 1 / keep probability; None means 1.
         norm_weight: factor of the LayerNorm that follows, [D].
-        norm_bias: its summand, [D].
+        norm_bias: summand of that norm, [D].
         eps: added to the variance in fp32.
 
     Returns:

@@ -100,7 +100,7 @@ def merge(run: Run, given: Collection[str], path: str | None, config: dict[str, 
         run: recipe and flags.
         given: the fields that a flag set.
         path: of the DeepSpeed config, for messages.
-        config: its content.
+        config: the file's content.
 
     Raises:
         ConfigError: naming both places, where a flag and the file disagree; or for a section that this project sets.

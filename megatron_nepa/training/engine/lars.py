@@ -17,7 +17,7 @@ def build_lars(groups: list[dict[str, Any]], momentum: float) -> Lars:
 
     Args:
         groups: parameter groups, each either of matrices or of vectors; the learning rate is set at every step.
-        momentum: of the scaled gradients.
+        momentum: decay of the running sum of scaled gradients.
     """
     groups = [{**group, "always_adapt": group["params"][0].ndim > 1} for group in groups]
     return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=TRUST_COEFFICIENT, eps=0.0)

@@ -18,7 +18,7 @@ def build_optimizer(
     Args:
         groups: of :meth:`~megatron_nepa.training.engine.learning_rates.LearningRates.groups`.
         config: name, betas and epsilon; the learning rate is set at every step.
-        device: of the training.
+        device: where the run trains.
         offload: ZeRO offload keeps masters and moments on the CPU, which takes DeepSpeed's own CPU Adam.
         built: whether the extensions of :func:`optimizer_extensions` are there.
 

@@ -6,7 +6,8 @@ A function of the step alone, not one of torch's schedulers: these keep a state 
 from __future__ import annotations
 
 import math
-from typing import Literal
+
+from megatron_nepa.config import Decay
 
 
 def warmup_decay(
@@ -15,7 +16,7 @@ def warmup_decay(
     warmup_steps: int,
     peak: float,
     minimum: float,
-    shape: Literal["cosine", "linear"] = "cosine",
+    shape: Decay = "cosine",
 ) -> float:
     """Learning rate of one optimizer step, a pure function of the step.
 

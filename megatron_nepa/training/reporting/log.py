@@ -68,7 +68,7 @@ class RunLog:
 
     Args:
         output_dir: folder of the run: metrics.jsonl, wandb's files and wandb_id lie there.
-        run: its config.
+        run: the run's config.
         total_steps: optimizer steps of the whole run.
         start_step: steps that were completed before, when the run continues a checkpoint.
     """

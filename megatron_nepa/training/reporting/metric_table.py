@@ -19,7 +19,7 @@ class Metric(NamedTuple):
     """One number of a row of metrics.jsonl.
 
     Attributes:
-        name: its key.
+        name: the key of its value in a row.
         unit: of the value; the label of its plot's y axis.
         console: its part of the line that a step prints; None leaves it out.
         panel: title of its plot; "" draws none.

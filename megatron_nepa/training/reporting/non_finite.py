@@ -35,10 +35,10 @@ def describe_non_finite(
 
     Args:
         step: counted from 1.
-        first_sample: of that step.
+        first_sample: number of that step's first sample.
         replicas: data-parallel ranks with a non-finite loss; none where only the gradient was not finite.
         run: batch sizes.
-        topology: of the run.
+        topology: this rank's place in the run.
     """
     if not replicas:
         return (

@@ -21,7 +21,7 @@ class StepProfiler:
         steps: numbers of the optimizer steps to record, counted from 1; empty records none.
         folder: for ``trace.json`` (open it in Perfetto or chrome://tracing) and ``operations.txt``, the operations
             that take most time; replaced where they exist.
-        device: of the training.
+        device: where the run trains.
     """
 
     def __init__(self, steps: range, folder: Path, device: torch.device) -> None:

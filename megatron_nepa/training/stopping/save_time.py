@@ -14,7 +14,7 @@ class SaveTime:
     """Expected duration of a save: guessed from the checkpoint's size, then as the last one was measured.
 
     Args:
-        num_bytes: of a checkpoint.
+        num_bytes: size of a checkpoint.
     """
 
     def __init__(self, num_bytes: int) -> None:
