@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Union
 
 from megatron_nepa.config import SHORT_NAMES, ConfigError, Run, RunConfig, override, refuse_ignored
+from megatron_nepa.config.flags import RENAMED
 from megatron_nepa.config.pretraining import NEIGHBOURS
 
 # what a flag of several values means where none is given
@@ -91,6 +92,8 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--?[\w.]+)", message)
         if unknown:
             flag = unknown.group(1)
+            if flag in RENAMED:
+                raise ConfigError(f"{flag} is called {RENAMED[flag]} now.")
             options = [option for action in self._actions for option in action.option_strings]
             raise ConfigError(f"there is no flag {flag}{_closest(flag, options)}; --help lists them.")
         raise ConfigError(f"{message}.")

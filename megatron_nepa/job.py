@@ -53,7 +53,7 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
         run.kernels,
         topology.device,
         attention_shape=(run.micro_batch_size, model.sequence_length, heads, model.head_size),
-        dtype=DTYPES[run.trunk_dtype],
+        dtype=DTYPES[run.dtype],
         causal=model.causal,
     )
     return Job(run, ds_config, kernels, topology)

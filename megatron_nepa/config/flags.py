@@ -18,6 +18,9 @@ SHORT_NAMES = {
     "parallel.activation_checkpointing": "activation_checkpointing",
 }
 
+# flags of older versions, and what each is called now
+RENAMED = {"--trunk.dtype": "--dtype"}
+
 
 def flag_of(name: str) -> str:
     """The flag of a field that is named as "field" or "section.field"."""

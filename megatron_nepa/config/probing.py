@@ -23,8 +23,6 @@ class FrozenTrunkConfig:
     block: int | None = None
     # feature of an image: last, its last token, or mean, the mean of its patches
     pooling: Literal["last", "mean"] = "last"
-    # dtype that the trunk computes in; features and head are fp32
-    dtype: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
         require(self.path != "", "trunk is empty; give a checkpoint (an unset shell variable?).")
@@ -36,8 +34,8 @@ class ProbingConfig(RunConfig):
 
     trunk: FrozenTrunkConfig = field(default_factory=FrozenTrunkConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    # dtype of the head; the trunk's is --trunk.dtype
-    dtype: Literal["bf16", "fp32"] = "fp32"
+    # dtype that the trunk computes in; its features and the layer that is trained on them are fp32
+    dtype: Literal["bf16", "fp32"] = "bf16"
     # classify the validation images by so many nearest training images, write neighbours.json and end (the bare
     # flag: 20); none trains
     knn: int | None = None
@@ -48,9 +46,6 @@ class ProbingConfig(RunConfig):
         require(
             self.init_from is None or self.evaluation.only,
             f"--init_from {self.init_from} is no place for the trunk, which is not trained here: give it as --trunk.",
-        )
-        require(
-            self.dtype == "fp32", "the head of a probe is trained in fp32: choose the trunk's dtype by --trunk.dtype."
         )
         require(not self.compile, "--compile serves trunks that are trained, not the frozen one of a probe: drop it.")
         require(self.knn is None or self.knn >= 1, f"knn is {self.knn}; it must be at least 1 neighbour.")
@@ -66,6 +61,6 @@ class ProbingConfig(RunConfig):
         )
 
     @property
-    def trunk_dtype(self) -> Literal["bf16", "fp32"]:
-        """The frozen trunk's."""
-        return self.trunk.dtype
+    def trained_dtype(self) -> Literal["bf16", "fp32"]:
+        """The layer's, whatever the trunk computes in."""
+        return "fp32"

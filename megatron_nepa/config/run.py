@@ -111,8 +111,8 @@ class RunConfig:
         return self.optimizer.base_lr * self.global_batch_size / 256
 
     @property
-    def trunk_dtype(self) -> Literal["bf16", "fp32"]:
-        """Dtype that the trunk computes in, where nearly all of the time goes."""
+    def trained_dtype(self) -> Literal["bf16", "fp32"]:
+        """Dtype of the weights that are trained, beside their fp32 masters; the trunk computes in ``dtype``."""
         return self.dtype
 
     def accumulation_steps(self, data_parallel_size: int) -> int:

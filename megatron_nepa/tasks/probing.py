@@ -91,7 +91,7 @@ class ProbingTask(Task):
     def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
         """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.trunk.dtype], consumed_samples, bad_image_log, order)
+        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
         return FinetuningLoader(self.index, run.data, CROPS_ONLY, run.model.image_size, count_classes(self.index), feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
@@ -110,7 +110,7 @@ class ProbingTask(Task):
         trunk = self.run.trunk
         assert trunk.path is not None
         return {
-            **evaluation_settings(self.run, self.validation, trunk.dtype),
+            **evaluation_settings(self.run, self.validation, self.run.dtype),
             "trunk": identify_weights(trunk.path, trunk.weights),
             "block": trunk.block,  # None: the final norm's output
             "pooling": trunk.pooling,
@@ -161,7 +161,7 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
     )
     sets = []
     for index in (task.index, task.validation):
-        loader = evaluation_loader(run, index, topology, DTYPES[run.trunk.dtype])
+        loader = evaluation_loader(run, index, topology, DTYPES[run.dtype])
         found = extract_features(task.features, loader, len(index), topology)
         assert found is not None
         sets.append(found)
@@ -182,7 +182,7 @@ def _frozen_features(run: ProbingConfig, topology: Topology, kernels: Kernels) -
     trunk = Trunk(run.model, Build(run.parallel, topology.tensor, kernels, run.seed))
     initialize_parameters(trunk, run.seed, run.model.init_std, topology.tensor)
     features = TrunkFeatures(trunk, run.trunk.block, run.trunk.pooling).requires_grad_(False).eval()
-    features.to(topology.device, DTYPES[run.trunk.dtype])
+    features.to(topology.device, DTYPES[run.dtype])
     assert run.trunk.path is not None
     try:
         return features, load_weights(features, run.trunk.path, run.trunk.weights, run.model, topology)

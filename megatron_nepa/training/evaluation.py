@@ -120,7 +120,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
         trained = read_manifest(find_checkpoint(source))["run"]
         _require_same_classes(source, trained.get("classes"), task.classes, topology.is_main)
         _require_same_features(source, trained.get("trunk"), run.to_dict().get("trunk"))
-    model = task.build_model(kernels).to(topology.device, DTYPES[run.dtype])
+    model = task.build_model(kernels).to(topology.device, DTYPES[run.trained_dtype])
     origin = load_weights(model, source, choice, run.model, topology)
     with evaluation_mode(model):
         results = evaluator.evaluate(model, lambda: False)

@@ -82,7 +82,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     directory.lock(topology)  # every rank has checked the folder before the main one writes there
 
     with waiting_for("measuring this device's matrix products", topology.is_main):
-        peak = device_peak_flops(topology.device, DTYPES[run.trunk_dtype])
+        peak = device_peak_flops(topology.device, DTYPES[run.dtype])
     facts = {
         "data_fingerprint": task.data_fingerprint,
         "ds_config": ds_config,

@@ -168,7 +168,7 @@ def runs_without_an_average(flags: list[str], output_dir: Path) -> list[str | No
 
     other = f"--output_dir={output_dir / 'other'}"
     probe = [flag for flag in flags if not flag.startswith(("--augmentation", "--optimizer"))]
-    probe += [f"--trunk={output_dir}", "--trunk.dtype=fp32", other]
+    probe += [f"--trunk={output_dir}", "--dtype=fp32", other]
     return [
         finetune(flags),
         finetune(evaluating(flags)),

@@ -46,7 +46,7 @@ MODEL = ModelConfig(
 STEPS, SEED = 4, 1337
 FLAGS = [flag for flag in TINY if not flag.startswith("--augmentation")]
 FLAGS += [
-    "--trunk.dtype=fp32",
+    "--dtype=fp32",
     "--trunk.block=0",
     "--trunk.pooling=mean",
     f"--steps={STEPS}",
@@ -188,13 +188,29 @@ def test_the_shared_loop_trains_as_a_loop_by_hand_on_any_grid_killed_or_not(fold
         assert 1 / 6 < neighbours["knn_top1"] < 1  # a number that could differ, better than a guess
 
 
+def continue_as_written_before(folder: Path, output: Path, *flags: str) -> str | None:
+    """Continue a finished probe whose config.json is of the time when --trunk.dtype was the trunk's dtype."""
+    assert probe(folder, output, "--steps=2") is None
+    path = output / "config.json"
+    config = json.loads(path.read_text())
+    config["run"]["trunk"]["dtype"], config["run"]["dtype"] = config["run"]["dtype"], "fp32"
+    path.write_text(json.dumps(config))
+    return probe(folder, output, "--steps=2", *flags)
+
+
+def test_a_probe_of_an_older_version_goes_on_in_its_trunks_dtype(folder: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, continue_as_written_before, folder, tmp_path / "same")[0] is None
+    refused = run_ranks(1, continue_as_written_before, folder, tmp_path / "other", "--dtype=bf16")[0]
+    assert "holds another run (dtype fp32 there, bf16 here)" in str(refused)
+
+
 def dtypes_of_a_probe(folder: Path, output: Path) -> dict[str, torch.dtype]:
-    """For which dtype a probe's kernels were chosen, and its peak was looked up; torch's notices are errors."""
+    """Which dtype a probe's kernels, peak and trunk are of, and which its layer's; torch's notices are errors."""
     from megatron_nepa import job
-    from megatron_nepa.training import loop
+    from megatron_nepa.training import train
 
     found: dict[str, torch.dtype] = {}
-    select, peak = job.select_kernels, loop.device_peak_flops
+    select, peak = job.select_kernels, train.device_peak_flops
 
     def selected(*arguments: Any, dtype: torch.dtype, **more: Any) -> Any:
         found["kernels"] = dtype
@@ -204,16 +220,32 @@ def dtypes_of_a_probe(folder: Path, output: Path) -> dict[str, torch.dtype]:
         found["peak"] = dtype
         return peak(device, dtype)
 
-    job.select_kernels, loop.device_peak_flops = selected, looked_up  # type: ignore[assignment]
+    job.select_kernels, train.device_peak_flops = selected, looked_up  # type: ignore[assignment]
     warnings.filterwarnings("error", r".*torch\.distributed", FutureWarning)
+    forward = TrunkFeatures.forward
+
+    def of_trunk(features: TrunkFeatures, images: Tensor, index: Tensor) -> Tensor:
+        found["trunk"] = features.trunk.norm.weight.dtype
+        return forward(features, images, index)
+
+    classify = LinearProbe.forward
+
+    def of_layer(layer: LinearProbe, features: Tensor) -> Tensor:
+        found["layer"] = layer.classifier.weight.dtype
+        return classify(layer, features)
+
+    TrunkFeatures.forward, LinearProbe.forward = of_trunk, of_layer  # type: ignore[method-assign]
     assert probe(folder, output, "--knn=5") is None
-    assert probe(folder, output, "--steps=1", "--trunk.dtype=bf16") is None
+    assert found["trunk"] == torch.float32
+    assert probe(folder, output, "--steps=1", "--dtype=bf16") is None
+    assert json.loads((output / "neighbours.json").read_text())[0]["settings"]["dtype"] == "fp32"
     return found
 
 
 def test_kernels_and_mfu_are_of_the_trunks_dtype(folder: Path, tmp_path: Path) -> None:
     found = run_ranks(1, dtypes_of_a_probe, folder, tmp_path / "run")[0]
-    assert found == {"kernels": torch.bfloat16, "peak": torch.bfloat16}
+    assert found.pop("layer") == torch.float32
+    assert found == dict.fromkeys(("kernels", "peak", "trunk"), torch.bfloat16)
 
 
 def separable(seed: int, count: int) -> Features:
@@ -265,7 +297,7 @@ def test_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> N
         "cannot be written (Not a directory); the results stand above": [
             *["--knn=5", f"--output_dir={folder / 'train/a/000.jpg/below'}"]
         ],
-        "choose the trunk's dtype by --trunk.dtype": ["--dtype=bf16"],
+        "--trunk.dtype is called --dtype": ["--trunk.dtype=fp32"],
     }
     found = run_ranks(1, refusals, folder, tmp_path / "run", list(cases.values()))[0]
     for (reason, case), message in zip(cases.items(), found, strict=True):

@@ -170,7 +170,7 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         "--tensor_parallel_size.",
     )
     require(
-        stage > 0 or run.dtype == "fp32",
+        stage > 0 or run.trained_dtype == "fp32",
         "ZeRO stage 0 serves as the fp32 reference only: DeepSpeed keeps no fp32 master weights there. "
         "Use --dtype fp32, or stage 1 or 2.",
     )
@@ -180,11 +180,11 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         "train_micro_batch_size_per_gpu": run.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optimizer.clip_grad,
-        "bf16": {**config.get("bf16", {}), "enabled": run.dtype == "bf16"},
+        "bf16": {**config.get("bf16", {}), "enabled": run.trained_dtype == "bf16"},
         "zero_optimization": {**zero, "stage": stage},
     }
     merged.setdefault("steps_per_print", None)
-    if data_parallel_size == 1 and run.dtype == "bf16":
+    if data_parallel_size == 1 and run.trained_dtype == "bf16":
         # no sum over ranks that rounding could hurt: spare DeepSpeed a copy of all gradients to fp32 and back
         merged["communication_data_type"] = "bf16"
     unresolved = _find_auto(merged)

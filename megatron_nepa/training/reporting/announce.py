@@ -30,7 +30,7 @@ def describe_start(
     )
     shards = " with sequence parallelism" if run.parallel.sequence_parallel else ""
     lines = [
-        f"{run.recipe}: {parameters / 1e6:.1f} M parameters in {run.dtype}, lr {run.learning_rate:.3g}, "
+        f"{run.recipe}: {parameters / 1e6:.1f} M parameters in {run.trained_dtype}, lr {run.learning_rate:.3g}, "
         f"global batch {run.global_batch_size} = {topology.data_size} replicas x {engine.accumulation_steps} x "
         f"{run.micro_batch_size}",
         f"{topology.world_size} x {topology.device.type}: tensor parallel {topology.tensor.size}{shards}, "

@@ -200,6 +200,8 @@ def numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
             flat.update({f"{key}.{name}": item for name, item in value.items() if key not in _FREE_FIELDS})
         else:
             flat[key] = value
+    if "trunk.dtype" in flat:  # of a probe before --dtype meant its trunk's
+        flat["dtype"] = flat.pop("trunk.dtype")
     return {key: value for key, value in flat.items() if key not in _FREE_FIELDS}
 
 
