@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_nepa.config.checks import require, require_finite
+from megatron_nepa.config.model import ModelConfig
 from megatron_nepa.config.run import RunConfig
+
+CROP_SHARE = 0.875  # of the resized image's shorter side, as everywhere on ImageNet: 224 of 256 pixels
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,28 @@ class EvaluationConfig(ValidationConfig):
 
     # images of a batch on each replica
     batch_size: int = 64
-    # length of the shorter side before the centre crop, pixels
-    resize_size: int = 256
+    # length of the shorter side before the centre crop, pixels; none takes the crop's / 0.875: 256 for 224
+    resize_size: int | None = None
     # resize to a square of that length, whatever the image's shape (release, for L)
     squash: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "resize_size"):
-            require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; it must be at least 1.")
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"evaluation.{name} is {value}; it must be at least 1.")
+
+    def shorter_side(self, image_size: int) -> int:
+        """Length that the shorter side is resized to before the centre crop of ``image_size``, pixels."""
+        return round(image_size / CROP_SHARE) if self.resize_size is None else self.resize_size
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a size that is smaller than the crop which the model takes."""
+        require(
+            self.shorter_side(model.image_size) >= model.image_size,
+            f"evaluation.resize_size {self.resize_size} is smaller than the crop of model.image_size "
+            f"{model.image_size}: choose at least that.",
+        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +164,4 @@ class ClassificationConfig(FinetuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.evaluation.resize_size >= self.model.image_size,
-            f"evaluation.resize_size {self.evaluation.resize_size} is smaller than the crop of model.image_size "
-            f"{self.model.image_size}: choose at least that.",
-        )
+        self.evaluation.check_model(self.model)

@@ -13,7 +13,17 @@ NEIGHBOURS = 20  # that vote where no number is given, as in DINO
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class FeatureConfig:
+    """Which feature of an image, of those that a trunk computes, is probed."""
+
+    # block, counted from 0, whose output is probed; none takes the last one's after the final norm
+    block: int | None = None
+    # feature of an image: last, its last token, or mean, the mean of its patches
+    pooling: Literal["last", "mean"] = "last"
+
+
+@dataclass(frozen=True)
+class ProbeConfig(FeatureConfig):
     """Nearest neighbours and a linear classifier on the trunk's features, now and then while it is pre-trained."""
 
     # steps between probes (one is also made at the end); 0 never probes
@@ -22,10 +32,6 @@ class ProbeConfig:
     data: str | None = None
     # labelled images to classify; none takes every other image of each class of probe_data for it
     validation_data: str | None = None
-    # block, counted from 0, whose output is probed; none takes the last one's after the final norm
-    block: int | None = None
-    # feature of an image: last, its last token, or mean, the mean of its patches
-    pooling: Literal["last", "mean"] = "last"
     # neighbours that vote
     neighbours: int = NEIGHBOURS
     # images of a batch on each replica

@@ -7,22 +7,18 @@ from typing import Literal
 
 from megatron_nepa.config.checks import require
 from megatron_nepa.config.finetuning import EvaluationConfig
-from megatron_nepa.config.pretraining import require_block
+from megatron_nepa.config.pretraining import FeatureConfig, require_block
 from megatron_nepa.config.run import RunConfig
 
 
 @dataclass(frozen=True)
-class FrozenTrunkConfig:
+class FrozenTrunkConfig(FeatureConfig):
     """The trunk that is probed, and which of its features."""
 
     # its weights: a checkpoint or OUTPUT_DIR of any run, or a released model's folder
     path: str | None = None
     # which weights of a run: its average (ema) or raw
     weights: Literal["ema", "raw"] = "ema"
-    # block, counted from 0, whose output is probed; none takes the last one's after the final norm
-    block: int | None = None
-    # feature of an image: last, its last token, or mean, the mean of its patches
-    pooling: Literal["last", "mean"] = "last"
 
     def __post_init__(self) -> None:
         require(self.path != "", "trunk is empty; give a checkpoint (an unset shell variable?).")
@@ -54,11 +50,7 @@ class ProbingConfig(RunConfig):
             "--knn compares validation images with training images: give --data and --validation_data, and no "
             "--evaluate_only.",
         )
-        require(
-            self.evaluation.resize_size >= self.model.image_size,
-            f"evaluation.resize_size {self.evaluation.resize_size} is smaller than the crop of model.image_size "
-            f"{self.model.image_size}.",
-        )
+        self.evaluation.check_model(self.model)
 
     @property
     def trained_dtype(self) -> Literal["bf16", "fp32"]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_nepa.config import ModelConfig
-from megatron_nepa.tasks.pretraining_probe import CROP_SHARE
+from megatron_nepa.config import EvaluationConfig, ModelConfig
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _BICUBIC = 3  # PIL's number
@@ -48,7 +47,8 @@ def resize_of(model: ModelConfig, run: Mapping[str, Any]) -> tuple[int, bool]:
         run: its config as plain values.
     """
     evaluation = run.get("evaluation") or {}
-    return evaluation.get("resize_size") or round(model.image_size / CROP_SHARE), bool(evaluation.get("squash"))
+    shown = EvaluationConfig(resize_size=evaluation.get("resize_size"), squash=bool(evaluation.get("squash")))
+    return shown.shorter_side(model.image_size), shown.squash
 
 
 def release_preprocessor(model: ModelConfig) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def evaluation_loader(
         index,
         run.data,
         run.model.image_size,
-        run.evaluation.resize_size,
+        run.evaluation.shorter_side(run.model.image_size),
         run.evaluation.squash,
         run.evaluation.batch_size,
         topology.data_rank,
@@ -211,7 +211,7 @@ def evaluation_settings(run: ClassificationConfig | ProbingConfig, index: Datase
         "data": run.evaluation.data,
         "images": len(index),
         "image_size": run.model.image_size,
-        "resize_size": run.evaluation.resize_size,
+        "resize_size": run.evaluation.shorter_side(run.model.image_size),
         "squash": run.evaluation.squash,
         "dtype": dtype,
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from megatron_nepa.config import PretrainingConfig, require
+from megatron_nepa.config import EvaluationConfig, PretrainingConfig, require
 from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
@@ -18,7 +18,7 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.classification import labelled_index
 from megatron_nepa.tasks.features import Features, extract_features, knn_accuracy, linear_accuracy
 
-CROP_SHARE = 0.875  # of the resized image's shorter side, as everywhere on ImageNet: 224 of 256 pixels
+SHOWN = EvaluationConfig()  # as a classifier and the features of a trained trunk are evaluated by default
 
 
 class PretrainingProbe:
@@ -76,8 +76,8 @@ class PretrainingProbe:
             index,
             run.data,
             run.model.image_size,
-            resize_size=round(run.model.image_size / CROP_SHARE),
-            squash=False,
+            resize_size=SHOWN.shorter_side(run.model.image_size),
+            squash=SHOWN.squash,
             batch_size=run.probe.batch_size,
             data_rank=topology.data_rank,
             data_size=topology.data_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.tasks.pretraining_probe import halves
 from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.results import read_results
 from tests.distributed.ranks import run_ranks
-from tests.runs import TINY, Killed, kill_in_step, make_images, pretrain, read_metrics
+from tests.runs import TINY, Killed, call_script, kill_in_step, make_images, pretrain, read_metrics
 from tests.tasks.labelled import make_labelled
 
 NAMES = {f"probe_{kind}{name}" for kind in ("", "ema_") for name in ("knn_top1", "knn_top5", "linear_top1")}
@@ -60,6 +62,32 @@ def test_a_run_computes_the_same_with_and_without_probes(folder: Path, tmp_path:
     for name in ("probe_knn_top1", "probe_linear_top1"):
         assert 1 / 6 < one[-1][name] < 1  # a number that could differ, better than a guess
     assert (tmp_path / "one/figures/evaluation.png").is_file()
+
+
+def probe_both_ways(folder: Path, output: Path) -> None:
+    """Pre-train with a probe at its end, and classify by the neighbours of what it saved."""
+    from examples.linear_probe import main
+
+    sets = [f"--probe_data={folder / 'labelled'}", f"--probe_validation_data={folder / 'others'}"]
+    assert pretrain(flags(folder, output, "--probe_every=4", *sets)) is None
+    shape = json.loads((output / "config.json").read_text())["run"]["model"]
+    unread = ("drop_path", "init_std", "freeze_patch_embedding", "rope_rescale", "rope_rescale_group")
+    given = [f"--model.{name}={str(value).lower()}" for name, value in shape.items() if name not in unread]
+    given += [f"--trunk={output}", "--dtype=fp32", "--knn", f"--output_dir={output / 'alone'}"]
+    given += [f"--data={folder / 'labelled'}", f"--validation_data={folder / 'others'}"]
+    for weights in ("raw", "ema"):
+        assert call_script(main, [*given, f"--trunk.weights={weights}"]) is None
+
+
+def test_neighbours_of_a_checkpoint_are_those_that_the_run_found(folder: Path, tmp_path: Path) -> None:
+    make_labelled(folder / "others", 7, ("a", "b", "c", "d", "e", "f"))
+    run_ranks(1, probe_both_ways, folder, tmp_path)
+    last = read_metrics(tmp_path)[-1]
+    for kind, alone in zip(("", "ema_"), read_results(tmp_path / "alone/neighbours.json"), strict=True):
+        found = {name: last[f"probe_{kind}{name}"] for name in ("knn_top1", "knn_top5")}
+        assert found == {name: alone[name] for name in found}
+        assert (alone["settings"]["resize_size"], alone["settings"]["k"]) == (64, 20)  # 56 / 0.875; images have 40 x 48
+        assert 1 / 6 < found["knn_top1"] < 1
 
 
 def refusals(folder: Path, output: Path, cases: list[list[str]]) -> list[str | None]:
