@@ -4,6 +4,8 @@
     python tools/index_dataset.py ILSVRC2012_img_train.tar --out train.index
     python tools/index_dataset.py val --labels ground_truth.txt --devkit_meta meta.mat --out val.index
     python tools/index_dataset.py ADEChallengeData2016 --split training --out ade20k.index
+    python tools/index_dataset.py imagenet-1k/data --split validation --out val.index
+    python tools/index_dataset.py imagenet-1k/data --split train --to_shards shards --out train.index
     python tools/index_dataset.py train.index --to_shards /lustre/shards --resize 512 --out /lustre/shards/index
     deepspeed pretrain_nepa.py --data train.index ...
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,8 +26,10 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.labels import with_labels
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.sources import list_source, tables_in
+from megatron_nepa.data.index.table_values import NotInPlaceError
 from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.unpack_tables import unpack_tables
 from megatron_nepa.data.indexing.write_shards import check_shards, write_shards
 from megatron_nepa.terminal import tool
 
@@ -35,7 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "source",
         help="an ImageFolder tree, a flat folder, a tar file or a folder of tar shards, ImageNet's training archive, "
-        "a folder with images/ and annotations/, or an index (with --to_shards)",
+        "a folder with images/ and annotations/, a folder that Hugging Face's datasets saved, parquet or Arrow files, "
+        "or an index (with --to_shards)",
     )
     parser.add_argument("--out", required=True, help="folder of the index; must not exist")
     parser.add_argument(
@@ -46,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where full decodes")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
-    parser.add_argument("--split", default="training", help="part of a set of image and mask pairs")
+    parser.add_argument("--split", default="training", help="part of a set that has several")
     parser.add_argument("--labels", help="text file: a label a line in name order, or a name and a label a line")
     parser.add_argument("--devkit_meta", help="meta.mat of ImageNet's development kit, for its validation ground truth")
     parser.add_argument(
@@ -102,7 +108,10 @@ def pack(args: argparse.Namespace) -> DatasetIndex:
     if is_index(args.source):
         index = load_index(args.source)
     else:
-        listing = list_images_of(args)
+        try:
+            listing = list_images_of(args)
+        except NotInPlaceError:
+            return unpack(args)
         check_shards(listing, args.shard_size, args.resize)  # indexing may take hours
         index = build_and_save_index(listing, f"{args.out}.source", args.verify, args.device, args.workers)
     write_shards(index, args.to_shards, args.shard_size, args.resize, args.workers)
@@ -114,6 +123,17 @@ def pack(args: argparse.Namespace) -> DatasetIndex:
     )
     packed = build_and_save_index(shards, args.out, "header", args.device, args.workers)
     return replace(packed, notes=index.notes)
+
+
+def unpack(args: argparse.Namespace) -> DatasetIndex:
+    """Write the shards of tables whose images are compressed, and index those."""
+    require(args.labels is None, "--labels is for images without labels of their own: index the shards with it.")
+    tables = tables_in(Path(args.source), args.split)
+    print(f"{args.source} holds compressed images, which are unpacked into {args.to_shards}")
+    unpack_tables(tables, args.to_shards, args.shard_size, args.resize, args.workers)
+    listing = list_source(args.to_shards)
+    index = build_and_save_index(listing, args.out, args.verify, args.device, args.workers)
+    return replace(index, notes=(*tables.notes, *listing.notes))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from megatron_nepa.config import IGNORED, ConfigError, MaskConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError
+from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.mask_file import mask_values
 from megatron_nepa.data.index.pairs import require_masks
+from megatron_nepa.data.index.storage import read_mask
 from megatron_nepa.data.sampling.order import IntArray
 
 CROP_TRIES = 10
@@ -47,11 +48,9 @@ def load_mask(index: DatasetIndex, image: int, masks: MaskConfig) -> npt.NDArray
     """
     name = index.masks[image]
     try:
-        values = mask_values((index.root / name).read_bytes())
-    except OSError as error:
-        raise InaccessibleImageError(f"its mask {name} cannot be read ({error})") from error
+        values = mask_values(read_mask(index, image))
     except UnreadableImageError as error:
-        raise UnreadableImageError(f"its mask {name} cannot be read ({error})") from error
+        raise type(error)(f"its mask {name} cannot be read ({error})") from error
     height, width = values.shape
     expected = int(index.width[image]), int(index.height[image])
     if (width, height) != expected:

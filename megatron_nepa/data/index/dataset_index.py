@@ -57,7 +57,7 @@ class DatasetIndex:
     label: npt.NDArray[np.int32]
     # class names, by number
     classes: tuple[str, ...] = ()
-    # tar shards below root; empty where every image is its own file
+    # tar, Arrow or parquet files below root that hold the images; empty where every image is its own file
     shards: tuple[str, ...] = ()
     # shard number, and the byte range of the image in it; [0] where every image is its own file
     shard: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -65,6 +65,9 @@ class DatasetIndex:
     size: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     # path of each image's segmentation mask below root; empty where there are none
     masks: PackedNames = field(default_factory=lambda: PackedNames.pack(()))
+    # the byte range of the mask in the image's shard; [0] where masks are files
+    mask_offset: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    mask_size: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     # what was left out, and why: (name, reason)
     quarantine: tuple[tuple[str, str], ...] = ()
     # what was passed over, or taken to mean, when the images were listed: for the user to read, not kept on disk
@@ -82,6 +85,7 @@ class DatasetIndex:
     def select(self, rows: npt.NDArray[np.int64]) -> DatasetIndex:
         """The images at ``rows``, in that order; classes, shards and quarantine stay whole."""
         columns = ("width", "height", "label", *(("shard", "offset", "size") if self.shards else ()))
+        columns += ("mask_offset", "mask_size") if len(self.mask_offset) else ()
         picked: dict[str, Any] = {name: np.asarray(getattr(self, name)[rows]) for name in columns}
         if len(self.masks):
             picked["masks"] = self.masks.select(rows)

@@ -108,6 +108,10 @@ def _classified(root: Path, walked: Walked) -> tuple[list[str], list[int], tuple
         raise ConfigError(
             f"{root} holds tar shards: index them with tools/index_dataset.py and give the index as --data."
         )
+    if not walked.images and walked.tables():
+        raise ConfigError(
+            f"{root} holds Arrow or parquet files: index them with tools/index_dataset.py and give the index as --data."
+        )
     if not walked.images:
         passed_over = "".join(f"; {note}" for note in walked.notes())
         raise ConfigError(f"the data folder {root} holds no images ({', '.join(sorted(EXTENSIONS))}){passed_over}.")

@@ -36,6 +36,13 @@ def check_signature(data: bytes) -> None:
         raise UnreadableImageError(f"not a JPEG, PNG or WebP: it begins with {data[:4].hex(' ')}")
 
 
+def extension_of(first: bytes) -> str:
+    """The extension of an image's file by its first bytes; "" where they are none of a JPEG, PNG or WebP file."""
+    if first.startswith(_SIGNATURES):
+        return ".jpg" if first.startswith(_SIGNATURES[0]) else ".png"
+    return ".webp" if first[:4] == b"RIFF" and first[8:12] == b"WEBP" else ""
+
+
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     """``Image.open`` with :data:`MAX_PIXELS` as the limit; no pixel is decoded yet.
 

@@ -1,7 +1,8 @@
 """An index on disk: a folder of plain numpy arrays, memory-mapped when it is opened, and one JSON file.
 
     INDEX/index.json        version, root, classes, shards, quarantine
-    INDEX/*.npy             names, their ends, width, height, label, and where there are any shard, offset, size, masks
+    INDEX/*.npy             names, their ends, width, height, label, and where there are any shard, offset, size, masks,
+                            mask_offset, mask_size
 
 Ours rather than Arrow's or a database's: arrays of numpy are mapped by every rank of a node and need no library to
 read. Opening one takes milliseconds however many images it lists, and ranks of a node share its pages.
@@ -23,6 +24,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 VERSION = 1
 _JSON = "index.json"
 _COLUMNS = ("width", "height", "label", "shard", "offset", "size")
+_MASK_COLUMNS = ("mask_offset", "mask_size")  # written where masks lie in shards
 _NAMES = ("names", "masks")
 
 
@@ -48,7 +50,7 @@ def save_index(index: DatasetIndex, path: str | Path) -> None:
     except OSError as error:
         raise ConfigError(f"the index {target} cannot be written: {error.strerror}.") from error
     try:
-        for name in _COLUMNS:
+        for name in (*_COLUMNS, *(_MASK_COLUMNS if len(index.mask_offset) else ())):
             np.save(beside / f"{name}.npy", getattr(index, name))
         for name in _NAMES:
             packed: PackedNames = getattr(index, name)
@@ -83,7 +85,8 @@ def load_index(path: str | Path) -> DatasetIndex:
             facts["version"] == VERSION,
             f"{folder} is an index of version {facts['version']}, not {VERSION}: index the data again.",
         )
-        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+        in_shards = _MASK_COLUMNS if (folder / f"{_MASK_COLUMNS[0]}.npy").is_file() else ()
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_COLUMNS, *in_shards)}
         names, masks = (
             PackedNames(*(np.load(folder / f"{name}{part}.npy", mmap_mode="r") for part in ("", "_ends")))
             for name in _NAMES

@@ -6,6 +6,7 @@ A listing is a :class:`~megatron_nepa.data.index.dataset_index.DatasetIndex` who
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_nepa.config import require
@@ -13,38 +14,61 @@ from megatron_nepa.data.index.archives import list_tars
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import folder_listing, walked_folder
 from megatron_nepa.data.index.pair_layouts import list_pairs, pair_layout
+from megatron_nepa.data.index.splits import choose_split
+from megatron_nepa.data.index.table_files import TABLES, TableSet, is_saved, loose_tables, saved_tables
+from megatron_nepa.data.index.tables import list_tables
 from megatron_nepa.data.index.walk import ARCHIVES, example
 
 
 def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
     """List the images of ``source``, whose layout is told from what is there.
 
-    * a ``.tar`` file, or a folder of them without images: tar shards, in the WebDataset layout (``key.jpg`` with
-      ``key.cls``, or ``key.json`` with a ``label``) or with class folders; a tar inside a tar is a class, as in
-      ImageNet's training archive
+    * a folder that Hugging Face's ``datasets`` saved (``save_to_disk``), a parquet or Arrow file, or a folder of them
+      as on the hub: their rows, of one ``split`` where there are several
+    * a ``.tar`` file, or a folder of them without images: tar shards, of one ``split`` where their names tell several,
+      in the WebDataset layout (``key.jpg`` with ``key.cls``, or ``key.json`` with a ``label``) or with class folders; a
+      tar inside a tar is a class, as in ImageNet's training archive
     * a folder with ``images`` and ``annotations``: image and mask pairs of equal names, of one ``split`` where these
       have subfolders (ADE20K), else all; Cityscapes' and Pascal VOC's own folders likewise
     * any other folder: an ImageFolder tree or a flat folder; archives beside the images are passed over
 
     Args:
         source: file or folder.
-        split: part of a set of image and mask pairs to take, where it has any.
+        split: part of the set to take, where it has any.
 
     Raises:
+        NotInPlaceError: tables whose images are compressed.
         ConfigError: nothing there, no images, or something that cannot be read or is there in two ways.
     """
     path = Path(source)
     if path.is_file() and path.name.lower().endswith(ARCHIVES):
         return list_tars(path.parent, [path.name])
+    if (path.is_file() and path.suffix in TABLES) or is_saved(path):
+        return list_tables(tables_in(path, split))
     if layout := pair_layout(path):
         return list_pairs(path, layout, split)
     walked = walked_folder(path)
     archives = walked.archives()
     if archives and not walked.images:
-        return list_tars(path, archives)
+        chosen, notes = choose_split(archives, split, str(path))
+        listing = list_tars(path, chosen)
+        return replace(listing, notes=(*notes, *listing.notes))
+    if not walked.images and (names := walked.tables()):
+        return list_tables(loose_tables(path, names, split))
     require(
         not archives or len(archives) < len(walked.images),
         f"{path} holds {len(archives)} archives ({example(archives)}) beside {len(walked.images)} images: move one "
         "kind away.",
     )
     return folder_listing(path, walked)
+
+
+def tables_in(path: Path, split: str) -> TableSet:
+    """The Arrow or parquet files of a source that is listed from such.
+
+    Raises:
+        ConfigError: files that are missing or damaged, or no such split.
+    """
+    if path.is_file():
+        return loose_tables(path.parent, [path.name], split)
+    return saved_tables(path, split) if is_saved(path) else loose_tables(path, walked_folder(path).tables(), split)

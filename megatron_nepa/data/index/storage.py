@@ -1,4 +1,4 @@
-"""The bytes of one image of an index, from its own file or from a tar shard."""
+"""The bytes of one image of an index, from its own file or from a shard: a tar, Arrow or parquet file."""
 
 from __future__ import annotations
 
@@ -72,6 +72,22 @@ class ImageStore:
                 # closed by its last reader: another thread may be inside read() with it
                 self._open_shards.popitem(last=False)
             return shard
+
+
+def read_mask(index: DatasetIndex, i: int) -> bytes:
+    """The encoded mask of image ``i``.
+
+    Raises:
+        InaccessibleImageError: it cannot be had, with the reason alone.
+        UnreadableImageError: the shard is cut short.
+    """
+    try:
+        if not len(index.mask_offset):
+            return (index.root / index.masks[i]).read_bytes()
+        shard = _Shard(index.root / index.shards[int(index.shard[i])])
+        return shard.read(int(index.mask_offset[i]), int(index.mask_size[i]))
+    except OSError as error:
+        raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
 
 
 class _Shard:

@@ -31,6 +31,10 @@ class Walked:
         """Archives directly in the folder, sorted."""
         return sorted(name for name in self.passed_over.get("archives", ()) if "/" not in name)
 
+    def tables(self) -> list[str]:
+        """Arrow and parquet files anywhere below the folder, sorted."""
+        return sorted(name for name in self.passed_over.get(_OTHER, ()) if name.endswith((".parquet", ".arrow")))
+
 
 def passed_over_note(passed_over: dict[str, list[str]]) -> tuple[str, ...]:
     """The number and an example of every kind, in one phrase; nothing where nothing was passed over."""
@@ -77,6 +81,7 @@ def walk(root: Path) -> Walked:
     return Walked(sorted(walker.images), walker.passed_over)
 
 
+_OTHER = "files of other kinds"
 _LISTED = "links to folders that are listed already or hold them"
 
 
@@ -123,7 +128,7 @@ class _Walker:
             self.images.append(name)
             return
         else:
-            kind = "archives" if name.lower().endswith(ARCHIVES) else "files of other kinds"
+            kind = "archives" if name.lower().endswith(ARCHIVES) else _OTHER
         self.passed_over[kind].append(name)
 
 

@@ -17,7 +17,7 @@ from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError
 from megatron_nepa.data.index.mask_file import mask_size, mask_values
-from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.index.storage import ImageStore, read_mask
 from megatron_nepa.data.workers import SPAWN, worker_pool
 
 Verify = Literal["header", "full"]
@@ -131,12 +131,9 @@ def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, de
 def _check_mask(images: DatasetIndex, i: int, size: tuple[int, int], verify: Verify) -> None:
     name = images.masks[i]
     try:
-        content = (images.root / name).read_bytes()
-    except OSError as error:
-        raise InaccessibleImageError(f"its mask {name}: {(error.strerror or str(error)).lower()}") from error
-    try:
+        content = read_mask(images, i)
         mask = mask_size(content) if verify == "header" else mask_values(content).shape[::-1]
     except UnreadableImageError as error:
-        raise UnreadableImageError(f"its mask {name}: {error}") from error
+        raise type(error)(f"its mask {name}: {error}") from error
     if mask != size:
         raise UnreadableImageError(f"is {size[0]} x {size[1]}, its mask {name} {mask[0]} x {mask[1]}")

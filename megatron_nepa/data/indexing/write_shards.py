@@ -23,7 +23,7 @@ from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.lock import claimed
 
 _JPEG_QUALITY = 95
-_FACTS_FILE = "shards.json"  # what the shards of a folder were made from
+FACTS_FILE = "shards.json"  # what the shards of a folder were made from
 
 
 def write_shards(
@@ -57,7 +57,7 @@ def write_shards(
     target = Path(folder)
     facts = {"images": index.fingerprint(), "shard_size": shard_size, "shorter_side": shorter_side}
     mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
-    with claimed(target / _FACTS_FILE, facts, mismatch):
+    with claimed(target / FACTS_FILE, facts, mismatch):
         if index.classes:
             (target / CLASSES_FILE).write_text(json.dumps(index.classes))
         else:
@@ -88,7 +88,7 @@ def _write_missing(
 
     def write(start: int, path: Path) -> int:
         rows = range(start, min(start + shard_size, len(index)))
-        _write_shard(path, _members(index, store, rows, shorter_side))
+        write_shard(path, _members(index, store, rows, shorter_side))
         return len(rows)
 
     # threads: reading, decoding, scaling and encoding all run outside Python's lock
@@ -113,7 +113,7 @@ def _members(
         try:
             data = store.read(i).tobytes()
             if shorter_side is not None and min(index.width[i], index.height[i]) > shorter_side:
-                data, extension = _scaled(data, shorter_side), ".jpg"
+                data, extension = scaled(data, shorter_side), ".jpg"
         except Exception as error:  # PIL raises a dozen types on damaged files
             raise ConfigError(
                 f"{index.where(i)} cannot be packed ({error}): index the images anew with --verify full, which leaves "
@@ -145,7 +145,8 @@ def _distinct_keys(names: list[str]) -> list[str]:
     return distinct
 
 
-def _scaled(data: bytes, shorter_side: int) -> bytes:
+def scaled(data: bytes, shorter_side: int) -> bytes:
+    """A JPEG of the image with that shorter side."""
     with open_image(io.BytesIO(data)) as image:
         # EXIF orientation is not carried over: training ignores it, and so sees the same picture
         scale = shorter_side / min(image.size)
@@ -157,7 +158,8 @@ def _scaled(data: bytes, shorter_side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
+def write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
+    """Write a tar file of members, each a name and its content, beside ``path`` and rename it there."""
     beside = path.with_suffix(".tmp")
     with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members:
