@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from megatron_nepa.checkpoint.reading.weights import read_weights
+from megatron_nepa.checkpoint.saving.store import CheckpointStore
 from megatron_nepa.config import DataConfig, ModelConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import build_index
+from megatron_nepa.export.model_card import model_card
 from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, evaluation_preprocessor
+from megatron_nepa.export.run_facts import read_facts
+from megatron_nepa.training.results import write_results
 from tests.distributed.ranks import run_ranks
 from tests.runs import TINY, make_images, pretrain
 
@@ -65,6 +72,42 @@ def test_to_transformers_and_back(run: Path, call: Any, tmp_path: Path) -> None:
     status, _ = call("to_hf", run, tmp_path / "hf")
     assert "exists: choose another name" in str(status)
     assert "holds no checkpoint" in str(call("to_hf", tmp_path, tmp_path / "none")[0])
+
+
+def test_a_run_starts_from_the_folder(run: Path, call: Any, tmp_path: Path) -> None:
+    assert call("to_hf", run, tmp_path / "hf")[0] == 0
+    flags = [*TINY, *RELEASABLE, f"--data={run.parent / 'my_images'}", "--steps=1", f"--init_from={tmp_path / 'hf'}"]
+    assert run_ranks(1, pretrain, [*flags, f"--output_dir={tmp_path / 'b'}"]) == [None]
+    assert call("to_hf", tmp_path / "b", tmp_path / "again")[0] == 0
+    card = (tmp_path / "again/README.md").read_text()
+    assert "| started from | hf |" in card
+    assert "trained on from `hf`, whose licence binds them too" in card
+
+
+def test_the_card_names_results_of_these_weights_alone(run: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "a"
+    shutil.copytree(run, output_dir)
+    checkpoint = CheckpointStore.of(output_dir).latest()
+    assert checkpoint is not None
+    settings = {"checkpoint": str(checkpoint.resolve()), "data": "/data/secret/imagenet/val", "images": 50}
+    for weights, top1 in (("ema", 0.75), ("raw", 0.5)):
+        write_results(output_dir / "evaluation.json", "x", {**settings, "weights": weights}, {"top1": top1})
+    other = {**settings, "checkpoint": "/elsewhere", "weights": "ema"}
+    write_results(output_dir / "evaluation.json", "x", other, {"top1": 0.25})
+    for choice, top1 in (("ema", 0.75), ("raw", 0.5)):
+        facts = read_facts(output_dir, choice)
+        card = model_card(read_weights(output_dir, choice), facts, "last")
+        assert re.findall(r"\| top1 \| (\S+) \|", card) == [str(top1)]
+        assert "data val, images 50" in card
+        assert "secret" not in card
+
+
+def test_a_release_becomes_a_folder_whose_card_says_so(run: Path, call: Any, tmp_path: Path) -> None:
+    assert call("to_release", run, tmp_path / "release")[0] == 0
+    assert call("to_hf", tmp_path / "release", tmp_path / "hf")[0] == 0
+    assert "converted from a model that the authors of NEPA released" in (tmp_path / "hf/README.md").read_text()
+    assert call("from_release", tmp_path / "release", tmp_path / "start")[0] == 0
+    assert read_facts(tmp_path / "start").is_release
 
 
 def test_to_timm_and_to_a_graph(run: Path, call: Any, tmp_path: Path) -> None:

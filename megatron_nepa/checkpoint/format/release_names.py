@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_nepa.checkpoint.format.renaming import rename, rename_back
 from megatron_nepa.config import ConfigError, ModelConfig
 
 _PREFIX = "vit_nepa."
 _HEAD = ("fc_norm", "classifier")
-_MOST_NAMES = 4  # of tensors in a message
 # ours, of the objective: the release has none, and a model without masking needs none
 MASK_TOKEN = "trunk.embedding.mask_token"
 
@@ -60,15 +60,8 @@ def from_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     Raises:
         ConfigError: listing the keys that are missing or left over.
     """
-    names = release_names(config) | _head_names(state)
-    wanted = {part for parts in names.values() for part in parts}
-    missing, left_over = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
-    if missing or left_over:
-        raise ConfigError(
-            f"the released checkpoint does not fit this model: missing {_listed(missing)}, left over "
-            f"{_listed(left_over)}."
-        )
-    result = {name: torch.cat([state[part] for part in parts]) for name, parts in names.items()}
+    misfit = "the released checkpoint does not fit this model"
+    result = rename_back(state, release_names(config) | _head_names(state), misfit)
     if config.bos_token:
         result["trunk.embedding.bos_token"] = result["trunk.embedding.bos_token"].flatten()
     return result
@@ -80,17 +73,9 @@ def to_release(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     Raises:
         ConfigError: listing the tensors that are missing or left over.
     """
-    names = release_names(config) | _head_names(state)
-    missing, left_over = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys() - {MASK_TOKEN})
-    if missing or left_over:
-        raise ConfigError(
-            f"the checkpoint does not fit the released format: missing {_listed(missing)}, left over "
-            f"{_listed(left_over)}."
-        )
-    result = {}
-    for name, parts in names.items():
-        pieces = state[name].chunk(len(parts))
-        result.update({part: piece.contiguous() for part, piece in zip(parts, pieces, strict=True)})
+    misfit = "the checkpoint does not fit the released format"
+    ours = {name: value for name, value in state.items() if name != MASK_TOKEN}
+    result = rename(ours, release_names(config) | _head_names(state), misfit)
     if config.bos_token:
         token = f"{_PREFIX}embeddings.cls_token"
         result[token] = result[token].view(1, 1, -1)
@@ -146,11 +131,6 @@ def require_releasable(names: Iterable[str]) -> None:
             f"the checkpoint has a head ({', '.join(f'{head}.*' for head in heads)}) that the released format cannot "
             "hold, like a segmenter's: write one safetensors with consolidate instead."
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return f"{names[:_MOST_NAMES]}{more}" if names else "nothing"
 
 
 def _head_names(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

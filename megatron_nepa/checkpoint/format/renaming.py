@@ -11,20 +11,22 @@ from megatron_nepa.config import ConfigError
 
 # a name of ours to those of the other format; several mean that ours is their concatenation along dimension 0
 Names = Mapping[str, list[str]]
+_MISFIT = "the weights do not fit their config"
 _MOST_NAMES = 4  # of tensors in a message
 
 
-def rename(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], names: Names, misfit: str = _MISFIT) -> dict[str, Tensor]:
     """Our tensors under the other format's names.
 
     Args:
         state: exactly the tensors that ``names`` has.
         names: of the format.
+        misfit: what to say before the tensors that are missing or left over.
 
     Raises:
         ConfigError: listing the tensors that are missing or left over.
     """
-    _require_same(set(names), set(state))
+    _require_same(set(names), set(state), misfit)
     renamed = {}
     for name, parts in names.items():
         pieces = state[name].chunk(len(parts))
@@ -32,27 +34,30 @@ def rename(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     return renamed
 
 
-def rename_back(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+def rename_back(state: Mapping[str, Tensor], names: Names, misfit: str = _MISFIT) -> dict[str, Tensor]:
     """The inverse of :func:`rename`.
+
+    Args:
+        state: exactly the other format's tensors that ``names`` has.
+        names: of the format.
+        misfit: as of :func:`rename`.
 
     Raises:
         ConfigError: listing the tensors that are missing or left over.
     """
-    _require_same({part for parts in names.values() for part in parts}, set(state))
+    _require_same({part for parts in names.values() for part in parts}, set(state), misfit)
     return {
         name: state[parts[0]] if len(parts) == 1 else torch.cat([state[part] for part in parts])
         for name, parts in names.items()
     }
 
 
-def _require_same(wanted: set[str], found: set[str]) -> None:
+def _require_same(wanted: set[str], found: set[str], misfit: str) -> None:
     missing, left_over = sorted(wanted - found), sorted(found - wanted)
     if missing or left_over:
-        raise ConfigError(
-            f"the weights do not fit their config: missing {_listed(missing)}, left over {_listed(left_over)}."
-        )
+        raise ConfigError(f"{misfit}: missing {_listed(missing)}, left over {_listed(left_over)}.")
 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return f"{', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing"
+    return f"{names[:_MOST_NAMES]}{more}" if names else "nothing"
