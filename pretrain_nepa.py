@@ -16,14 +16,17 @@ from collections.abc import Sequence
 
 from megatron_nepa.job import start_job
 from megatron_nepa.recipes import PRETRAINING_RECIPES
-from megatron_nepa.tasks.pretraining import PretrainingTask
 from megatron_nepa.training.stopping.process import exit_on_user_error
-from megatron_nepa.training.train import train
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, train."""
     job = start_job(arguments, __doc__ or "", PRETRAINING_RECIPES)
+
+    # imported once the flags are known to be good: they bring torch, which takes seconds
+    from megatron_nepa.tasks.pretraining import PretrainingTask
+    from megatron_nepa.training.train import train
+
     task = PretrainingTask(job.run, job.topology)
     train(job.run, job.ds_config, task, job.kernels, job.topology)
 

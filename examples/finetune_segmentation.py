@@ -20,15 +20,18 @@ from collections.abc import Sequence
 
 from megatron_nepa.job import start_job
 from megatron_nepa.recipes import SEGMENTATION_RECIPES
-from megatron_nepa.tasks.segmentation import SegmentationTask
-from megatron_nepa.training.evaluation import evaluate_only
 from megatron_nepa.training.stopping.process import exit_on_user_error
-from megatron_nepa.training.train import train
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, train or evaluate."""
     job = start_job(arguments, __doc__ or "", SEGMENTATION_RECIPES)
+
+    # imported once the flags are known to be good: they bring torch, which takes seconds
+    from megatron_nepa.tasks.segmentation import SegmentationTask
+    from megatron_nepa.training.evaluation import evaluate_only
+    from megatron_nepa.training.train import train
+
     task = SegmentationTask(job.run, job.topology)
     if job.run.evaluation.only:
         evaluate_only(job.run, task, job.kernels, job.topology)

@@ -18,15 +18,18 @@ from collections.abc import Sequence
 
 from megatron_nepa.job import start_job
 from megatron_nepa.recipes import PROBING_RECIPES
-from megatron_nepa.tasks.probing import ProbingTask, evaluate_neighbours
-from megatron_nepa.training.evaluation import evaluate_only
 from megatron_nepa.training.stopping.process import exit_on_user_error
-from megatron_nepa.training.train import train
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, train or evaluate."""
     job = start_job(arguments, __doc__ or "", PROBING_RECIPES)
+
+    # imported once the flags are known to be good: they bring torch, which takes seconds
+    from megatron_nepa.tasks.probing import ProbingTask, evaluate_neighbours
+    from megatron_nepa.training.evaluation import evaluate_only
+    from megatron_nepa.training.train import train
+
     task = ProbingTask(job.run, job.topology, job.kernels)
     if task.run.knn is not None:
         evaluate_neighbours(task)

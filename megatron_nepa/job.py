@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from megatron_nepa.cli import Recipes, parse_command_line
 from megatron_nepa.config import Run
-from megatron_nepa.kernels.dispatch import Kernels, select_kernels
-from megatron_nepa.models.trunk import DTYPES
-from megatron_nepa.parallel.topology import Topology, build_topology, init_distributed
+from megatron_nepa.parallel.launcher import ranks_of_this_node
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config
+
+if TYPE_CHECKING:
+    from megatron_nepa.kernels.dispatch import Kernels
+    from megatron_nepa.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
     ds_config = read_ds_config(command.ds_config)
     run = merge(command.run, command.given, command.ds_config, ds_config)
 
+    # imported here: --help and a mistake in the flags do not wait for torch
+    from megatron_nepa.kernels.dispatch import select_kernels
+    from megatron_nepa.models.trunk import DTYPES
+    from megatron_nepa.parallel.topology import build_topology, init_distributed
+
+    _share_cores()
     topology = build_topology(init_distributed(), run.parallel.tensor_parallel_size)
     model = run.model
     heads = model.num_heads // topology.tensor.size
@@ -57,3 +66,12 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
         causal=model.causal,
     )
     return Job(run, ds_config, kernels, topology)
+
+
+def _share_cores() -> None:
+    """On a CPU, divide the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node(os.environ)))

@@ -10,6 +10,30 @@ from typing import Any, TextIO
 
 from megatron_nepa.config import ConfigError
 
+# packages that not every run needs, and the extra of pyproject.toml that brings each
+_EXTRAS = {
+    "nvidia": "cuda13 or cuda12",
+    "flash_attn": "gpu",
+    "transformers": "benchmark",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+}
+_REQUIRED = frozenset(
+    {"torch", "deepspeed", "triton", "wandb", "safetensors", "matplotlib", "timm", "torchvision", "skimage", "sklearn"}
+)
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install, in one sentence; None where the module that was not found is not one of the packages used."""
+    name = error.name or ""
+    package = name.partition(".")[0]
+    if package in _EXTRAS:
+        extra = _EXTRAS[package]
+        example = f'pip install "megatron_nepa[{extra.split()[0]}]"'
+        return f"{name} is not installed; the extra {extra} brings it: {example} (in a checkout: make install)."
+    if package in _REQUIRED:
+        return f"{package} is not installed: install the project again (make install, or pip install megatron_nepa)."
+    return None
+
 
 class _Tolerant:
     """A text stream that goes nowhere from its first failed write on: a closed pipe, a terminal that is gone."""
@@ -63,7 +87,8 @@ def tolerant_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tool(name: str) -> Iterator[None]:
-    """The body of a command-line tool: a user's mistake ends it with one sentence and status 2.
+    """The body of a command-line tool: a user's mistake, or a package that is not installed, ends it with one sentence
+    and status 2.
 
     Args:
         name: of the tool, before the sentence.
@@ -73,6 +98,12 @@ def tool(name: str) -> Iterator[None]:
             yield
         except ConfigError as error:
             print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except ModuleNotFoundError as error:
+            sentence = missing_package(error)
+            if sentence is None:
+                raise
+            print(f"{name}: {sentence}", file=sys.stderr)
             sys.exit(2)
         except SystemExit as end:
             if not isinstance(end.code, str):

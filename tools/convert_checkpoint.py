@@ -23,24 +23,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_nepa.checkpoint.conversion.compare import compare, read_any
-from megatron_nepa.checkpoint.conversion.huggingface_folder import read_huggingface
-from megatron_nepa.checkpoint.conversion.inspect import describe
-from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
-from megatron_nepa.checkpoint.conversion.universal import export_universal, import_universal, is_universal
-from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights, write_weights
 from megatron_nepa.cli import path_argument
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.export.huggingface import write_huggingface
-from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, release_preprocessor
-from megatron_nepa.export.run_facts import read_facts
 from megatron_nepa.terminal import tool
 
 Command = Callable[[argparse.Namespace], int]
 
+# each command imports what it needs itself: --help and a mistake in the flags do not wait for torch
+
 
 def to_release(args: argparse.Namespace) -> int:
     """Write config.json, preprocessor_config.json and model.safetensors as the authors' code reads them."""
+    from megatron_nepa.checkpoint.conversion.release_folder import write_release
+    from megatron_nepa.checkpoint.reading.weights import read_weights
+    from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, release_preprocessor
+    from megatron_nepa.export.run_facts import read_facts
+
     weights = read_weights(args.source, args.weights)
     classes = read_facts(args.source, args.weights).classes
     files = {PREPROCESSOR_FILE: release_preprocessor(weights.model)}
@@ -50,6 +48,9 @@ def to_release(args: argparse.Namespace) -> int:
 
 def from_release(args: argparse.Namespace) -> int:
     """Write a checkpoint for --init_from from model.safetensors (raw) or pytorch_model_ema.bin (ema)."""
+    from megatron_nepa.checkpoint.conversion.release_folder import read_release
+    from megatron_nepa.checkpoint.reading.weights import write_weights
+
     weights, notes = read_release(args.source, args.weights, args.fold_layer_scale)
     write_weights(weights, args.target)
     _say(weights.origin, args.target, notes)
@@ -58,6 +59,10 @@ def from_release(args: argparse.Namespace) -> int:
 
 def to_hf(args: argparse.Namespace) -> int:
     """Write a folder that Hugging Face transformers loads, with the model's source and a model card."""
+    from megatron_nepa.checkpoint.conversion.compare import read_any
+    from megatron_nepa.export.huggingface import write_huggingface
+    from megatron_nepa.export.run_facts import read_facts
+
     weights = read_any(args.source, args.weights)
     facts = read_facts(args.source, args.weights)
     _say(weights.origin, args.target, write_huggingface(weights, facts, args.target))
@@ -66,6 +71,9 @@ def to_hf(args: argparse.Namespace) -> int:
 
 def from_hf(args: argparse.Namespace) -> int:
     """Write a checkpoint for --init_from from such a folder; its code is not run."""
+    from megatron_nepa.checkpoint.conversion.huggingface_folder import read_huggingface
+    from megatron_nepa.checkpoint.reading.weights import write_weights
+
     weights = read_huggingface(args.source)
     write_weights(weights, args.target)
     _say(weights.origin, args.target, [])
@@ -74,6 +82,8 @@ def from_hf(args: argparse.Namespace) -> int:
 
 def to_timm(args: argparse.Namespace) -> int:
     """Write a folder that timm.create_model("local-dir:TARGET", pretrained=True) loads."""
+    from megatron_nepa.checkpoint.conversion.compare import read_any
+    from megatron_nepa.export.run_facts import read_facts
     from megatron_nepa.export.timm_folder import write_timm
 
     weights = read_any(args.source, args.weights)
@@ -84,7 +94,9 @@ def to_timm(args: argparse.Namespace) -> int:
 
 def to_graph(args: argparse.Namespace) -> int:
     """Write a graph for other runtimes, .onnx or .pt2 by the target's name, and compare what it computes."""
+    from megatron_nepa.checkpoint.conversion.compare import read_any
     from megatron_nepa.export.graph import require_onnx, write_graph
+    from megatron_nepa.export.run_facts import read_facts
 
     if args.target.suffix == ".onnx":
         require_onnx()
@@ -96,6 +108,8 @@ def to_graph(args: argparse.Namespace) -> int:
 
 def consolidate_weights(args: argparse.Namespace) -> int:
     """Write the weights as one fp32 safetensors file under this project's names."""
+    from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights
+
     weights = read_weights(args.source, args.weights)
     consolidate(weights, args.target)
     _say(weights.origin, args.target, [])
@@ -104,6 +118,8 @@ def consolidate_weights(args: argparse.Namespace) -> int:
 
 def universal(args: argparse.Namespace) -> int:
     """Export to DeepSpeed's universal layout; a SOURCE of that layout is imported."""
+    from megatron_nepa.checkpoint.conversion.universal import export_universal, import_universal, is_universal
+
     if is_universal(args.source):
         print(f"{args.target}: {import_universal(args.source, args.target)}")
     else:
@@ -113,12 +129,16 @@ def universal(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print what a checkpoint holds: step, grid, tensors, model."""
+    from megatron_nepa.checkpoint.conversion.inspect import describe
+
     print(describe(args.source))
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     """Compare two checkpoints of either format: tensors, and outputs on photographs; status 1 if they differ."""
+    from megatron_nepa.checkpoint.conversion.compare import compare
+
     require(args.tolerance >= 0, f"--tolerance is {args.tolerance}; it must not be negative.")
     found = compare(args.first, args.second, args.weights)
     differences = found.differences(args.tolerance)

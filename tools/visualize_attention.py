@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_nepa.analysis.visualize import View, visualize, visualize_evolution
 from megatron_nepa.cli import path_argument
 from megatron_nepa.terminal import tool
 
@@ -90,6 +89,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Draw, and say what was written."""
     args = parse_arguments()
+    from megatron_nepa.analysis.visualize import View, visualize, visualize_evolution  # bring torch and matplotlib
+
     view = View(tuple(args.query), args.layers, args.heads, args.size, args.square, args.bidirectional, args.weights)
     if args.evolution is None:
         written = visualize(args.images, args.checkpoint, args.out, view)

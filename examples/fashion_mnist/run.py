@@ -26,7 +26,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from examples.fashion_mnist.data import DEBIAN_FOLDER, PERCENTS, SIDE, prepare  # noqa: E402
-from examples.fashion_mnist.report import write_report  # noqa: E402
 from megatron_nepa.config import ConfigError, require  # noqa: E402
 from megatron_nepa.terminal import tool  # noqa: E402
 from megatron_nepa.training.reporting.metrics_file import read_metrics  # noqa: E402
@@ -120,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda training: finetune(options, training, pretrained), trainings)
         accuracies = list(tqdm(results, total=len(trainings), desc="fine-tuning", unit=" runs"))
+    from examples.fashion_mnist.report import write_report  # brings torch and matplotlib
+
     write_report(
         [(t.percent, t.pretrained, accuracy) for t, accuracy in zip(trainings, accuracies, strict=True)],
         options.output_dir,

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_nepa.config import require
-from megatron_nepa.doctor.installation import check_installation
 from megatron_nepa.doctor.report import Row, guarded, lines
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run_checks(groups: list[str], device: torch.device) -> Iterator[Row]:
@@ -24,11 +25,13 @@ def run_checks(groups: list[str], device: torch.device) -> Iterator[Row]:
 
 
 def _installation(device: torch.device) -> Iterator[Row]:
+    # imported here and below: what is broken should fail one group, not the whole command
+    from megatron_nepa.doctor.installation import check_installation
+
     return check_installation()
 
 
 def _operations(device: torch.device) -> Iterator[Row]:
-    # imported here and below: what is broken should fail one group, not the whole command
     from megatron_nepa.doctor.operations import check_operations
 
     return check_operations(device)
@@ -65,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         all(name in GROUPS for name in groups),
         f"--only takes groups of {', '.join(GROUPS)} with commas between them, not {options.only!r}.",
     )
+    import torch  # once the flags are known to be good: it takes seconds
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined: they are checked there

@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from megatron_nepa.config import ConfigError, require
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 RENDEZVOUS_SECONDS = 300.0
 # Slurm gives the numbers from here on to what is no step of tasks: salloc's shell, the batch script, ...
@@ -167,6 +169,8 @@ def meet(place: Place, address: str, port: str, seconds: float = RENDEZVOUS_SECO
     Raises:
         ConfigError: the port is taken, or not every rank came in time.
     """
+    import torch.distributed as dist  # here, since a command reads the variables above without waiting for torch
+
     if place.world_size == 1:
         return dist.HashStore()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
-from megatron_nepa.tasks.pretraining_probe import PretrainingProbe
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.flops import train_flops
 from megatron_nepa.training.reporting.health import embedding_health, read_health
 from megatron_nepa.training.task import Task
+
+if TYPE_CHECKING:
+    from megatron_nepa.tasks.pretraining_probe import PretrainingProbe
 
 
 class PretrainingTask(Task):
@@ -41,7 +44,11 @@ class PretrainingTask(Task):
         self.num_images = None if self.index is None else len(self.index)
         self.data_fingerprint = None if self.index is None else self.index.fingerprint()
         self.flops_per_image = float(train_flops(run.model))
-        self.evaluator = PretrainingProbe(run, topology) if run.probe.every > 0 else None
+        self.evaluator: PretrainingProbe | None = None
+        if run.probe.every > 0:
+            from megatron_nepa.tasks.pretraining_probe import PretrainingProbe  # brings DALI and timm
+
+            self.evaluator = PretrainingProbe(run, topology)
         self._output: PretrainingOutput | None = None
 
     def build_model(self, kernels: Kernels) -> nn.Module:

@@ -17,7 +17,6 @@ from megatron_nepa.training.engine.deepspeed_config import resolve
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.loop import TrainingLoop
 from megatron_nepa.training.reporting.announce import describe_end, describe_start
-from megatron_nepa.training.reporting.curves import draw_figures
 from megatron_nepa.training.reporting.device_memory import reset_peak_memory
 from megatron_nepa.training.reporting.flops import device_peak_flops
 from megatron_nepa.training.reporting.log import Log, RunLog, SilentLog
@@ -112,6 +111,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     if topology.is_main:
         try:
             if directory.metrics_path.is_file():
+                from megatron_nepa.training.reporting.curves import draw_figures  # brings matplotlib
+
                 draw_figures(directory.metrics_path, directory.figures_path)
         except OSError as error:
             print(f"warning: the figures could not be drawn: {error}", flush=True)

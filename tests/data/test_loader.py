@@ -18,7 +18,8 @@ from torchvision.transforms import functional
 
 from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline
-from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.decoding.normalising import normalise
+from megatron_nepa.data.decoding.pipelines import DecoderOptions
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader
 from megatron_nepa.data.sampling import order

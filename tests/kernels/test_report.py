@@ -16,6 +16,7 @@ from megatron_nepa.config import ConfigError
 from megatron_nepa.kernels.launching.launch import launch
 from megatron_nepa.kernels.proofs import byte_count, report
 from megatron_nepa.kernels.proofs.machine_code import MachineCode
+from tools.kernel_report import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_report.py"
 
@@ -61,10 +62,31 @@ def test_a_fault_fails_the_report(monkeypatch, capsys, change, fault):
     bad = replace(GOOD, code=replace(GOOD.code, **change))
     assert GOOD.faults == []
     monkeypatch.setattr(report, "build_report", lambda *_: [GOOD, bad])
-    assert report.main(["--arch", "sm_90"]) == 1
+    assert main(["--arch", "sm_90"]) == 1
     assert fault in capsys.readouterr().out
     monkeypatch.setattr(report, "build_report", lambda *_: [GOOD])
-    assert report.main(["--arch", "sm_90"]) == 0
+    assert main(["--arch", "sm_90"]) == 0
+
+
+def test_a_kernel_that_does_not_compile_is_one_failed_row(monkeypatch, capsys):
+    """Beside the rows of the others: nothing else of the table is lost."""
+
+    def fail(launched, arch):
+        if arch == "sm_80":
+            raise RuntimeError("Internal Triton PTX codegen error\nptxas: no such instruction")
+        return GOOD.code
+
+    counts = [byte_count.LaunchCount("swiglu", "forward", [1.0], [1.0])]
+    monkeypatch.setattr(report, "is_interpreting", lambda: False)
+    monkeypatch.setattr(report, "count_bytes", lambda recipes: dict.fromkeys(recipes, counts))
+    monkeypatch.setattr(report, "_launches", lambda *_: [("swiglu", "forward", 4, report.Launch(None, (), (), {}, 1))])
+    monkeypatch.setattr(report, "device_bytes", lambda *_: 4)
+    monkeypatch.setattr(report, "compile_launch", fail)
+    assert main(["--recipe", "nepa_b"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[1].endswith("does not compile: ptxas: no such instruction")
+    assert lines[2].endswith("none")
 
 
 def test_excess_bytes_are_a_fault():
@@ -101,8 +123,8 @@ def test_a_small_table_read_again_comes_from_the_cache():
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="--recipe nepa_x is unknown"):
-        report.main(["--recipe", "nepa_x"])
+        main(["--recipe", "nepa_x"])
     with pytest.raises(ConfigError, match="--arch hopper"):
-        report.main(["--arch", "hopper"])
+        main(["--arch", "hopper"])
     with pytest.raises(ConfigError, match="TRITON_INTERPRET is set"):
-        report.main([])
+        main([])

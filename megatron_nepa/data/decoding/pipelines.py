@@ -1,4 +1,4 @@
-"""What decoding pipelines share, and the one torch function that turns their uint8 pixels into the model's input.
+"""What decoding pipelines share.
 
 DALI hands out uint8 (it has no bfloat16, and a byte halves what leaves it); flip, normalisation and cast follow on the
 training device. With a GPU the JPEGs are decoded there and no pixel passes through the host.
@@ -105,22 +105,3 @@ class DaliImages:
     def close(self) -> None:
         """Free the decoder and its threads."""
         del self._pipeline
-
-
-def normalise(images: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Mirror the chosen images, map [0, 255] to [-1, 1] (mean = std = 0.5) and cast.
-
-    Args:
-        images: uint8 [n, 3, H, W].
-        flip: bool [n], the images to mirror; None mirrors none.
-        dtype: dtype of the result.
-
-    Returns:
-        [n, 3, H, W] of ``dtype``, in memory of its own.
-    """
-    if flip is not None:
-        # picked from a batch of both kinds: on a CPU five times as fast as torch.where of bytes
-        both = torch.cat((images, images.flip(3)))
-        images = both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * flip)
-    # x - 127.5 has 8 significant bits and is exact in bf16, so the division's is the only rounding
-    return images.to(dtype).sub_(127.5).div_(127.5)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
@@ -50,9 +49,10 @@ def build_and_save_index(
         ConfigError: ``out`` exists, another process is writing it, an image's bytes cannot be had, or no image can be
             used.
     """
-    require(
-        device != "cuda" or torch.cuda.is_available(), "there is no CUDA device to decode on: leave out --device cuda."
-    )
+    if device == "cuda":
+        import torch  # here, since reading headers does without it
+
+        require(torch.cuda.is_available(), "there is no CUDA device to decode on: leave out --device cuda.")
     target = Path(out)
     require(not target.exists(), f"{target} exists already: remove it, or choose another name for the index.")
     partial = target.with_name(target.name + ".partial")

@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_nepa.config import AugmentationConfig, DataConfig, divisors, multiples_around, one_of, require
 from megatron_nepa.data.augmentation.timm_augmentation import Pixels, RandAugmenter, erase, mix
 from megatron_nepa.data.decoding.crop_stream import CropStream
-from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.decoding.normalising import normalise
+from megatron_nepa.data.decoding.pipelines import DecoderOptions
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed

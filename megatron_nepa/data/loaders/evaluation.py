@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.full_decode import decodes_whole
+from megatron_nepa.data.decoding.normalising import normalise
 from megatron_nepa.data.decoding.pipelines import (
     INTERPOLATIONS,
     DaliImages,
     DecoderOptions,
     Interpolation,
     new_pipeline,
-    normalise,
 )
 from megatron_nepa.data.decoding.sample_reader import ReadAhead
 from megatron_nepa.data.index.dataset_index import DatasetIndex

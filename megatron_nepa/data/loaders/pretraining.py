@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import DataConfig
-from megatron_nepa.data.decoding.crop_stream import CropStream
-from megatron_nepa.data.decoding.pipelines import DecoderOptions, normalise
+from megatron_nepa.data.decoding.normalising import normalise
 from megatron_nepa.data.index.builtin import builtin_folder
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
@@ -61,6 +60,10 @@ class PretrainingLoader:
         image_size: int,
         feed: Feed,
     ) -> None:
+        # imported here: they bring DALI, which synthetic images do without
+        from megatron_nepa.data.decoding.crop_stream import CropStream
+        from megatron_nepa.data.decoding.pipelines import DecoderOptions
+
         self._crops = CropStream(index, config, image_size, feed, DecoderOptions.of(config, index, feed.device))
         self._share, self._device, self._dtype = feed.share, feed.device, feed.dtype
         self._flip_key = flip_key(feed.seed) if config.horizontal_flip else None

@@ -20,7 +20,8 @@ from megatron_nepa.data.augmentation.photometric import distort
 from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.full_decode import decodes_whole
 from megatron_nepa.data.decoding.masks import CROP_TRIES, choose_crop, load_mask, scaled_size
-from megatron_nepa.data.decoding.pipelines import DaliImages, DecoderOptions, ImagePipeline, new_pipeline, normalise
+from megatron_nepa.data.decoding.normalising import normalise
+from megatron_nepa.data.decoding.pipelines import DaliImages, DecoderOptions, ImagePipeline, new_pipeline
 from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.decoding.substitution import SubstitutingPipeline
 from megatron_nepa.data.index.dataset_index import DatasetIndex

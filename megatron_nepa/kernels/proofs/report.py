@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.hardware import data_sheet
@@ -30,9 +28,11 @@ class Row:
     arch: str
     operation: str
     direction: str
-    code: MachineCode
+    # None where it does not compile; ``error`` says why
+    code: MachineCode | None
     device_bytes: int
     minimum_bytes: int
+    error: str = ""
 
     @property
     def microseconds(self) -> float:
@@ -45,6 +45,8 @@ class Row:
     def faults(self) -> list[str]:
         """Why this kernel fails the report."""
         code = self.code
+        if code is None:
+            return [f"does not compile: {self.error}"]
         found = []
         if code.spilled_bytes:
             found.append(f"spills {code.spilled_bytes} bytes")
@@ -72,10 +74,19 @@ def build_report(recipes: list[str], archs: list[str]) -> list[Row]:
             _launches(run.model, run.micro_batch_size), counts[name], strict=True
         ):
             moved = device_bytes(count, launch)
-            rows += [
-                Row(name, arch, operation, direction, compile_launch(launch, arch), moved, minimum) for arch in archs
-            ]
+            for arch in archs:
+                code, error = _compiled(launch, arch)
+                rows.append(Row(name, arch, operation, direction, code, moved, minimum, error))
     return rows
+
+
+def _compiled(launch: Launch, arch: str) -> tuple[MachineCode | None, str]:
+    """The machine code, or why there is none: one kernel that fails leaves the others' rows."""
+    try:
+        return compile_launch(launch, arch), ""
+    except Exception as error:  # of Triton's parts, ptxas and cuobjdump, which have no base class in common
+        lines = str(error).strip().splitlines()
+        return None, lines[-1].strip() if lines else type(error).__name__
 
 
 def count_bytes(recipes: list[str]) -> dict[str, list[LaunchCount]]:
@@ -109,34 +120,15 @@ def format_table(rows: list[Row]) -> str:
         f"{'16B ld':>8}{'16B st':>8}{'MB':>9}{'minimum':>9}{'ratio':>7}{'us at 3.35 TB/s':>17}  faults"
     ]
     for row in rows:
-        code = row.code
         lines.append(
-            f"{row.recipe:<10}{row.arch:<7}{row.operation:<21}{row.direction:<10}{code.registers:>5}"
-            f"{code.spilled_bytes:>7}{code.shared_bytes:>8}{code.wide_loads:>8}{code.wide_stores:>8}"
+            f"{row.recipe:<10}{row.arch:<7}{row.operation:<21}{row.direction:<10}{_code_columns(row.code)}"
             f"{row.device_bytes / 1e6:>9.1f}{row.minimum_bytes / 1e6:>9.1f}"
             f"{row.device_bytes / row.minimum_bytes:>7.3f}{row.microseconds:>17.1f}  {'; '.join(row.faults) or 'none'}"
         )
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the report; returns 1 when a kernel spills, uses local memory, is not vectorised or moves too much."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="sm_80,sm_90", help="comma-separated architectures (sm_80,sm_90)")
-    parser.add_argument("--recipe", default="nepa_b,nepa_l,nepa_7b", help="comma-separated recipes whose shapes to use")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
-    recipes, archs = options.recipe.split(","), options.arch.split(",")
-    for name in recipes:
-        require(name in PRETRAINING_RECIPES, f"--recipe {name} is unknown; there are {', '.join(PRETRAINING_RECIPES)}.")
-    for arch in archs:
-        require(arch.removeprefix("sm_").isdigit(), f"--arch {arch} is not of the form sm_90.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Triton announces future defaults
-        rows = build_report(recipes, archs)
-    if options.json:
-        print(json.dumps([asdict(row) | {"microseconds": row.microseconds, "faults": row.faults} for row in rows]))
-    else:
-        print(format_table(rows))
-        print("Compiled and counted, not run: the times are bytes over H100 bandwidth, no measurement.")
-    return int(any(row.faults for row in rows))
+def _code_columns(code: MachineCode | None) -> str:
+    if code is None:
+        return f"{'-':>5}{'-':>7}{'-':>8}{'-':>8}{'-':>8}"
+    return f"{code.registers:>5}{code.spilled_bytes:>7}{code.shared_bytes:>8}{code.wide_loads:>8}{code.wide_stores:>8}"

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.hardware import data_sheet
+
+if TYPE_CHECKING:
+    import torch
 
 _MEASURED_SECONDS = 0.3  # of a matrix product
 
@@ -55,6 +57,8 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> DevicePeak:
     A known GPU in bf16 has its data sheet's dense peak. All else (a CPU, an unknown GPU or a slice of one, another
     dtype) has the rate of a large matrix product, measured in about 0.3 s with the threads that this process has.
     """
+    import torch  # here, since a plan counts operations without it
+
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         sheet = data_sheet(name)
@@ -67,6 +71,8 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> DevicePeak:
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of the fastest of several products of two ``size`` x ``size`` matrices."""
+    import torch
+
     a, b = (
         torch.randn(size, size, device=device).to(dtype) for _ in range(2)
     )  # on ones a GPU draws less, and clocks higher

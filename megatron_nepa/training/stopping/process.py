@@ -11,12 +11,9 @@ import traceback
 from collections.abc import Iterator
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from megatron_nepa.config import ConfigError
-from megatron_nepa.parallel.launcher import ranks_of_this_node, speaks_for_its_node
-from megatron_nepa.terminal import tolerant_output
+from megatron_nepa.parallel.launcher import speaks_for_its_node
+from megatron_nepa.terminal import missing_package, tolerant_output
 from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
 
@@ -37,7 +34,6 @@ def exit_on_user_error() -> Iterator[None]:
 def _ended_in_order() -> Iterator[None]:
     status = 0
     try:
-        _share_cores()
         yield
     except RunStopped:
         status = EXIT_STOPPED
@@ -53,13 +49,20 @@ def _ended_in_order() -> Iterator[None]:
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
     except KeyboardInterrupt:  # Ctrl-C before training, which has its own handler
         os._exit(EXIT_STOPPED)
-    except Exception:
+    except Exception as error:
+        sentence = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
+        if sentence is not None:  # at once: where it is missing on this machine alone, the other ranks wait
+            if speaks_for_its_node(os.environ):
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(EXIT_BAD_INPUT)
         # the cause first, and no orderly farewell, which would wait for ranks that wait for this one
         print(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
     finally:
-        if dist.is_initialized():
+        dist = sys.modules.get("torch.distributed")  # what was not imported made no process group
+        if dist is not None and dist.is_initialized():
             dist.destroy_process_group()
     if status == EXIT_STOPPED:
         # at once, for the same reason that the ranks left the loop together: all is written
@@ -99,10 +102,3 @@ class _StopAtOnce:
             number = os.read(self._reader, 1)[0]
             if signal.getsignal(number) == self._end:  # training has handlers of its own
                 self._end(number, None)
-
-
-def _share_cores() -> None:
-    """On a CPU, divide the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
-    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
-        return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node(os.environ)))
