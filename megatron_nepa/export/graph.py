@@ -95,8 +95,12 @@ def write_graph(
     images = sample_images(replace(weights.model, image_size=size), max(_BATCHES))
     graph(images[:1])  # has the angles of this size kept: made while tracing they would be no constants
     program = torch.export.export(graph, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    # a run's own resize belongs to its own image size
+    shown = evaluation_preprocessor(
+        replace(weights.model, image_size=size), facts.run if size == weights.model.image_size else {}
+    )
     facts_of_graph = {
-        "preprocess": json.dumps(evaluation_preprocessor(replace(weights.model, image_size=size), facts.run)),
+        "preprocess": json.dumps(shown),
         "classes": json.dumps(facts.classes),
         "model": json.dumps(vars(weights.model)),
         "exported_by": f"megatron_nepa {__version__}",

@@ -19,18 +19,23 @@ from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.checkpoint.saving.store import beside
 from megatron_nepa.config import require
 from megatron_nepa.export.model_card import model_card
-from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, evaluation_preprocessor
+from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, evaluation_preprocessor, segmentation_preprocessor
 from megatron_nepa.export.run_facts import RunFacts
 from megatron_nepa.models.segmenter import tapped_blocks
 
 _HEADS = ("fc_norm", "classifier")
+# the tensor that has a row for every class, and the class of modeling_nepa.py that it makes the model
+_CLASSIFIERS = {
+    "classifier.weight": "NepaForImageClassification",
+    "decoder.head.classifier.weight": "NepaForSemanticSegmentation",
+}
 
 
 def write_huggingface(weights: Weights, facts: RunFacts, folder: Path) -> list[str]:
     """Write config.json, the model's source, weights, preprocessor and model card; all of it or nothing.
 
     Args:
-        weights: of a trunk, a classifier, or a segmenter, of which the trunk alone is written, as a backbone.
+        weights: of a trunk, a classifier or a segmenter.
         facts: of their run.
         folder: that must not exist.
 
@@ -41,17 +46,19 @@ def write_huggingface(weights: Weights, facts: RunFacts, folder: Path) -> list[s
         ConfigError: where ``folder`` exists, or there is no trunk.
     """
     require(not folder.exists(), f"{folder} exists: choose another name for the result.")
-    weights, left_out = exportable(weights)
-    model, tensors = weights.model, weights.tensors
-    classes = tensors["classifier.weight"].shape[0] if "classifier.weight" in tensors else 0
+    weights, left_out = exportable(weights, (*_HEADS, "decoder"))
+    model, tensors = weights.model, {**weights.tensors, **weights.buffers}
+    head = next((name for name in _CLASSIFIERS if name in tensors), "")
+    classes = tensors[head].shape[0] if head else 0
     pooling = "mean" if "fc_norm.weight" in tensors else "last"
-    architecture = "NepaForImageClassification" if classes else "NepaBackbone" if left_out else "NepaModel"
-    config: dict[str, Any] = model_to_huggingface(model, architecture)
+    config: dict[str, Any] = model_to_huggingface(model, _CLASSIFIERS.get(head, "NepaModel"))
     config |= {"pooling": pooling, "use_mask_token": MASK_TOKEN in tensors}
     if classes:
         config |= label_names(facts.classes, classes)
-    if left_out:  # the stages that the segmenter's heads read; where blocks are few, one may be read twice
+    is_segmenter = _CLASSIFIERS.get(head) == "NepaForSemanticSegmentation"
+    if is_segmenter:  # as a backbone, the stages that the heads read; where blocks are few, one may be read twice
         config["out_indices"] = sorted({block + 1 for block in tapped_blocks(model.num_layers)})
+    shown = segmentation_preprocessor if is_segmenter else evaluation_preprocessor
     state = rename(tensors, huggingface_names(model, tensors))
     for name, value in state.items():
         if name.endswith(TOKENS):
@@ -62,7 +69,7 @@ def write_huggingface(weights: Weights, facts: RunFacts, folder: Path) -> list[s
     partial.mkdir(parents=True)
     for file, values in (
         (CONFIG_FILE, config),
-        (PREPROCESSOR_FILE, evaluation_preprocessor(model, facts.run)),
+        (PREPROCESSOR_FILE, shown(model, facts.run)),
     ):
         (partial / file).write_text(json.dumps(values, indent=2) + "\n")
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), partial / MODELING_FILE)
@@ -70,12 +77,16 @@ def write_huggingface(weights: Weights, facts: RunFacts, folder: Path) -> list[s
     # the parts of a fused tensor share its memory, which safetensors refuses
     write_safetensors({name: value.clone() for name, value in state.items()}, partial / MODEL_FILE, {"format": "pt"})
     partial.rename(folder)
-    notes = [] if not left_out else [f"left out, a backbone has no such head: {', '.join(left_out)}"]
+    notes = [] if not left_out else [f"left out, transformers has no such head: {', '.join(left_out)}"]
     return [*notes, *([] if facts.classes or not classes else ["the classes have no names: LABEL_0 and so on"])]
 
 
-def exportable(weights: Weights) -> tuple[Weights, list[str]]:
-    """The part of a model that other frameworks have a place for, and the modules that are left out.
+def exportable(weights: Weights, heads: tuple[str, ...] = _HEADS) -> tuple[Weights, list[str]]:
+    """The part of a model that a format has a place for, and the modules that are left out.
+
+    Args:
+        weights: of any task.
+        heads: modules beside the trunk that the format holds.
 
     Raises:
         ConfigError: for a checkpoint without a trunk.
@@ -85,6 +96,10 @@ def exportable(weights: Weights) -> tuple[Weights, list[str]]:
         "trunk" in modules,
         "the checkpoint holds no trunk, like a linear probe's: convert the trunk's own checkpoint.",
     )
-    left_out = sorted(f"{module}.*" for module in modules - {"trunk", *_HEADS})
-    kept = {name: value for name, value in weights.tensors.items() if name.partition(".")[0] in ("trunk", *_HEADS)}
-    return Weights(weights.model, kept, weights.origin), left_out
+    held = ("trunk", *heads)
+    kept, buffers = (
+        {name: value for name, value in state.items() if name.partition(".")[0] in held}
+        for state in (weights.tensors, weights.buffers)
+    )
+    left_out = sorted(f"{module}.*" for module in modules - set(held))
+    return Weights(weights.model, kept, weights.origin, buffers), left_out

@@ -26,6 +26,8 @@ output.last_hidden_state   # [1, tokens, {width}], the {tokens}
 output.hidden_states       # the residual stream before the first and after every block, without a LayerNorm"""
 _CLASSES = """logits = model(**inputs).logits
 model.config.id2label[logits.argmax(-1).item()]"""
+_MASKS = """logits = model(**inputs).logits   # [1, classes, {side}, {side}], of the image squashed to one window
+masks = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(480, 640)])"""
 _TRUST = """`PATH` is this folder. The model's class is not part of transformers: it lies beside the weights in
 `modeling_nepa.py`, and `trust_remote_code=True` lets transformers run that file on your machine. Read it before you do;
 it imports torch and transformers alone. Without the argument nothing of it is run, and the model is not loaded. The
@@ -41,8 +43,11 @@ def model_card(weights: Weights, facts: RunFacts, pooling: str) -> str:
         pooling: what stands for an image, "last" or "mean".
     """
     model = weights.model
-    is_classifier = "classifier.weight" in weights.tensors
-    task = "image-classification" if is_classifier else "image-feature-extraction"
+    task, auto, use = "image-feature-extraction", "AutoModel", ""
+    if "classifier.weight" in weights.tensors:
+        task, auto, use = "image-classification", "AutoModelForImageClassification", _CLASSES
+    elif "decoder.head.classifier.weight" in weights.tensors:
+        task, auto, use = "image-segmentation", "AutoModelForSemanticSegmentation", _MASKS.format(side=model.image_size)
     recipe = facts.run.get("recipe")
     parameters = sum(value.numel() for value in weights.tensors.values())
     shape = (
@@ -51,12 +56,10 @@ def model_card(weights: Weights, facts: RunFacts, pooling: str) -> str:
         f"{model.image_size} x {model.image_size}; {parameters:,} parameters; "
         f"{'causal' if model.causal else 'bidirectional'} attention"
     )
-    use = _CLASSES
-    if not is_classifier:
+    if not use:
         tokens = "BOS token and the patches" if model.bos_token else "patches"
         pooled = "the last token's" if pooling == "last" else "the mean of the patches'"
         use = _FEATURES.format(width=model.hidden_size, pooling=pooled, tokens=tokens)
-    auto = "AutoModelForImageClassification" if is_classifier else "AutoModel"
     sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- nepa\n- vision\n- custom_code\n---",
         f"# NEPA vision transformer{f': {recipe}' if recipe else ''}",

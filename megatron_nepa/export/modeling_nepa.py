@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 try:
@@ -343,8 +348,8 @@ class NepaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     input_modalities = ["image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["NepaEmbeddings", "NepaBlock"]  # noqa: RUF012
-    # of a classifier, whose trunk is taken without its head
-    _keys_to_ignore_on_load_unexpected = [r"^fc_norm\.", r"^classifier\."]  # noqa: RUF012
+    # of a classifier or segmenter, whose trunk is taken without its head
+    _keys_to_ignore_on_load_unexpected = [r"^fc_norm\.", r"^classifier\.", r"^decoder\."]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -365,6 +370,14 @@ class NepaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             for token in (module.cls_token, module.positions, module.mask_token):
                 if token is not None:
                     nn.init.normal_(token, std=std)
+        elif isinstance(module, NepaBatchNorm):
+            for ones, zeros in ((module.weight, module.bias), (module.running_var, module.running_mean)):
+                nn.init.ones_(ones)
+                nn.init.zeros_(zeros)
+        elif isinstance(module, NepaConv | NepaUpsample | NepaPixelClassifier):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, NepaBlock):
             initial = self.config.training.get("layer_scale_init") or 1e-5
             for scale in (module.layer_scale1, module.layer_scale2):
@@ -493,6 +506,207 @@ class NepaForImageClassification(NepaPreTrainedModel):
             loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
         )
         return output if _as_dict(self.config, return_dict) else output.to_tuple()
+
+
+class NepaBatchNorm(nn.Module):
+    """BatchNorm of channels, without torch's count of batches."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to the same."""
+        statistics = (self.running_mean, self.running_var)
+        return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, self.training, 0.1, 1e-5)
+
+
+class NepaConv(nn.Module):
+    """Convolution without bias, BatchNorm, ReLU."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_channels, channels, kernel_size, kernel_size))
+        self.bias = None
+        self.norm = NepaBatchNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, out, h, w]."""
+        return nn.functional.relu(self.norm(nn.functional.conv2d(x, self.weight, padding="same")))
+
+
+class NepaUpsample(nn.Module):
+    """Transposed convolution that doubles both sides."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, channels, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, C, 2h, 2w]."""
+        return nn.functional.conv_transpose2d(x, self.weight, self.bias, stride=2)
+
+
+class NepaPixelClassifier(nn.Module):
+    """Class scores of every pixel; training drops a tenth of the channels."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, classes, h, w]."""
+        return nn.functional.conv2d(nn.functional.dropout2d(x, 0.1, self.training), self.weight, self.bias)
+
+
+class NepaPyramid(nn.Module):
+    """Four maps of one size to four times, twice, once and half of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.upsample1 = NepaUpsample(width)
+        self.norm = NepaBatchNorm(width)
+        self.upsample2 = NepaUpsample(width)
+        self.upsample = NepaUpsample(width)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Four maps [B, D, h, w] to the levels, finest first."""
+        first, second, third, fourth = maps
+        finest = self.upsample2(nn.functional.gelu(self.norm(self.upsample1(first))))
+        return [finest, self.upsample(second), third, nn.functional.max_pool2d(fourth, 2)]
+
+
+class NepaUperHead(nn.Module):
+    """UPerNet's head (Xiao et al. 2018)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.scales = (1, 2, 3, 6)
+        self.pooled = nn.ModuleList(NepaConv(width, width, 1) for _ in self.scales)
+        self.bottleneck = NepaConv(5 * width, width, 3)
+        self.lateral = nn.ModuleList(NepaConv(width, width, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(NepaConv(width, width, 3) for _ in range(3))
+        self.fusion = NepaConv(4 * width, width, 3)
+        self.classifier = NepaPixelClassifier(width, classes)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Levels [B, D, h_i, w_i], finest first, to [B, classes, h_0, w_0]."""
+        coarsest = levels[-1]
+        cells = (nn.functional.adaptive_avg_pool2d(coarsest, scale) for scale in self.scales)
+        pooled = [_resized(conv(x), coarsest.shape[2:]) for conv, x in zip(self.pooled, cells, strict=True)]
+        paths = [lateral(level) for lateral, level in zip(self.lateral, levels[:-1], strict=True)]
+        paths.append(self.bottleneck(torch.cat((coarsest, *pooled), dim=1)))
+        for i in (3, 2, 1):
+            paths[i - 1] = paths[i - 1] + _resized(paths[i], paths[i - 1].shape[2:])
+        smoothed = [smooth(path) for smooth, path in zip(self.smooth, paths[:-1], strict=True)]
+        size = smoothed[0].shape[2:]
+        joined = [smoothed[0], *(_resized(x, size) for x in (*smoothed[1:], paths[-1]))]
+        return self.classifier(self.fusion(torch.cat(joined, dim=1)))
+
+
+class NepaFcnHead(nn.Module):
+    """One convolution and a classifier, whose loss helps the trunk to train."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.conv = NepaConv(width, 256, 3)
+        self.classifier = NepaPixelClassifier(256, classes)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """[B, D, h, w] to [B, classes, h, w]."""
+        return self.classifier(self.conv(level))
+
+
+class NepaDecoder(nn.Module):
+    """All that segmentation adds to the trunk."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.neck = NepaPyramid(width)
+        self.head = NepaUperHead(width, classes)
+        self.auxiliary = NepaFcnHead(width, classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Four maps [B, D, h, w] to the logits of both heads."""
+        levels = self.neck(maps)
+        return self.head(levels), self.auxiliary(levels[2])
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    return nn.functional.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class NepaForSemanticSegmentation(NepaPreTrainedModel):
+    """The trunk and UPerNet; the heads read the streams after 1/3, 1/2, 2/3 and all of the blocks.
+
+    Args:
+        config: its shape; ``num_labels`` classes.
+    """
+
+    def __init__(self, config: NepaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.nepa = NepaModel(config)
+        self.decoder = NepaDecoder(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]:
+        """Logits [B, classes, H, W], and the loss where labels are given; the other arguments are :class:`NepaModel`'s.
+
+        Args:
+            pixel_values: [B, C, H, W], sides of two patches or more.
+            labels: class numbers [B, H, W], 255 where a pixel counts for nothing.
+            interpolate_pos_encoding: see there.
+            output_attentions: see there.
+            output_hidden_states: see there.
+            return_dict: see there.
+            **kwargs: ignored.
+        """
+        config = self.config
+        found = self.nepa(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=output_attentions,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        depth = config.num_hidden_layers
+        stages = [max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+        grid = [side // config.patch_size for side in pixel_values.shape[2:]]
+        patches = [found.hidden_states[stage][:, int(config.bos_token) :].unflatten(1, grid) for stage in stages]
+        logits, auxiliary = self.decoder([x.permute(0, 3, 1, 2).to(pixel_values.dtype) for x in patches])
+        logits, auxiliary = (_resized(x, pixel_values.shape[2:]) for x in (logits, auxiliary))
+        loss = None
+        if labels is not None:
+            losses = [
+                nn.functional.cross_entropy(x.float(), labels, ignore_index=255, reduction="sum") / labels.numel()
+                for x in (logits, auxiliary)
+            ]
+            loss = losses[0] + 0.4 * losses[1]
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=found.hidden_states if wanted else None,
+            attentions=found.attentions,
+        )
+        return output if _as_dict(config, return_dict) else output.to_tuple()
 
 
 class NepaBackbone(BackboneMixin, NepaPreTrainedModel):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_nepa.config import EvaluationConfig, ModelConfig
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-_BICUBIC = 3  # PIL's number
+_BILINEAR, _BICUBIC = 2, 3  # PIL's numbers
 _PIXELS = {
     "do_convert_rgb": True,
     "do_resize": True,
@@ -49,6 +49,22 @@ def resize_of(model: ModelConfig, run: Mapping[str, Any]) -> tuple[int, bool]:
     evaluation = run.get("evaluation") or {}
     shown = EvaluationConfig(resize_size=evaluation.get("resize_size"), squash=bool(evaluation.get("squash")))
     return shown.shorter_side(model.image_size), shown.squash
+
+
+def segmentation_preprocessor(model: ModelConfig, run: Mapping[str, Any]) -> dict[str, Any]:
+    """One window for the whole image, squashed to its square; masks are resized alike, and their classes as trained.
+
+    Args:
+        model: of the run.
+        run: its config as plain values.
+    """
+    return {
+        "image_processor_type": "SegformerImageProcessor",
+        **_PIXELS,
+        "resample": _BILINEAR,
+        "size": {"height": model.image_size, "width": model.image_size},
+        "do_reduce_labels": bool((run.get("masks") or {}).get("reduce_zero_label")),
+    }
 
 
 def release_preprocessor(model: ModelConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.models.classifier import Classifier
+from megatron_nepa.models.segmenter import Segmenter
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, SEGMENTATION_RECIPES
 
@@ -68,6 +69,21 @@ def random_weights(example: Example, masked: bool = False) -> Weights:
             value /= value[0].numel() ** 0.5
         tensors[name] = value
     return Weights(example.model, tensors, "random weights of a test")
+
+
+def random_segmenter(model: ModelConfig) -> Weights:
+    """A segmenter of the classes, its heads and the running statistics of their BatchNorms random too."""
+    trunk = random_weights(Example(model, ""))
+    module = Segmenter(model, len(CLASSES))
+    generator = torch.Generator().manual_seed(8)
+    tensors = {
+        name: trunk.tensors[name]
+        if name in trunk.tensors
+        else torch.randn(value.shape, generator=generator) / max(value[0].numel(), 4) ** 0.5
+        for name, value in module.named_parameters()
+    }
+    buffers = {name: 0.5 + torch.rand(value.shape, generator=generator) for name, value in module.named_buffers()}
+    return Weights(model, tensors, trunk.origin, {name: buffers[name] for name in buffers.keys() & module.state_dict()})
 
 
 def some_images(model: ModelConfig, count: int = 2, side: int | None = None) -> Tensor:

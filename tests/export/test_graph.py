@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.config import ConfigError
 from megatron_nepa.export import graph as graphs
 from megatron_nepa.export.graph import build_graph, write_graph
 from megatron_nepa.export.run_facts import RunFacts
 from megatron_nepa.models.segmenter import Segmenter
-from tests.export.models import CLASSES, EXAMPLES, difference, expected, random_weights, some_images
+from tests.export.models import CLASSES, EXAMPLES, difference, expected, random_segmenter, random_weights, some_images
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
 # one of every structure: an export takes seconds
@@ -84,14 +83,9 @@ def test_learned_positions_are_resampled_to_another_size() -> None:
 @torch.no_grad()
 def test_a_segmenters_window(tmp_path: Path) -> None:
     model = replace(EXAMPLES["ade20k_upernet_b"].model, image_size=84)
-    segmenter = Segmenter(model, 4).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in segmenter.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 4) ** 0.5)
-    buffers = {name: torch.rand(value.shape, generator=generator) + 0.5 for name, value in segmenter.named_buffers()}
-    buffers = {name: value for name, value in buffers.items() if name in segmenter.state_dict()}
-    segmenter.load_state_dict(buffers, strict=False)
-    weights = Weights(model, {name: value.clone() for name, value in segmenter.named_parameters()}, "", buffers)
+    weights = random_segmenter(model)
+    segmenter = Segmenter(model, len(CLASSES)).eval()
+    segmenter.load_state_dict({**weights.tensors, **weights.buffers})
     write_graph(weights, RunFacts(), tmp_path / "model.onnx")
     images = some_images(model, 3)
     wanted = segmenter(images, torch.arange(3))

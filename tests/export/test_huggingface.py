@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoBackbone,
@@ -20,6 +21,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
@@ -31,7 +33,17 @@ from megatron_nepa.config import ConfigError, ModelConfig
 from megatron_nepa.export.huggingface import write_huggingface
 from megatron_nepa.export.modeling_nepa import NepaConfig, NepaForImageClassification
 from megatron_nepa.export.run_facts import RunFacts
-from tests.export.models import CLASSES, EXAMPLES, Example, difference, expected, random_weights, some_images
+from megatron_nepa.models.segmenter import Segmenter
+from tests.export.models import (
+    CLASSES,
+    EXAMPLES,
+    Example,
+    difference,
+    expected,
+    random_segmenter,
+    random_weights,
+    some_images,
+)
 
 FIXTURE = Path(__file__).parent / "fixtures/nepa_v1"
 TRUSTED: dict[str, Any] = {"trust_remote_code": True}
@@ -114,6 +126,7 @@ def test_the_folder_needs_no_package_of_ours(tmp_path: Path) -> None:
 import sys
 sys.modules["megatron_nepa"] = None
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 AutoImageProcessor.from_pretrained("model")
@@ -144,17 +157,17 @@ def test_without_trust_nothing_is_run(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_backbone_in_every_way_that_transformers_offers(tmp_path: Path) -> None:
-    """From a segmenter's weights: its four taps are the stages, its heads are left out and named."""
+    """From a segmenter's weights: the stages are the blocks that its heads read."""
     model = replace(EXAMPLES["ade20k_upernet_b_release"].model, num_layers=6)
-    weights = random_weights(Example(model, ""))
-    segmenter = replace(weights, tensors={**weights.tensors, "decoder.head.weight": torch.ones(2)})
-    notes = write_huggingface(segmenter, RunFacts(), tmp_path / "model")
-    assert notes == ["left out, a backbone has no such head: decoder.*"]
+    weights = random_segmenter(model)
+    assert write_huggingface(weights, RunFacts(classes=CLASSES), tmp_path / "model") == []
     config = AutoConfig.from_pretrained(tmp_path / "model", **TRUSTED)
     assert config.out_features == ["stage2", "stage3", "stage4", "stage6"]
 
     backbone = AutoBackbone.from_config(config, **TRUSTED).eval()
-    backbone.load_state_dict(load_file(tmp_path / "model/model.safetensors"))
+    state = load_file(tmp_path / "model/model.safetensors")
+    trunk = {name: value for name, value in state.items() if name.startswith("nepa.")}
+    backbone.load_state_dict(trunk)
     images = some_images(model, side=84)
     wanted = expected(weights, images).streams
     maps = [wanted[i][:, 1:].transpose(1, 2).unflatten(2, (6, 6)) for i in (1, 2, 3, 5)]
@@ -170,8 +183,43 @@ def test_the_backbone_in_every_way_that_transformers_offers(tmp_path: Path) -> N
     upernet = UperNetForSemanticSegmentation(
         UperNetConfig(backbone_config=config, num_labels=3, hidden_size=16, auxiliary_in_channels=model.hidden_size)
     ).eval()
-    upernet.backbone.load_state_dict(load_file(tmp_path / "model/model.safetensors"))
+    upernet.backbone.load_state_dict(trunk)
     assert upernet(images).logits.shape == (2, 3, 84, 84)
+
+
+@pytest.mark.parametrize("name", ["ade20k_upernet_b", "ade20k_upernet_l_release"])
+def test_a_segmenter_computes_the_same_and_comes_back_bit_equal(name: str, tmp_path: Path) -> None:
+    model = replace(EXAMPLES[name].model, image_size=84)
+    weights = random_segmenter(model)
+    folder = export(weights, tmp_path / "model")
+    found = AutoModelForSemanticSegmentation.from_pretrained(folder, **TRUSTED).eval()
+    images, labels = some_images(model), torch.randint(0, 5, (2, 84, 84))
+    labels[0, :40] = 255
+    module = Segmenter(model, len(CLASSES)).eval()
+    module.load_state_dict({**weights.tensors, **weights.buffers})
+    with torch.no_grad():
+        wanted = module(images, torch.arange(2))
+        output = found(images, labels=labels)
+        assert difference(output.logits, wanted) < 1e-5
+        assert output.loss.item() == pytest.approx(module(images, torch.arange(2), labels).loss.item(), rel=1e-5)
+    assert found.config.id2label[1] == "crane, bird"
+    back = read_any(folder)
+    assert back.model == weights.model
+    for ours, theirs in ((weights.tensors, back.tensors), (weights.buffers, back.buffers)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    processor = AutoImageProcessor.from_pretrained(folder)
+    shown = processor(Image.new("RGB", (100, 60)), return_tensors="pt")
+    assert shown["pixel_values"].shape == (1, 3, 84, 84)
+    (mask,) = processor.post_process_semantic_segmentation(found(**shown), target_sizes=[(60, 100)])
+    assert mask.shape == (60, 100)
+    assert "AutoModelForSemanticSegmentation.from_pretrained" in (folder / "README.md").read_text()
+    # a new head on a trunk trains, from statistics of its own
+    trunk = export(random_weights(Example(model, "")), tmp_path / "trunk")
+    new = AutoModelForSemanticSegmentation.from_pretrained(trunk, **TRUSTED, num_labels=5).train()
+    new(images, labels=labels).loss.backward()
+    assert all(value.grad is not None for name, value in new.named_parameters() if not name.startswith("nepa.norm"))
+    assert (new.decoder.head.fusion.norm.running_var > 0).all()
 
 
 @torch.no_grad()

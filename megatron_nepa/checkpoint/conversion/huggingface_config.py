@@ -36,6 +36,7 @@ _CLASSES = {
     "AutoConfig": "NepaConfig",
     "AutoModel": "NepaModel",
     "AutoModelForImageClassification": "NepaForImageClassification",
+    "AutoModelForSemanticSegmentation": "NepaForSemanticSegmentation",
     "AutoBackbone": "NepaBackbone",
 }
 

@@ -17,6 +17,7 @@ from megatron_nepa.checkpoint.reading.weights import Weights, trunk_layouts
 from megatron_nepa.config import ConfigError, require
 
 CONFIG_FILE = "config.json"
+_STATISTICS = ("running_mean", "running_var")  # of a segmenter's BatchNorm
 
 
 def is_huggingface(path: Path) -> bool:
@@ -69,7 +70,8 @@ def read_huggingface(folder: Path) -> Weights:
     ]
     require(not misfits, f"{folder} contradicts itself: {'; '.join(misfits[:1])}.")
     dtypes = {name: value.dtype for name, value in stored.items()}
-    return Weights(model, tensors, f"weights of the folder {folder}", dtypes=dtypes)
+    buffers = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_STATISTICS)}
+    return Weights(model, tensors, f"weights of the folder {folder}", buffers, dtypes)
 
 
 def _shaped(name: str, value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.config import ModelConfig
 
 _HEAD = ("fc_norm.weight", "fc_norm.bias", "classifier.weight", "classifier.bias")
+DECODER = "decoder."  # of a segmenter, alike in both
 # tensors that have leading dimensions of 1 there
 TOKENS = ("cls_token", "positions", "mask_token")
 
@@ -51,4 +52,5 @@ def huggingface_names(config: ModelConfig, stored: Collection[str]) -> dict[str,
         if config.layer_scale_init is not None:
             for scale in ("layer_scale1", "layer_scale2"):
                 names[f"{ours}{scale}"] = [f"{theirs}{scale}"]
-    return names | {name: [name] for name in _HEAD if name in stored}
+    heads = [name for name in stored if name in _HEAD or name.startswith(DECODER)]
+    return names | {name: [name] for name in heads}
