@@ -18,7 +18,7 @@ import torch
 
 from megatron_nepa.data.index.builtin import cache_folder
 from megatron_nepa.doctor.report import Row
-from megatron_nepa.kernels.attention.backends import import_flash_attn
+from megatron_nepa.kernels.attention.flash import import_flash_attn
 
 REQUIRED = ("megatron_nepa", "torch", "torchvision", "deepspeed", "triton", "numpy", "safetensors", "timm", "wandb")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")

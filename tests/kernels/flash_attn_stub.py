@@ -50,3 +50,31 @@ def install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     flash_attn_qkvpacked_func.calls.clear()
     return flash_attn_qkvpacked_func.calls
+
+
+def install_version(monkeypatch, version, with_lse):
+    """Make version 3 or 4 importable, and no other; returns the list of ``causal`` of its calls."""
+    import importlib.machinery
+    import sys
+
+    calls = []
+
+    def attend(q, k, v, causal):
+        assert q.dtype in (torch.float16, torch.bfloat16)
+        calls.append(causal)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+        return (out, q.new_zeros(q.shape[:3])) if with_lse else out
+
+    if version == 3:
+        module = types.ModuleType("flash_attn_interface")
+        module.flash_attn_qkvpacked_func = lambda qkv, softmax_scale=None, causal=False: attend(*qkv.unbind(2), causal)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    else:
+        module = types.ModuleType("flash_attn.cute")
+        module.flash_attn_func = lambda q, k, v, softmax_scale=None, causal=False: attend(q, k, v, causal)
+        package = types.ModuleType("flash_attn")
+        package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    return calls

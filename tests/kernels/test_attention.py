@@ -1,4 +1,4 @@
-"""Attention: SDPA on packed qkv, FlashAttention-2's call site through a stand-in, and the choice between back-ends."""
+"""Attention: SDPA on packed qkv, flash-attn's call sites through a stand-in, and the choice between back-ends."""
 
 import importlib.util
 import logging
@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend
 
 from megatron_nepa.config import ConfigError
 from megatron_nepa.kernels.attention import backends as attention
+from megatron_nepa.kernels.attention import flash
 from megatron_nepa.kernels.dispatch import select_kernels
 from tests.kernels import flash_attn_stub
 
@@ -40,7 +41,7 @@ def test_sdpa_returns_qkvs_gradient_in_its_own_layout():
 def test_flash_attention_call_site(monkeypatch, causal):
     calls = flash_attn_stub.install(monkeypatch)
     qkv = torch.randn(2, 5, 3, 2, 32, dtype=BF16, requires_grad=True)
-    out = attention.flash_attention(deterministic=True)(qkv, causal)
+    out = flash.flash_attention_2(deterministic=True)(qkv, causal)
     expected = attention.attention_sdpa(qkv, causal)
     torch.testing.assert_close(out, expected)
     assert calls == [{"causal": causal, "deterministic": True}]
@@ -51,7 +52,7 @@ def test_flash_attention_call_site(monkeypatch, causal):
 
 def test_the_stand_in_refuses_what_flash_attn_refuses(monkeypatch):
     flash_attn_stub.install(monkeypatch)
-    flash = attention.flash_attention(deterministic=False)
+    flash_attn = flash.flash_attention_2(deterministic=False)
     for qkv in (
         torch.randn(1, 2, 3, 1, 32),
         torch.randn(1, 2, 3, 1, 320, dtype=BF16),
@@ -59,13 +60,13 @@ def test_the_stand_in_refuses_what_flash_attn_refuses(monkeypatch):
         torch.randn(1, 2, 3, 1, 32, dtype=BF16, device="meta"),
     ):
         with pytest.raises(RuntimeError):
-            flash(qkv, True)
+            flash_attn(qkv, True)
 
 
 def test_flash_attention_is_absent_without_the_package():
     if importlib.util.find_spec("flash_attn") is not None:
         pytest.skip("flash-attn is installed")
-    assert attention.flash_attention(deterministic=False) is None
+    assert flash.flash_attention_2(deterministic=False) is None
 
 
 @pytest.mark.parametrize("error", [None, ImportError("undefined symbol: _ZN3c10"), OSError("libcudart.so.12")])
@@ -92,6 +93,58 @@ def test_candidates(monkeypatch):
     assert names(attention.attention_candidates(64, torch.float32, deterministic=False)) == everything[1:]
     assert names(attention.attention_candidates(320, BF16, deterministic=False)) == everything[1:]
     assert names(attention.attention_candidates(64, BF16, deterministic=True)) == ["flash_attn", "sdpa_math"]
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("version", [3, 4])
+def test_newer_versions_call_sites(monkeypatch, version, causal, with_lse):
+    """Version 3 takes packed qkv, 4 takes q, k and v; releases differ in whether they return more than the output."""
+    calls = flash_attn_stub.install_version(monkeypatch, version, with_lse)
+    assert names(attention.attention_candidates(64, BF16, deterministic=False))[0] == f"flash_attn_{version}"
+    assert names(attention.attention_candidates(64, BF16, deterministic=True)) == ["sdpa_math"]
+    assert names(attention.attention_candidates(64, torch.float32, deterministic=False))[0] == "sdpa_flash"
+    newer = {3: flash.flash_attention_3, 4: flash.flash_attention_4}[version]()
+    qkv = torch.randn(2, 5, 3, 2, 32, dtype=BF16, requires_grad=True)
+    out, expected = newer(qkv, causal), attention.attention_sdpa(qkv, causal)
+    torch.testing.assert_close(out, expected)
+    assert calls == [causal]
+    upstream = torch.randn_like(out)
+    (got,), (wanted,) = (torch.autograd.grad(result, qkv, upstream) for result in (out, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_back_end_that_computes_something_else_is_left_out(monkeypatch, caplog, causal, dtype):
+    """Its forward or its backward alone, however fast it is."""
+
+    def right(qkv, causal):
+        return attention.attention_sdpa(qkv, causal)
+
+    def wrong_mask(qkv, causal):
+        return attention.attention_sdpa(qkv, not causal)
+
+    def wrong_scale(qkv, causal):
+        return attention.attention_sdpa(torch.cat((1.3 * qkv[:, :, :1], qkv[:, :, 1:]), 2), causal)
+
+    def no_gradient_of_k(qkv, causal):
+        q, k, v = qkv.unbind(2)
+        return attention.attention_sdpa(torch.stack((q, k.detach(), v), 2), causal)
+
+    def not_a_number(qkv, causal):
+        return attention.attention_sdpa(qkv, causal) * float("nan")
+
+    wrong = [wrong_mask, wrong_scale, no_gradient_of_k, not_a_number]
+    monkeypatch.setattr(attention, "milliseconds", lambda call, device: 1.0 if call.__defaults__[0] is right else 0.1)
+    qkv = torch.randn(2, 16, 3, 2, 32, dtype=dtype, requires_grad=True)
+    assert attention.fastest_attention([*wrong, right, attention.sdpa_with(SDPBackend.MATH)], qkv, causal) is not None
+    for candidate in wrong:
+        assert f"{candidate.__name__} is wrong here" in caplog.text
+    assert "right is wrong" not in caplog.text
+    assert "sdpa_math is wrong" not in caplog.text
+    with pytest.raises(ConfigError, match="no attention back-end"):
+        attention.fastest_attention(wrong, qkv, causal)
 
 
 def test_preferred_back_end_gives_way_where_it_does_not_fit():

@@ -1,27 +1,24 @@
-"""Attention on packed qkv: one call, several back-ends.
+"""Attention on packed qkv: one call, several back-ends, of which the fastest on the run's own shape is taken.
 
-FlashAttention-2 through flash-attn's packed interface where that package is installed (its backward writes the gradient
-of packed qkv directly), else torch's SDPA with the back-end that is fastest on the run's own shape.
+They are torch's SDPA and the versions of flash-attn that are installed (:mod:`.flash`).
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_nepa.config import require
+from megatron_nepa.kernels.attention.flash import Attention, flash_attention_fits, flash_attentions
 from megatron_nepa.kernels.attention.products import MAX_TOKENS, attention_products
 from megatron_nepa.kernels.launching.timing import milliseconds
 
 logger = logging.getLogger(__name__)
 
-Attention = Callable[[Tensor, bool], Tensor]
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -53,62 +50,19 @@ def sdpa_with(backend: SDPBackend) -> Attention:
     return attention
 
 
-def import_flash_attn() -> Callable[..., Tensor] | None:
-    """The packed function of flash-attn 2.8, or None where no package of that name is installed.
-
-    Raises:
-        ImportError: the package is there and cannot serve: flash-attn-4 alone, which has its name and not the function,
-            or a build for another torch.
-    """
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    try:
-        packed: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_qkvpacked_func
-    except (ImportError, OSError, AttributeError) as error:  # OSError: a library with undefined symbols
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ImportError(f"flash_attn is installed but cannot be used ({reason})") from error
-    return packed
-
-
-def flash_attention(deterministic: bool) -> Attention | None:
-    """FlashAttention-2's packed interface (flash-attn 2.8), or None where it is not installed or broken.
-
-    Args:
-        deterministic: make backward repeat bit for bit, a little slower (forward always does).
-    """
-    try:
-        packed = import_flash_attn()
-    except ImportError as error:
-        logger.warning("attention: %s; torch's SDPA takes its place.", error)
-        return None
-    if packed is None:
-        return None
-
-    def flash_attn(qkv: Tensor, causal: bool) -> Tensor:
-        out: Tensor = packed(qkv, causal=causal, deterministic=deterministic)
-        return out
-
-    return flash_attn
-
-
-def flash_attention_fits(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention-2 takes this head dim and dtype."""
-    return dtype in (torch.float16, torch.bfloat16) and head_dim <= 256 and head_dim % 8 == 0
-
-
 def attention_candidates(head_dim: int, dtype: torch.dtype, deterministic: bool) -> list[Attention]:
     """The back-ends that may serve a CUDA device, the one to take untimed first.
 
     Deterministic runs leave out cuDNN, and torch's flash and efficient back-ends too unless
     ``torch.use_deterministic_algorithms`` is on, which is what makes those two repeat.
     """
-    flash = flash_attention(deterministic) if flash_attention_fits(head_dim, dtype) else None
+    flash = flash_attentions(deterministic) if flash_attention_fits(head_dim, dtype) else []
     backends = list(BACKENDS)
     if deterministic:
         backends.remove(SDPBackend.CUDNN_ATTENTION)
         if not torch.are_deterministic_algorithms_enabled():
             backends = [SDPBackend.MATH]
-    return ([] if flash is None else [flash]) + [sdpa_with(backend) for backend in backends]
+    return flash + [sdpa_with(backend) for backend in backends]
 
 
 def choose_attention(
@@ -146,8 +100,10 @@ def choose_attention(
 def fastest_attention(candidates: list[Attention], qkv: Tensor, causal: bool) -> Attention:
     """Time forward and backward of each candidate on ``qkv``, a leaf that requires grad, and log the choice.
 
+    A candidate that does not run here, or computes something else, is named and left out.
+
     Raises:
-        ConfigError: no candidate ran.
+        ConfigError: no candidate is left.
     """
     times: dict[str, float] = {}
     for attention in candidates:
@@ -157,6 +113,14 @@ def fastest_attention(candidates: list[Attention], qkv: Tensor, causal: bool) ->
             torch.autograd.grad(out, qkv, out.detach())
 
         try:
+            error = largest_error(attention, qkv, causal)
+            if error > _allowed_error(qkv.dtype):
+                logger.warning(
+                    "attention: %s is wrong here, by %.1g of the largest value; it is left out.",
+                    attention.__name__,
+                    error,
+                )
+                continue
             times[attention.__name__] = milliseconds(step, qkv.device)
         except Exception as error:  # packages refuse with assertions and compilers with kinds of their own, too
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -171,3 +135,29 @@ def fastest_attention(candidates: list[Attention], qkv: Tensor, causal: bool) ->
         ", ".join(f"{name} {duration:.3f} ms" for name, duration in times.items()),
     )
     return next(attention for attention in candidates if attention.__name__ == chosen[0])
+
+
+def largest_error(attention: Attention, qkv: Tensor, causal: bool) -> float:
+    """Largest error of the first sample's output or gradient, against fp64, over the largest value there; inf if nan.
+
+    Args:
+        attention: the back-end to check.
+        qkv: [B, T, 3, heads, d].
+        causal: whether a token sees only itself and the tokens before it.
+    """
+    sample = qkv.detach()[:1].clone().requires_grad_()
+    exact = sample.detach().double().requires_grad_()
+    out, expected = attention(sample, causal), attention_sdpa(exact, causal)
+    upstream = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, sample, upstream)
+    (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
+    errors = [
+        ((got.detach().double() - wanted.detach()).abs().max() / wanted.detach().abs().max()).item()
+        for got, wanted in ((out, expected), (grad, expected_grad))
+    ]
+    return float("inf") if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _allowed_error(dtype: torch.dtype) -> float:
+    """What rounding explains, several times over: a wrong mask, scale or gradient is far beyond it."""
+    return max(8 * torch.finfo(dtype).eps, 0.01)
