@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from skimage import data as photographs
 
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.tasks.pretraining_probe import halves
@@ -64,29 +66,43 @@ def test_a_run_computes_the_same_with_and_without_probes(folder: Path, tmp_path:
     assert (tmp_path / "one/figures/evaluation.png").is_file()
 
 
+def make_regions(folder: Path, per_class: int, seed: int) -> Path:
+    """Pieces of a photograph whose class is the part it was taken from: how much of each is shown decides much."""
+    generator = np.random.default_rng(seed)
+    for number in range(6):
+        (folder / f"{number}").mkdir(parents=True)
+        for i in range(per_class):
+            top, left = generator.integers(0, 160, 2) + 160 * np.array([number // 3, number % 3])
+            piece = photographs.astronaut()[top : top + 120, left : left + 150]
+            Image.fromarray(piece).save(folder / f"{number}" / f"{i}.png")
+    return folder
+
+
 def probe_both_ways(folder: Path, output: Path) -> None:
     """Pre-train with a probe at its end, and classify by the neighbours of what it saved."""
     from examples.linear_probe import main
 
-    sets = [f"--probe_data={folder / 'labelled'}", f"--probe_validation_data={folder / 'others'}"]
+    sets = [f"--probe_data={folder / 'train'}", f"--probe_validation_data={folder / 'others'}"]
     assert pretrain(flags(folder, output, "--probe_every=4", *sets)) is None
     shape = json.loads((output / "config.json").read_text())["run"]["model"]
     unread = ("drop_path", "init_std", "freeze_patch_embedding", "rope_rescale", "rope_rescale_group")
     given = [f"--model.{name}={str(value).lower()}" for name, value in shape.items() if name not in unread]
     given += [f"--trunk={output}", "--dtype=fp32", "--knn", f"--output_dir={output / 'alone'}"]
-    given += [f"--data={folder / 'labelled'}", f"--validation_data={folder / 'others'}"]
+    given += [f"--data={folder / 'train'}", f"--validation_data={folder / 'others'}"]
     for weights in ("raw", "ema"):
         assert call_script(main, [*given, f"--trunk.weights={weights}"]) is None
 
 
 def test_neighbours_of_a_checkpoint_are_those_that_the_run_found(folder: Path, tmp_path: Path) -> None:
-    make_labelled(folder / "others", 7, ("a", "b", "c", "d", "e", "f"))
-    run_ranks(1, probe_both_ways, folder, tmp_path)
-    last = read_metrics(tmp_path)[-1]
-    for kind, alone in zip(("", "ema_"), read_results(tmp_path / "alone/neighbours.json"), strict=True):
+    make_images(tmp_path / "images", 16)
+    make_regions(tmp_path / "train", 8, 0)
+    make_regions(tmp_path / "others", 12, 1)
+    run_ranks(1, probe_both_ways, tmp_path, tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    for kind, alone in zip(("", "ema_"), read_results(tmp_path / "run/alone/neighbours.json"), strict=True):
         found = {name: last[f"probe_{kind}{name}"] for name in ("knn_top1", "knn_top5")}
         assert found == {name: alone[name] for name in found}
-        assert (alone["settings"]["resize_size"], alone["settings"]["k"]) == (64, 20)  # 56 / 0.875; images have 40 x 48
+        assert (alone["settings"]["resize_size"], alone["settings"]["k"]) == (64, 20)  # 56 / 0.875
         assert 1 / 6 < found["knn_top1"] < 1
 
 
