@@ -35,6 +35,22 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     return None
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things in words: "1 image", "2 images".
+
+    Args:
+        number: of them.
+        noun: one of them.
+        plural: several, where that is not the noun with an s.
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 as every console shows accuracies: 0.5 is "50.00%"."""
+    return f"{share:.2%}"
+
+
 class _Tolerant:
     """A text stream that goes nowhere from its first failed write on: a closed pipe, a terminal that is gone."""
 

@@ -31,7 +31,7 @@ from megatron_nepa.data.index.table_values import NotInPlaceError
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.unpack_tables import unpack_tables
 from megatron_nepa.data.indexing.write_shards import check_shards, write_shards
-from megatron_nepa.terminal import tool
+from megatron_nepa.terminal import counted, tool
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -91,7 +91,8 @@ def main() -> None:
     for name, reason in index.quarantine:
         print(f"left out {name}: {reason}")
     print(
-        f"{args.out}: {len(index)} images, {len(index.classes)} classes, {len(index.quarantine)} left out; "
+        f"{args.out}: {counted(len(index), 'image')}, {counted(index.num_classes, 'class', 'classes')}, "
+        f"{len(index.quarantine)} left out; "
         f"largest {index.width.max()} x {index.height.max()}" + "".join(f"; {note}" for note in index.notes)
     )
 

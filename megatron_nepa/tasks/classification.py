@@ -26,6 +26,7 @@ from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.topology import TensorGroup, Topology
+from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.flops import train_flops
@@ -50,7 +51,7 @@ class ClassificationTask(Task):
         index, validation = labelled_sets(run, topology)
         self.index = index
         self.classes = index.classes
-        self.num_classes = run.head.num_classes or count_classes(index)
+        self.num_classes = run.head.num_classes or index.num_classes
         self.num_images = len(index)
         self.data_fingerprint = index.fingerprint()
         self.flops_per_image = float(train_flops(run.model))
@@ -126,11 +127,6 @@ class ClassificationEvaluator:
         return {"top1": top1 / images, "top5": top5 / images, "loss": loss_sum / images}
 
 
-def count_classes(index: DatasetIndex) -> int:
-    """Classes of a labelled data set."""
-    return len(index.classes) or int(index.label.max()) + 1
-
-
 def labelled_sets(
     run: ClassificationConfig | ProbingConfig, topology: Topology
 ) -> tuple[DatasetIndex, DatasetIndex | None]:
@@ -176,8 +172,8 @@ def labelled_index(data: DataConfig, path: str | None, topology: Topology, flag:
     )
     require(
         bool((label != label[0]).any()),
-        f"all {len(index)} images of {index.root} are of one class: classification takes a folder for each of two "
-        "classes or more.",
+        f"all {counted(len(index), 'image')} of {index.root} are of one class: classification takes a folder "
+        "for each of two classes or more.",
     )
     return index
 

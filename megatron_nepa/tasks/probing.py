@@ -27,7 +27,6 @@ from megatron_nepa.parallel.parameters import initialize_parameters
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.classification import (
     ClassificationEvaluator,
-    count_classes,
     evaluation_loader,
     evaluation_settings,
     evaluation_steps,
@@ -36,6 +35,7 @@ from megatron_nepa.tasks.classification import (
 )
 from megatron_nepa.tasks.features import extract_features, knn_accuracy
 from megatron_nepa.tasks.knn import TEMPERATURE
+from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.evaluation import load_weights
@@ -86,13 +86,13 @@ class ProbingTask(Task):
         run, topology = self.run, self.topology
         build = Build(run.parallel, topology.tensor, kernels, run.seed)
         new_norm = partial(BatchNorm, group=topology.data_group)
-        return LinearProbe(run.model.hidden_size, count_classes(self.index), build, new_norm)
+        return LinearProbe(run.model.hidden_size, self.index.num_classes, build, new_norm)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
         """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
         run = self.run
         feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
-        return FinetuningLoader(self.index, run.data, CROPS_ONLY, run.model.image_size, count_classes(self.index), feed)
+        return FinetuningLoader(self.index, run.data, CROPS_ONLY, run.model.image_size, self.index.num_classes, feed)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """One rate."""
@@ -156,8 +156,8 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
     assert task.validation is not None
     require(
         len(task.index) >= run.knn,
-        f"--knn {run.knn} neighbours are asked of the {len(task.index)} images of {task.index.root}: ask for "
-        f"{len(task.index)} or less.",
+        f"--knn {run.knn} neighbours are asked of the {counted(len(task.index), 'image')} of {task.index.root}: ask "
+        f"for {len(task.index)} or less.",
     )
     sets = []
     for index in (task.index, task.validation):

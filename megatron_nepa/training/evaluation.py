@@ -25,6 +25,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.reporting.metric_table import describe_result
 from megatron_nepa.training.results import identify_weights, write_results
 from megatron_nepa.training.task import Evaluator, Task
 
@@ -83,7 +84,7 @@ def describe_lag(evaluator: Evaluator, results: dict[str, float], initial_share:
     raw, average = _names_of_best(evaluator)
     if evaluator.best is None or average not in results or (results[average] >= results[raw] and not is_young):
         return None
-    numbers = f"{average} {results[average]:.4f}, {raw} {results[raw]:.4f}"
+    numbers = ", ".join(describe_result(name, results[name]) for name in (average, raw))
     if is_young:
         return f"the weight average is still {initial_share:.0%} the weights that the run began with: {numbers}"
     return f"the weight average is behind the raw weights: {numbers}"

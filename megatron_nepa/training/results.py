@@ -13,6 +13,7 @@ from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice, choose_kind
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.files import replace_text
+from megatron_nepa.training.reporting.metric_table import describe_result
 
 
 def identify_weights(source: str, choice: Choice | None) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def write_results(path: Path, origin: str, settings: Mapping[str, Any], results:
     Raises:
         ConfigError: where the file cannot be read or written.
     """
-    print(origin, *(f"  {name} {value:.6g}" for name, value in results.items()), sep="\n", flush=True)
+    print(origin, *(f"  {describe_result(name, value)}" for name, value in results.items()), sep="\n", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = [entry for entry in read_results(path) if entry.get("settings") != settings]

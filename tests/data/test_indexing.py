@@ -114,7 +114,7 @@ def test_labels_of_other_shards(photographs: Path, tmp_path: Path) -> None:
                 archive.addfile(header, io.BytesIO(content))
     listing = list_source(tmp_path)
     assert listing.label.tolist() == [4, 7, -1, -1]
-    assert "2 images have no label" in listing.notes
+    assert "2 images without a label" in listing.notes
 
 
 def test_a_vanished_shard_is_named(photographs: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_cityscapes(tmp_path: Path) -> None:
     assert listed(tmp_path) == expected
     assert pair_layout(tmp_path) is CITYSCAPES
     (tmp_path / CITY_MASK.format(2, "labelTrainIds")).unlink()
-    with pytest.raises(ConfigError, match=r"1 images .* have labelIds only, the first ulm/u_2"):
+    with pytest.raises(ConfigError, match=r"1 image of .* with labelIds only, the first ulm/u_2"):
         list_source(tmp_path)
 
 

@@ -45,7 +45,7 @@ def test_dense_line() -> None:
         "step     7/12000 | loss nan | grad inf | skipped 2"
     )
     assert dense_line({"step": 4, "val_top1": 0.5, "probe_ema_knn_top1": 0.1234, "val_loss": 2.0}, 4) == (
-        "step 4/4 | top-1 50.0% | EMA kNN 12.3%"
+        "step 4/4 | top-1 50.00% | EMA kNN 12.34%"
     )
     assert "| 12346 img/s |" in dense_line({**ROW, "samples_per_second": 12345.6}, 200)
     assert "| grad 0.000512 |" in dense_line({**ROW, "grad_norm": 5.12e-4}, 200)

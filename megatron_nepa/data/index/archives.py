@@ -23,6 +23,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
 from megatron_nepa.data.index.label_values import decode_text, number_classes, read_label
 from megatron_nepa.data.index.walk import ARCHIVES, example, is_hidden, is_image, passed_over_note
+from megatron_nepa.terminal import counted
 
 CLASSES_FILE = "classes.json"  # beside tar shards: the class names, by number
 _LABEL_FIELDS = ("cls", "cls.txt", "json")
@@ -72,7 +73,8 @@ def list_tars(root: Path, tars: list[str]) -> DatasetIndex:
         values, lambda i: f"the label of {images[i].name}", f"the tar files of {root}", known
     )
     if found.shared_keys:
-        notes += (f"{found.shared_keys} images share a key, and so a label, with another of their tar file",)
+        shared = counted(found.shared_keys, "image")
+        notes += (f"{shared} with the key, and so the label, of another in the tar file",)
     unknown = np.zeros(len(images), np.int32)
     return DatasetIndex(
         root,
@@ -295,8 +297,8 @@ def _folder_classes(root: Path, images: list[_Member]) -> list[int | str | None]
     loose, grouped = groups.count(None), next((group for group in groups if group is not None), None)
     require(
         not loose or grouped is None,
-        f"the tar files of {root} hold {loose} images beside class folders ({grouped}, ...) and no labels: keep every "
-        "image in a class folder, or none.",
+        f"the tar files of {root} hold {counted(loose, 'image')} beside class folders ({grouped}, ...) and no "
+        "labels: keep every image in a class folder, or none.",
     )
     return list(groups)
 

@@ -76,6 +76,11 @@ class DatasetIndex:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes by name, or else the numbers from 0 to the largest label; 0 where no image has one."""
+        return len(self.classes) or int(self.label.max(initial=-1)) + 1
+
     def where(self, i: int) -> str:
         """Where image ``i`` is, for messages: its path, or shard path and member name."""
         if self.shards:

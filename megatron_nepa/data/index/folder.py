@@ -15,6 +15,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS, InaccessibleImageError, UnreadableImageError
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.index.walk import Walked, walk
+from megatron_nepa.terminal import counted
 
 # the usual names of the parts of a data set
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -56,7 +57,8 @@ def read_sizes(listing: DatasetIndex) -> DatasetIndex:
     if not kept:
         name, reason = quarantine[0]
         raise ConfigError(
-            f"none of the {len(listing)} image files in {listing.root} can be read; the first, {name}: {reason}."
+            f"none of the {counted(len(listing), 'image file')} in {listing.root} can be read; the first, "
+            f"{name}: {reason}."
         )
     width, height = np.array(sizes, np.int32).T.copy()
     index = listing if len(kept) == len(listing) else listing.select(np.array(kept))
@@ -101,8 +103,9 @@ def _classified(root: Path, walked: Walked) -> tuple[list[str], list[int], tuple
     classes = tuple(sorted({name.split("/", 1)[0] for name in walked.images if "/" in name}))
     if loose and classes:
         raise ConfigError(
-            f"{root} holds {len(loose)} images beside class folders ({classes[0]}, ...): an ImageFolder tree keeps "
-            "every image in a class folder and a flat folder has no subfolders with images; move one kind away."
+            f"{root} holds {counted(len(loose), 'image')} beside class folders ({classes[0]}, ...): an "
+            "ImageFolder tree keeps every image in a class folder and a flat folder has no subfolders with images; "
+            "move one kind away."
         )
     if not walked.images and any(name.lower().endswith(".tar") for name in walked.archives()):
         raise ConfigError(

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.terminal import counted
 
 # 7, 007, +7, 7.0, .5, 7.000e+00; "1e3" is as likely a name
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-][0-9]+)?")
@@ -105,7 +106,7 @@ def _notes(labels: npt.NDArray[np.int32], found: npt.NDArray[np.int32], named: b
     notes = []
     without = int((labels < 0).sum())
     if len(found) and without:
-        notes.append(f"{without} images have no label")
+        notes.append(f"{counted(without, 'image')} without a label")
     if len(found) and not named and (missing := int(found[-1]) + 1 - len(found)):
         first = int(np.flatnonzero(np.append(found, -1) != np.arange(len(found) + 1))[0])
         notes.append(f"labels go up to {found[-1]}, and no image has {missing} of them (such as {first})")

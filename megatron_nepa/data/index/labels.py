@@ -14,6 +14,7 @@ from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.label_values import decode_text, number_classes, read_label
 from megatron_nepa.data.index.walk import example, is_image
+from megatron_nepa.terminal import counted
 
 _SPACE = "a space"  # the documented delimiter
 _DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
@@ -119,14 +120,15 @@ def _named(file: Path, lines: list[_Line], images: list[str], root: Path) -> tup
     if unmatched and unmatched[0][0] is lines[0] and not is_image(unmatched[0][1]):
         notes.append(f"line 1 of its labels file ({unmatched.pop(0)[0].text[:60]}) is taken for a header")
     if unmatched:
-        notes.append(f"{len(unmatched)} lines of its labels file name no image (line {unmatched[0][0].number})")
+        lines_of = counted(len(unmatched), "line")
+        notes.append(f"{lines_of} of its labels file without an image (line {unmatched[0][0].number})")
     if repeated:
-        notes.append(f"{len(repeated)} lines of its labels file repeat another (line {repeated[0].number})")
+        notes.append(f"{counted(len(repeated), 'line')} of its labels file said twice (line {repeated[0].number})")
     without = [image for i, image in enumerate(images) if i not in label_of]
     require(
         not without,
-        f"{file} has no label for {len(without)} of the {len(images)} images of {root} ({example(without)}): name each "
-        "by its path below that folder.",
+        f"{file} has no label for {len(without)} of the {counted(len(images), 'image')} of {root} "
+        f"({example(without)}): name each by its path below that folder.",
     )
     return [label_of[i] for i in range(len(images))], tuple(notes)
 
@@ -182,7 +184,7 @@ def _in_order(file: Path, lines: list[_Line], images: list[str], root: Path) -> 
         )
     require(
         len(lines) == len(images),
-        f"{file} holds {len(lines)} labels for the {len(images)} images of {root}"
+        f"{file} holds {counted(len(lines), 'label')} for the {counted(len(images), 'image')} of {root}"
         + (f": is line 1 ({lines[0].text[:60]}) a header?" if len(lines) == len(images) + 1 else "."),
     )
     by_path = sorted(range(len(images)), key=images.__getitem__)

@@ -17,6 +17,7 @@ from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
 from megatron_nepa.data.index.walk import is_hidden, is_image
+from megatron_nepa.terminal import counted
 
 _SAME_SPLIT = {"training": "train", "train": "training", "validation": "val", "val": "validation"}
 # why a mask is in the quarantine of an index
@@ -98,7 +99,7 @@ def list_pairs(root: Path, layout: PairLayout, split: str) -> DatasetIndex:
         if not names:
             image, mask = (next((found[min(found)][0] for _ in found), "") for found in (images, masks))
             example = f": {image} is an image, {mask} a mask" if mask else f", which holds no *{layout.mask_ending}.png"
-            raise ConfigError(f"none of the {len(images)} images in {where}{example}.")
+            raise ConfigError(f"none of the {counted(len(images), 'image')} in {where}{example}.")
         quarantine = [(file, "has no mask") for key in sorted(images.keys() - masks.keys()) for file in images[key]]
         quarantine += [(file, WITHOUT_IMAGE) for key in sorted(masks.keys() - images.keys()) for file in masks[key]]
     else:
@@ -141,8 +142,8 @@ def _split_folder(root: Path, layout: PairLayout, split: str) -> str:
     if loose:
         require(
             part is None,
-            f"{root / layout.images} holds {len(loose)} images ({loose[0]}, ...) beside the folder {part} of a split: "
-            "move one kind away.",
+            f"{root / layout.images} holds {counted(len(loose), 'image')} ({loose[0]}, ...) beside the folder "
+            f"{part} of a split: move one kind away.",
         )
         return ""
     require(
@@ -198,7 +199,7 @@ def _require_train_ids(root: Path, part: str, without: set[str]) -> None:
     ids = without & _files(root, os.path.join(CITYSCAPES.masks, part), _CITYSCAPES_IDS).keys()
     require(
         not ids,
-        f"{len(ids)} images of {root / CITYSCAPES.images / part} have labelIds only, the first {min(ids, default='')}: "
-        f"make labelTrainIds, the 19 classes, by `pip install cityscapesscripts` and `CITYSCAPES_DATASET={root} "
-        "csCreateTrainIdLabelImgs`.",
+        f"{counted(len(ids), 'image')} of {root / CITYSCAPES.images / part} with labelIds only, the first "
+        f"{min(ids, default='')}: make labelTrainIds, the 19 classes, by `pip install cityscapesscripts` and "
+        f"`CITYSCAPES_DATASET={root} csCreateTrainIdLabelImgs`.",
     )

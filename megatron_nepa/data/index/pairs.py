@@ -10,6 +10,7 @@ from megatron_nepa.data.index.folder import read_sizes
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.pair_layouts import WITHOUT_IMAGE, pair_layout
 from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.terminal import counted
 
 ADE20K_NAMES = "objectInfo150.txt"
 CLASS_NAMES = "classes.txt"
@@ -31,11 +32,12 @@ def pair_index(path: str, split: str, verbose: bool = True) -> DatasetIndex:
     if verbose:
         alone = [name for name, reason in index.quarantine if reason == WITHOUT_IMAGE]
         if alone:
-            print(f"left out {len(alone)} masks without an image in {index.root}; the first: {alone[0]}")
+            masks = counted(len(alone), "mask")
+            print(f"left out {masks} without an image in {index.root}; the first: {alone[0]}")
         images = [(name, reason) for name, reason in index.quarantine if reason != WITHOUT_IMAGE]
         if images:
             name, reason = images[0]
-            print(f"left out {len(images)} images of {index.root}; the first, {name}: {reason}")
+            print(f"left out {counted(len(images), 'image')} of {index.root}; the first, {name}: {reason}")
     return index
 
 
@@ -80,6 +82,6 @@ def class_names(root: Path, masks: MaskConfig) -> tuple[str, ...]:
         lines = [line.split("\t")[-1].split(";")[0].split(",")[0].strip() for line in lines[1:]]
     require(
         len(lines) == num_classes,
-        f"{file} names {len(lines)} classes, but --masks.num_classes is {num_classes}.",
+        f"{file} names {counted(len(lines), 'class', 'classes')}, but --masks.num_classes is {num_classes}.",
     )
     return tuple(lines)

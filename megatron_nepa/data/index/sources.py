@@ -18,6 +18,7 @@ from megatron_nepa.data.index.splits import choose_split
 from megatron_nepa.data.index.table_files import TABLES, TableSet, is_saved, loose_tables, saved_tables
 from megatron_nepa.data.index.tables import list_tables
 from megatron_nepa.data.index.walk import ARCHIVES, example
+from megatron_nepa.terminal import counted
 
 
 def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
@@ -57,8 +58,8 @@ def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
         return list_tables(loose_tables(path, names, split))
     require(
         not archives or len(archives) < len(walked.images),
-        f"{path} holds {len(archives)} archives ({example(archives)}) beside {len(walked.images)} images: move one "
-        "kind away.",
+        f"{path} holds {counted(len(archives), 'archive')} ({example(archives)}) beside "
+        f"{counted(len(walked.images), 'image')}: move one kind away.",
     )
     return folder_listing(path, walked)
 

@@ -18,6 +18,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.index_file import save_index
 from megatron_nepa.data.indexing.lock import claimed
 from megatron_nepa.data.indexing.verify import Checked, Verify, check_images
+from megatron_nepa.terminal import counted
 
 _CHUNK = 256  # images of one task: seconds of decoding, so that little is lost when a run is stopped
 
@@ -74,7 +75,8 @@ def build_and_save_index(
         if not len(index):
             name, reason = index.quarantine[0]
             raise ConfigError(
-                f"none of the {len(listing)} images of {listing.root} can be used; the first, {name}: {reason}."
+                f"none of the {counted(len(listing), 'image')} of {listing.root} can be used; the first, "
+                f"{name}: {reason}."
             )
         save_index(index, target)
         shutil.rmtree(partial)

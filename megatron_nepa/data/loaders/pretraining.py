@@ -19,6 +19,7 @@ from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import flip_key
 from megatron_nepa.parallel.random import uniform_tensor
+from megatron_nepa.terminal import counted
 
 SYNTHETIC = "synthetic"
 _LONG_SCAN = 10.0  # seconds after which an index is worth a hint
@@ -158,8 +159,10 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
         if verbose and seconds > _LONG_SCAN:
             print(f"reading {len(index)} headers took {seconds:.0f} s: tools/index_dataset.py makes this instant.")
         if verbose and config.path is not None and index.notes:
-            print(f"{folder}: {len(index)} images, {len(index.classes)} classes; {'; '.join(index.notes)}")
+            images, classes = counted(len(index), "image"), counted(index.num_classes, "class", "classes")
+            print(f"{folder}: {images}, {classes}; {'; '.join(index.notes)}")
     if index.quarantine and verbose:
         name, reason = index.quarantine[0]
-        print(f"left out {len(index.quarantine)} unreadable images of {index.root}; the first, {name}: {reason}")
+        unreadable = counted(len(index.quarantine), "unreadable image")
+        print(f"left out {unreadable} of {index.root}; the first, {name}: {reason}")
     return index

@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from megatron_nepa.terminal import percent
+
 
 def _short(value: float) -> str:
     """At least three digits, without an exponent for the sizes that occur."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def describe_result(name: str, value: float) -> str:
+    """A result of an evaluation as consoles show it: a loss as a number, everything else as a share."""
+    return f"{name} {f'{value:.4f}' if name.endswith('loss') else percent(value)}"
 
 
 class Metric(NamedTuple):
@@ -42,7 +49,7 @@ class Metric(NamedTuple):
 
 def _of_both(name: str, unit: str, panel: str, console: str = "") -> tuple[Metric, Metric]:
     """A share that an evaluation measures on the raw weights and on their average; ``console`` names it there."""
-    shown = (lambda value: f"{console} {value:.1%}", lambda value: f"EMA {console} {value:.1%}")
+    shown = (lambda value: f"{console} {percent(value)}", lambda value: f"EMA {console} {percent(value)}")
     raw, average = shown if console else (None, None)
     return (
         Metric(name, unit, raw, panel, "raw weights", "evaluation"),
