@@ -7,7 +7,7 @@ are resampled. Whatever lies outside it is the head of a task, and may be new, o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from megatron_nepa.checkpoint.reading.weights import (
 )
 from megatron_nepa.checkpoint.saving.store import quiet_torch_checkpoint
 from megatron_nepa.config import ModelConfig, require
+from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.parameters import REPLICATED, layout_of
 
@@ -49,6 +50,7 @@ _STRUCTURE = (
     "position_embedding",
     "bos_token",
 )
+_LAYER_SCALE = "layer_scale_init"
 # settings of training that every start chooses anew: they change nothing that the weights compute
 _UNTOUCHED = (
     "drop_path",
@@ -69,6 +71,7 @@ def start_from(
     model: ModelConfig,
     reset_head: bool = False,
     require_head: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> str:
     """Set the weights, and the average where the run keeps one; every rank calls it, on any grid.
 
@@ -80,12 +83,15 @@ def start_from(
         model: this run's model.
         reset_head: leave the head at its initial values, whatever the checkpoint holds.
         require_head: refuse a checkpoint without a head, as an evaluation must.
+        classes: names of what the run's head tells apart, by number, which are those of a head that is taken; () where
+            they are numbers alone, None where that was seen to elsewhere.
 
     Returns:
         What was done, for the log.
 
     Raises:
-        ConfigError: where the checkpoint is damaged, its trunk is another one, or its head does not fit.
+        ConfigError: where the checkpoint is damaged, its trunk is another one, or its head does not fit or is of other
+            classes.
     """
     wanted = empty_weights(train)
     holds_weights_alone = Path(path).is_file() or is_release(Path(path))
@@ -101,6 +107,11 @@ def start_from(
         f"--init_from {path} holds another head: {'; '.join(misfits)}; "
         + ("evaluate it on its own classes." if require_head else "give --reset_head to draw this one anew."),
     )
+    takes_head = any(not _is_trunk(name) for name in taken)
+    unnamed = None
+    if takes_head and classes is not None:
+        remedy = "give --reset_head to draw the head anew, or label the images as those were"
+        unnamed = compare_with_head(f"the head of {path}", source.classes, classes, "the training images", remedy)
     initial = [name for name in wanted if name not in taken]
     untrained = [name for name in initial if not _is_trunk(name)]
     require(
@@ -113,6 +124,7 @@ def start_from(
     restore_weights(train, {**taken, **{name: adapt(as_stored[name]) for name, adapt in adapters.items()}})
 
     lines = [f"starting from the {source.origin}"]
+    lines += [f"  {unnamed}"] if unnamed else []
     left_out = sorted(name for name in source.shapes if name not in wanted and not _is_trunk(name))
     if initial:
         lines.append(f"  at their initial values: {_summary(initial)}")
@@ -139,6 +151,7 @@ class _Source:
         path: the path as the user gave it.
         origin: what they are, in words.
         model: config of their model, as plain values.
+        classes: that its head tells apart, by number; None where they are not known.
         shapes: of the whole tensors, as a checkpoint stores them, by the names of parameters and buffers.
         read_into: fills tensors of :func:`empty_weights`, by name.
     """
@@ -146,6 +159,7 @@ class _Source:
     path: str
     origin: str
     model: dict[str, Any]
+    classes: list[str] | None
     shapes: dict[str, tuple[int, ...]]
     read_into: Callable[[dict[str, Tensor]], None]
 
@@ -172,7 +186,9 @@ def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Sour
         dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
 
     shapes = {name: tuple(stored[key].shape) for name, key in keys.items()}
-    return _Source(path, describe_origin(checkpoint, manifest, kind), manifest["run"]["model"], shapes, read_into)
+    run = manifest["run"]
+    origin = describe_origin(checkpoint, manifest, kind)
+    return _Source(path, origin, run["model"], run.get("classes"), shapes, read_into)
 
 
 def _of_weights(train: TrainState, path: str, choice: Choice | None) -> _Source:
@@ -197,7 +213,7 @@ def _of_weights(train: TrainState, path: str, choice: Choice | None) -> _Source:
     for name, value in weights.tensors.items():
         sections = layouts[name].sections if name in layouts else 1
         shapes[name] = (sections, value.shape[0] // sections, *value.shape[1:]) if sections > 1 else tuple(value.shape)
-    return _Source(path, "; ".join([weights.origin, *notes]), asdict(weights.model), shapes, read_into)
+    return _Source(path, "; ".join([weights.origin, *notes]), asdict(weights.model), None, shapes, read_into)
 
 
 def _adapters(theirs: dict[str, Any], ours: ModelConfig) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -224,19 +240,22 @@ def _require_same_trunk(
     differing = [
         f"{key} {there[key]} there, {value} here" for key, value in here.items() if there.get(key, value) != value
     ]
+    fields = [_LAYER_SCALE if key == "layer_scale" else key for key, value in here.items() if there[key] != value]
+    flags = " ".join(f"--model.{field} {str(source.model.get(field)).lower()}" for field in fields)
+    remedy = f"give {flags}, or another checkpoint" if flags else "give another checkpoint"
     require(
         bool(_trunk_names(wanted)) or not _trunk_names(source.shapes),
         f"--init_from {source.path} holds a trunk, not the layer of a probe: give a probe's checkpoint.",
     )
     require(
         not problems and source.model["num_heads"] == model.num_heads,
-        f"--init_from {source.path} holds another trunk: {'; '.join(differing or problems[:_MOST_NAMED])}.",
+        f"--init_from {source.path} holds another trunk: {'; '.join(differing or problems[:_MOST_NAMED])}; {remedy}.",
     )
 
 
 def _structure(model: dict[str, Any]) -> dict[str, Any]:
     values = {key: model[key] for key in _STRUCTURE}
-    values["layer_scale"] = "absent" if model["layer_scale_init"] is None else "present"
+    values["layer_scale"] = "absent" if model[_LAYER_SCALE] is None else "present"
     return values
 
 

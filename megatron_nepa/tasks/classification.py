@@ -16,10 +16,11 @@ from tqdm import tqdm
 from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig, require
 from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.loaders.classification import FinetuningLoader
+from megatron_nepa.data.loaders.classification import FinetuningLoader, check_mixing
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
 from megatron_nepa.data.loaders.pretraining import Batch, build_index
 from megatron_nepa.data.sampling.feed import Feed
+from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.classifier import Classifier
@@ -48,6 +49,8 @@ class ClassificationTask(Task):
         self.run = run
         self.topology = topology
         self.reset_head = run.reset_head
+        if not run.evaluation.only:
+            check_mixing(run.augmentation, Share.of(run, topology))  # before images are listed and a model is built
         index, validation = labelled_sets(run, topology)
         self.index = index
         self.classes = index.classes

@@ -20,7 +20,7 @@ from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice
 from megatron_nepa.checkpoint.saving.store import CheckpointStore
 from megatron_nepa.config import ModelConfig, RunConfig, require
-from megatron_nepa.data.index.agreement import names_are_numbers
+from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -119,7 +119,10 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
             choice = "raw"
     if not is_release(Path(source)):
         trained = read_manifest(find_checkpoint(source))["run"]
-        _require_same_classes(source, trained.get("classes"), task.classes, topology.is_main)
+        remedy = "evaluate images that are labelled as the training images were"
+        note = compare_with_head(source, trained.get("classes"), task.classes, "the validation images", remedy)
+        if note is not None and topology.is_main:
+            print(note)
         _require_same_features(source, trained.get("trunk"), run.to_dict().get("trunk"))
     model = task.build_model(kernels).to(topology.device, DTYPES[run.trained_dtype])
     origin = load_weights(model, source, choice, run.model, topology)
@@ -130,29 +133,6 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
         settings = {**identify_weights(source, choice), **task.evaluation_settings()}
         write_results(output_dir / "evaluation.json", origin, settings, results)
     return results
-
-
-def _require_same_classes(source: str, trained: list[str] | None, classes: tuple[str, ...], verbose: bool) -> None:
-    """Refuse classes that are not those of the checkpoint; a checkpoint that knows nothing of its classes is said."""
-    if trained is None:
-        if classes and verbose:
-            print(f"{source} does not name its classes: its output 0 is taken for {classes[0]}, and so on in order.")
-        return
-    if not (trained and classes):
-        names = trained or classes
-        require(
-            names_are_numbers(names),
-            f"the classes of {source if trained else 'the validation images'} have names ({', '.join(names[:3])}, ...) "
-            f"and those of {'the validation images' if trained else source} only numbers, which may mean other "
-            "classes: evaluate images that are labelled as the training images were.",
-        )
-        return
-    differing = [(i, *pair) for i, pair in enumerate(zip(trained, classes, strict=False)) if pair[0] != pair[1]]
-    require(
-        len(trained) == len(classes) and not differing,
-        f"{source} was trained to tell {len(trained)} classes apart and the validation images have {len(classes)}"
-        + (f"; number {differing[0][0]} is {differing[0][1]} there, {differing[0][2]} here." if differing else "."),
-    )
 
 
 def _require_same_features(source: str, trained: dict[str, Any] | None, features: dict[str, Any] | None) -> None:

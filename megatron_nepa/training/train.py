@@ -68,7 +68,9 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
     elif run.init_from is not None:
         with waiting_for(f"reading {run.init_from}", topology.is_main):
-            start = start_from(engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head)
+            start = start_from(
+                engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head, classes=task.classes
+            )
     if run.compile:
         for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
             block.compile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -213,5 +214,6 @@ def test_another_trunk_is_one_sentence_that_names_both_sides(
     for error, fact in zip(errors, [*changes, *changes], strict=True):
         assert "holds another trunk: " in error
         assert fact in error
+        assert re.search(r"; give (--model\.\w+ [\w.-]+ ?)+, or another checkpoint\.$", error), error
         assert error.count("\n") == 0
-        assert len(error) < 250
+        assert len(error) < 330

@@ -112,7 +112,7 @@ def test_labels_in_an_archive(tmp_path: Path, members: dict[str, bytes], labels:
         ({"0.jpg": PIXEL, "0.cls": b"1", "1.jpg": PIXEL, "1.cls": b"ox"}, "mixes numbers and names"),
         ({"0.jpg": PIXEL, "0.cls": b"-1"}, "holds the label -1"),
         ({"0.jpg": PIXEL, "0.cls": b"1\n2"}, "more than one line"),
-        ({"0.jpg": PIXEL, "cat/1.jpg": PIXEL}, "hold 1 images beside class folders"),
+        ({"0.jpg": PIXEL, "cat/1.jpg": PIXEL}, "hold 1 image beside class folders"),
         ({"0.jpg": PIXEL, "b.tar.gz": b"x"}, "no plain tar file"),
         ({"0.cls": b"1"}, "hold no images"),
     ],
@@ -121,6 +121,29 @@ def test_archives_that_are_refused(tmp_path: Path, members: dict[str, bytes], me
     write_tar(tmp_path / "s.tar", list(members.items()))
     with pytest.raises(ConfigError, match=message):
         list_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "notes"),
+    [
+        ({"0.jpg": PIXEL, "0.json": b'{"caption": "x"}'}, ("1 JSON file without a label",)),
+        (
+            {"0.jpg": PIXEL, "0.cls": b"1", "1.jpg": PIXEL, "1.json": b"[", "2.jpg": PIXEL, "2.json": b"{}"},
+            ("2 images without a label", "labels go up to 1", "2 JSON files without a label"),
+        ),
+        ({"0.jpg": PIXEL, "0.cls": b"0", "7.cls": b"0", "8.v2.cls": b"1"}, ("2 label files without an image",)),
+        ({"0.jpg": PIXEL, "0.png": PIXEL, "0.cls": b"0"}, ("1 image with the key",)),
+        ({"0.v1.jpg": PIXEL, "0.v1.cls": b"0", "0.cls": b"0"}, ()),
+        ({"a/0.jpg": PIXEL, "b/0.cls": b"0"}, ("1 label file without an image",)),
+    ],
+)
+def test_what_an_archive_holds_besides_is_counted(
+    tmp_path: Path, members: dict[str, bytes], notes: tuple[str, ...]
+) -> None:
+    write_tar(tmp_path / "s.tar", list(members.items()))
+    found = list_source(tmp_path).notes
+    assert len(found) == len(notes), found
+    assert all(note.startswith(start) for note, start in zip(found, notes, strict=True)), found
 
 
 def test_compressed_archives_are_refused(tmp_path: Path) -> None:

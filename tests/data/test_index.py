@@ -115,7 +115,7 @@ def test_folders_without_images_are_refused(photographs: Path, tmp_path: Path) -
     (tmp_path / "x.jpg").write_bytes(b"no")
     with pytest.raises(ConfigError) as error:
         build_index(DataConfig(path=str(tmp_path)))
-    one_sentence(error, "none of the 1 image files", "x.jpg: not a JPEG")
+    one_sentence(error, "none of the 1 image file", "x.jpg: not a JPEG")
     (tmp_path / "class").mkdir()
     shutil.copy(photographs / "ant" / "00.jpg", tmp_path / "class")
     with pytest.raises(ConfigError) as error:

@@ -111,6 +111,18 @@ def test_from_a_trunk_to_an_evaluated_classifier(trunk: Path, labelled: dict[str
     refused = run_ranks(1, finetune, [*evaluating(flags), f"--validation_data={other}"])[0]
     assert re.search("3 classes apart .* have 3; number 2 is red there, yellow here", refused)
 
+    # nor does another run start from its head for other classes, unless the head is drawn anew
+    start = [*flags_of(labelled, tmp_path / "started"), f"--init_from={tmp_path / 'run'}", "--steps=1"]
+    of_others = [f"--data={other}", f"--validation_data={other}", "--global_batch_size=2", "--micro_batch_size=2"]
+    commands = [
+        [*start, *of_others],
+        [*start, *of_others, "--reset_head"],
+        [*start, f"--output_dir={tmp_path / 'same'}"],
+    ]
+    outcomes = run_ranks(1, _all, commands)[0]
+    assert re.search("3 classes apart .* number 2 is red there, yellow here: give --reset_head", str(outcomes[0]))
+    assert outcomes[1:] == [None, None]
+
     # the same weights, raw: another number of the log
     raw = [f"--init_from={tmp_path / 'run/checkpoints/step_00000006'}", "--init_weights=raw"]
     assert run_ranks(1, finetune, [*evaluating(flags_of(labelled, tmp_path / "other")), *raw]) == [None]
@@ -131,7 +143,7 @@ def test_an_average_that_is_still_its_beginning_is_named_and_not_the_best(
     assert error is None
     assert "(optimizer.ema_decay 0.9999) cannot follow a run of 8 steps: 100% of it will still be" in said
     row = read_metrics(tmp_path / "run")[-1]
-    numbers = f"val_ema_top1 {row['val_ema_top1']:.4f}, val_top1 {row['val_top1']:.4f}"
+    numbers = f"val_ema_top1 {row['val_ema_top1']:.2%}, val_top1 {row['val_top1']:.2%}"
     assert f"the weight average is still 100% the weights that the run began with: {numbers}" in said
     assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["metric"] == "val_top1"
 
@@ -202,6 +214,7 @@ def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, P
         ([f"--data={flat}"], "without a label"),
         (["--data=synthetic"], "no labels"),
         ([f"--validation_data={fewer}"], r"3 classes .* 2: class green is missing"),
+        (["--augmentation.mix_group=4", "--model.num_layers=4000"], "take --augmentation.mix_group 2"),  # at once
         (["--head.num_classes=2"], "label 2, but the classifier has 2 classes"),
         (wider, "hidden_size"),
         (["--evaluation.resize_size=16"], "smaller than the crop"),

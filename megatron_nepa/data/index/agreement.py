@@ -57,6 +57,45 @@ def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
         )
 
 
+def compare_with_head(
+    source: str, trained: Sequence[str] | None, classes: Sequence[str], images: str, remedy: str
+) -> str | None:
+    """Refuse images whose classes are not those that a head tells apart.
+
+    Args:
+        source: that holds the head.
+        trained: its class names, by number; () where they are numbers alone, None where nothing is known of them.
+        classes: of the images, likewise.
+        images: which they are, in words.
+        remedy: what to do.
+
+    Returns:
+        The sentence for a head of which nothing is known; None elsewhere.
+
+    Raises:
+        ConfigError: naming both sides.
+    """
+    if trained is None:
+        unnamed = f"{source} does not name its classes: its output 0 is taken for {classes[0]}, and so on in order."
+        return unnamed if classes else None
+    if not (trained and classes):
+        names = trained or classes
+        require(
+            names_are_numbers(names),
+            f"the classes of {source if trained else images} have names ({', '.join(names[:3])}, ...) and those of "
+            f"{images if trained else source} only numbers, which may mean other classes: {remedy}.",
+        )
+        return None
+    differing = [(i, *pair) for i, pair in enumerate(zip(trained, classes, strict=False)) if pair[0] != pair[1]]
+    require(
+        len(trained) == len(classes) and not differing,
+        f"{source} was trained to tell {len(trained)} classes apart and {images} have {len(classes)}"
+        + (f"; number {differing[0][0]} is {differing[0][1]} there, {differing[0][2]} here" if differing else "")
+        + f": {remedy}.",
+    )
+    return None
+
+
 def names_are_numbers(classes: Sequence[str]) -> bool:
     """Whether every class name is the class's number (also where there are no names)."""
     return all(name.isascii() and name.isdigit() and int(name) == i for i, name in enumerate(classes))

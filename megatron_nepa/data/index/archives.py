@@ -75,6 +75,10 @@ def list_tars(root: Path, tars: list[str]) -> DatasetIndex:
     if found.shared_keys:
         shared = counted(found.shared_keys, "image")
         notes += (f"{shared} with the key, and so the label, of another in the tar file",)
+    if found.json_without_label:
+        notes += (f"{counted(found.json_without_label, 'JSON file')} without a label",)
+    if found.labels_without_image:
+        notes += (f"{counted(found.labels_without_image, 'label file')} without an image",)
     unknown = np.zeros(len(images), np.int32)
     return DatasetIndex(
         root,
@@ -109,6 +113,8 @@ class _Found:
     images: list[_Member] = field(default_factory=list)
     shard: list[int] = field(default_factory=list)
     shared_keys: int = 0
+    json_without_label: int = 0
+    labels_without_image: int = 0
     passed_over: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -131,6 +137,8 @@ def _read_tar(file: BinaryIO, path: str, start: int, end: int, group: str, found
     keys = [sample_key(name)[0] for name in images]
     found.shared_keys += len(keys) - len(set(keys))
     found.images += [replace(image, group=group, label=labels.of(name)) for name, image in images.items()]
+    found.json_without_label += labels.empty
+    found.labels_without_image += labels.unused()
 
 
 class _Labels:
@@ -140,11 +148,14 @@ class _Labels:
         self._path = path
         self._of_key: dict[str, tuple[int | str, str]] = {}  # key -> label, member that holds it
         self._of_stem: dict[str, tuple[int | str, str]] = {}
+        self._used: set[str] = set()  # members whose label is an image's
+        self.empty = 0  # label files, which are JSON, without one
 
     def add(self, name: str, content: bytes) -> None:
         """Take note of a label file's content."""
         label = _label_in(name, content, f"{self._path}/{name}")
         if label is None:
+            self.empty += name.lower().endswith(".json")
             return
         key, extension = sample_key(name)
         place, key = (self._of_key, key) if extension in _LABEL_FIELDS else (self._of_stem, _stem(name))
@@ -158,7 +169,13 @@ class _Labels:
         if not found:
             return None
         self._agree(key, found[0], found[-1])
+        self._used.update(member for _, member in found)
         return found[0][0]
+
+    def unused(self) -> int:
+        """Label files that no image of :meth:`of` had."""
+        members = {member for place in (self._of_key, self._of_stem) for _, member in place.values()}
+        return len(members - self._used)
 
     def _agree(self, key: str, one: tuple[int | str, str], other: tuple[int | str, str]) -> None:
         require(

@@ -57,12 +57,7 @@ class FinetuningLoader:
             int(label.max()) < num_classes,
             f"{index.root} has label {int(label.max())}, but the classifier has {num_classes} classes.",
         )
-        mixing = augmentation.mixup > 0 or augmentation.cutmix > 0
-        require(
-            not mixing or share.local_size % augmentation.mix_group == 0,
-            f"--augmentation.mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a "
-            f"rank decodes of a micro-batch: {_possible_groups(augmentation.mix_group, share)}.",
-        )
+        check_mixing(augmentation, share)
         self._label, self._share, self._seed, self._num_classes = label, share, feed.seed, num_classes
         self._augmentation, self._flip = augmentation, config.horizontal_flip
         self._device, self._dtype = feed.device, feed.dtype
@@ -123,6 +118,16 @@ class FinetuningLoader:
         parts, numbers = self._pending.popleft()
         augmented = torch.from_numpy(np.concatenate([part.result() for part in parts])).to(self._device)
         return normalise(augmented.permute(0, 3, 1, 2).contiguous(), None, torch.float32), numbers
+
+
+def check_mixing(augmentation: AugmentationConfig, share: Share) -> None:
+    """Refuse mixing groups that a rank's share of a micro-batch would cut."""
+    mixing = augmentation.mixup > 0 or augmentation.cutmix > 0
+    require(
+        not mixing or share.local_size % augmentation.mix_group == 0,
+        f"--augmentation.mix_group {augmentation.mix_group} does not divide the {share.local_size} images that a "
+        f"rank decodes of a micro-batch: {_possible_groups(augmentation.mix_group, share)}.",
+    )
 
 
 def _possible_groups(mix_group: int, share: Share) -> str:
