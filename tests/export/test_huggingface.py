@@ -223,6 +223,17 @@ def test_a_segmenter_computes_the_same_and_comes_back_bit_equal(name: str, tmp_p
 
 
 @torch.no_grad()
+def test_it_compiles_and_exports_as_one_graph(tmp_path: Path) -> None:
+    weights = random_weights(EXAMPLES["nepa_b_release"])
+    model = AutoModel.from_pretrained(export(weights, tmp_path / "model"), **TRUSTED).eval()
+    images = some_images(weights.model)
+    wanted = expected(weights, images).tokens
+    program = torch.export.export(model, (images,)).module()
+    for graph in (program, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        assert difference(graph(images).last_hidden_state, wanted) < 1e-5
+
+
+@torch.no_grad()
 def test_other_image_sizes(tmp_path: Path) -> None:
     rotated, learned = (random_weights(EXAMPLES[name]) for name in ("nepa_b_release", "nepa_b"))
     images = some_images(rotated.model, side=84)
