@@ -59,7 +59,7 @@ def write_overlay(path: Path, image: Pixels, labels: Classes, predictions: Class
     for axes, title, pixels in zip(
         panels,
         ("image", "labels", "prediction"),
-        (image, _coloured(image, labels, colours), _coloured(image, predictions, colours)),
+        (image, coloured(image, labels, colours), coloured(image, predictions, colours)),
         strict=True,
     ):
         axes.imshow(pixels, interpolation="nearest")
@@ -72,8 +72,17 @@ def write_overlay(path: Path, image: Pixels, labels: Classes, predictions: Class
     save_figure(figure, path)
 
 
-def _coloured(image: Pixels, classes: Classes, colours: Pixels) -> Pixels:
-    """The grey image under its classes' colours."""
+def coloured(image: Pixels, classes: Classes, colours: Pixels) -> Pixels:
+    """The grey image under its classes' colours.
+
+    Args:
+        image: uint8 [H, W, 3].
+        classes: [H, W], 255 where a pixel is ignored.
+        colours: of :func:`class_colours`.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
     known = (classes != IGNORED)[..., None]
     over = colours[np.where(known[..., 0], classes, 0)]

@@ -81,7 +81,7 @@ class FinetuningLoader:
         first = share.first_sample(self._micro_batch)
         self._micro_batch += 1
         sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
-        return Batch(images.to(self._dtype), sample_index, targets)
+        return Batch(images.to(self._dtype), sample_index, targets, numbers)
 
     @property
     def consumed_samples(self) -> int:

@@ -17,7 +17,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.sampling.feed import Feed
-from megatron_nepa.data.sampling.order import flip_key
+from megatron_nepa.data.sampling.order import IntArray, flip_key
 from megatron_nepa.parallel.random import uniform_tensor
 from megatron_nepa.terminal import counted
 
@@ -35,6 +35,8 @@ class Batch:
     sample_index: Tensor
     # of each image: its class, int64 [b], or its soft target, fp32 [b, classes]
     labels: Tensor | None = None
+    # the image of the index that each shows, int64 [b] on the host; none where there is no index
+    image_index: IntArray | None = None
 
 
 class PretrainingLoader:
@@ -75,13 +77,13 @@ class PretrainingLoader:
     def __next__(self) -> Batch:
         share = self._share
         first = share.first_sample(self._crops.micro_batch)
-        images, _ = next(self._crops)
+        images, numbers = next(self._crops)
         sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
         flip = None
         if self._flip_key is not None:
             local = sample_index[share.local_start : share.local_start + share.local_size]
             flip = uniform_tensor(self._flip_key, local, 1)[:, 0] < 0.5
-        return Batch(normalise(images, flip, self._dtype), sample_index)
+        return Batch(normalise(images, flip, self._dtype), sample_index, image_index=numbers)
 
     @property
     def consumed_samples(self) -> int:

@@ -30,7 +30,7 @@ from megatron_nepa.data.index.pairs import require_masks
 from megatron_nepa.data.loaders.evaluation import Geometry, OnePassLoader, Side
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed
-from megatron_nepa.data.sampling.order import flips
+from megatron_nepa.data.sampling.order import IntArray, flips
 from megatron_nepa.parallel.random import derive_key, uniform
 
 
@@ -82,7 +82,8 @@ class SegmentationLoader:
         self._reader = SampleReader(
             index, config, feed.seed, feed.share.local_samples, self._read, feed.bad_image_log, feed.order
         )
-        self._masks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # of the micro-batches under way
+        # masks and image numbers of the micro-batches under way
+        self._shown: dict[int, tuple[list[npt.NDArray[np.uint8]], IntArray]] = {}
         self._pipeline = SubstitutingPipeline(
             self._build, self._reader, self._undecodable_slots, feed.share.first_micro_batch(feed.consumed_samples)
         )
@@ -93,7 +94,7 @@ class SegmentationLoader:
     def __next__(self) -> Batch:
         share, side, micro_batch = self._share, self._side, self._pipeline.micro_batch
         pixels = self._pipeline.next_images()
-        masks = self._masks.pop(micro_batch)
+        masks, numbers = self._shown.pop(micro_batch)
         labels = np.full((len(masks), side, side), IGNORED, np.uint8)
         inside = np.zeros((len(masks), 1, side, side), np.bool_)
         for i, mask in enumerate(masks):
@@ -105,7 +106,8 @@ class SegmentationLoader:
         local = sample_index[share.local_start : share.local_start + share.local_size]
         images = normalise(distort(pixels, local, self._seed), None, torch.float32)
         images *= torch.from_numpy(inside).to(self._device)
-        return Batch(images.to(self._dtype), sample_index, torch.from_numpy(labels).to(self._device).long())
+        targets = torch.from_numpy(labels).to(self._device).long()
+        return Batch(images.to(self._dtype), sample_index, targets, numbers)
 
     @property
     def consumed_samples(self) -> int:
@@ -148,8 +150,8 @@ class SegmentationLoader:
         side = self._side
 
         def source(number: int) -> tuple[object, ...]:
-            pairs, _ = self._reader(first + number)
-            self._masks[first + number] = [pair.mask for pair in pairs]
+            pairs, numbers = self._reader(first + number)
+            self._shown[first + number] = [pair.mask for pair in pairs], numbers
             roi = np.stack([pair.roi for pair in pairs])
             size = np.array([pair.mask.shape for pair in pairs], np.float32)
             mirrored = np.array([pair.mirrored for pair in pairs], np.int32)
