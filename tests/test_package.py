@@ -12,7 +12,20 @@ PACKAGE = Path(__file__).parents[1] / "megatron_nepa"
 # as README.md and CONTRIBUTING.md list them
 LAYERS = (
     *("hardware", "files", "config", "terminal", "recipes", "parallel", "kernels", "models", "data", "checkpoint"),
-    *("training", "tasks", "timm", "detection", "export", "planning", "analysis", "cli", "job", "benchmarks", "doctor"),
+    *(
+        "training",
+        "tasks",
+        "timm",
+        "detection",
+        "export",
+        "library",
+        "planning",
+        "analysis",
+        "cli",
+        "job",
+        "benchmarks",
+        "doctor",
+    ),
 )
 # inside the large rooms, likewise
 ROOMS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,12 +15,10 @@ from torch.nn.functional import cosine_similarity
 from megatron_nepa.analysis.attention import AttentionRecorder
 from megatron_nepa.analysis.images import Pixels, to_tensor
 from megatron_nepa.analysis.queries import Patch
-from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.reading.modules import build_module
 from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.config import require
 from megatron_nepa.kernels.dispatch import Kernels
-from megatron_nepa.models.build import Build
-from megatron_nepa.models.trunk import Trunk
 
 Array = NDArray[np.float32]
 Heads = Literal["mean", "max", "each"]
@@ -119,7 +117,7 @@ def compute_maps(weights: Weights, pixels: Pixels, queries: Sequence[Patch], bid
     num_prefix = int(model.bos_token)
     places = [y * columns + x for y, x in queries]
     recorder = AttentionRecorder([num_prefix + place for place in places])
-    trunk = _build_trunk(replace(weights, model=model), replace(Kernels(), attention=recorder))
+    trunk = build_module(replace(weights, model=model), "none", replace(Kernels(), attention=recorder))
     output = trunk(to_tensor(pixels), torch.zeros(1, dtype=torch.int64))
     embedding, prediction = output.embedding, output.output
     finite = bool(torch.isfinite(prediction).all() and torch.isfinite(embedding).all())
@@ -146,27 +144,3 @@ def compute_maps(weights: Weights, pixels: Pixels, queries: Sequence[Patch], bid
         next_cosine=on_grid(next_cosine if num_prefix else torch.cat((unknown, next_cosine))),
         repeat_cosine=on_grid(repeat_cosine),
     )
-
-
-def _build_trunk(weights: Weights, kernels: Kernels) -> Trunk:
-    state = {
-        name.removeprefix("trunk."): value
-        for name, value in weights.tensors.items()
-        if name.startswith("trunk.") and name != MASK_TOKEN
-    }
-    require(bool(state), f"the {weights.origin} hold no trunk, like a linear probe's checkpoint: give the trunk's own.")
-    with torch.device("meta"):
-        trunk = Trunk(weights.model, Build(kernels=kernels)).eval()
-    wanted = trunk.state_dict()
-    differing = [name for name in sorted(wanted.keys() | state.keys()) if _shape(wanted, name) != _shape(state, name)]
-    require(
-        not differing,
-        f"the {weights.origin} do not fit their own config: {len(differing)} parameters are missing, left over or of "
-        f"another shape, {differing[:1]} first.",
-    )
-    trunk.load_state_dict(state, assign=True)
-    return trunk
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return state[name].shape if name in state else None

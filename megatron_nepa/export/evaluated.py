@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.reading.modules import build_module, head_of
 from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.config import ConfigError, ModelConfig
-from megatron_nepa.models.classifier import Classifier, Pooling
-from megatron_nepa.models.trunk import Trunk
 
 
 class Evaluated(NamedTuple):
@@ -30,18 +28,9 @@ class Evaluated(NamedTuple):
 def evaluate_weights(weights: Weights, images: Tensor) -> Evaluated:
     """The features and logits of images [B, 3, H, W] in evaluation."""
     numbers = torch.arange(len(images))
-    tensors = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
-    trunk = Trunk(weights.model).eval()
-    trunk.load_state_dict(
-        {name.removeprefix("trunk."): value for name, value in tensors.items() if name.startswith("trunk.")}
-    )
-    output = trunk(images, numbers)
-    logits = None
-    if "classifier.weight" in tensors:
-        pooling: Pooling = "mean" if "fc_norm.weight" in tensors else "last"
-        classifier = Classifier(weights.model, len(tensors["classifier.weight"]), pooling).eval()
-        classifier.load_state_dict(tensors)
-        logits = classifier(images, numbers)
+    output = build_module(weights, "none")(images, numbers)
+    has_classifier = head_of(weights) == "classes"
+    logits = build_module(weights, "classes")(images, numbers) if has_classifier else None
     return Evaluated(output.output.unflatten(0, (len(images), -1)), logits)
 
 

@@ -16,17 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nepa import __version__
-from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.reading.modules import Head, at_image_size, build_module, head_of
 from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.checkpoint.saving.store import beside
-from megatron_nepa.config import multiples_around, one_of, require
+from megatron_nepa.config import one_of, require
 from megatron_nepa.export.evaluated import require_equal, sample_images
 from megatron_nepa.export.preprocessor import evaluation_preprocessor
 from megatron_nepa.export.run_facts import RunFacts
-from megatron_nepa.models.classifier import Classifier, Pooling
-from megatron_nepa.models.resampling import resample_positions
-from megatron_nepa.models.segmenter import Segmenter
-from megatron_nepa.models.trunk import Trunk
 
 Output = Literal["features", "classes", "masks"]
 _INPUT = "pixel_values"
@@ -35,10 +31,9 @@ _NAMES: dict[Output, tuple[str, ...]] = {
     "classes": ("logits",),
     "masks": ("logits",),
 }
-_HEADS: dict[Output, str] = {"classes": "classifier.weight", "masks": "decoder.head.classifier.weight"}
+_HEADS: dict[Output, Head] = {"features": "none", "classes": "classes", "masks": "masks"}
 _BATCHES = (1, 2, 5)
 _TOLERANCE = 1e-4  # of the largest value
-_POSITIONS = "trunk.embedding.positions"
 # beyond this a protocol buffer cannot hold the weights: they lie in a file beside it
 _LARGEST_ONNX = 1.8e9
 
@@ -136,40 +131,9 @@ def build_graph(weights: Weights, output: Output | None = None, image_size: int 
     Raises:
         ConfigError: where the model has no such output, or the size is no multiple of the patch's.
     """
-    tensors = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
-    chosen: Output = output or "features"
-    if output is None:
-        chosen = next((kind for kind, name in _HEADS.items() if name in tensors), chosen)
-    require(
-        "trunk.norm.weight" in tensors,
-        "the checkpoint holds no trunk, like a linear probe's: convert the trunk's own checkpoint.",
-    )
-    require(
-        chosen == "features" or _HEADS[chosen] in tensors,
-        f"the checkpoint has no head that gives {chosen}: ask for --output features.",
-    )
-    model = weights.model
-    size, patch = image_size or model.image_size, model.patch_size
-    require(
-        size % patch == 0 and size >= patch,
-        f"--image_size {size} is not a multiple of the patch's side {patch}: take "
-        f"{one_of(multiples_around(size, patch))}.",
-    )
-    if _POSITIONS in tensors and size != model.image_size:
-        tensors[_POSITIONS] = resample_positions(tensors[_POSITIONS], model.grid_size, size // patch)
-    model = replace(model, image_size=size)
-    module: nn.Module
-    if chosen == "classes":
-        pooling: Pooling = "mean" if "fc_norm.weight" in tensors else "last"
-        module = Classifier(model, len(tensors["classifier.weight"]), pooling)
-    elif chosen == "masks":
-        module = Segmenter(model, len(tensors[_HEADS["masks"]]))
-    else:
-        module = Trunk(model)
-        prefix = "trunk."
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    module.load_state_dict({**tensors, **(weights.buffers if chosen == "masks" else {})})
-    return Graph(module, chosen).eval().requires_grad_(False)
+    head = head_of(weights) if output is None else _HEADS[output]
+    module = build_module(at_image_size(weights, image_size), head)
+    return Graph(module, next(kind for kind, name in _HEADS.items() if name == head)).requires_grad_(False)
 
 
 def require_onnx() -> None:

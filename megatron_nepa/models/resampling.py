@@ -29,17 +29,32 @@ def resample_patch_kernel(weight: Tensor, patch_size: int) -> Tensor:
 
 
 def resample_positions(positions: Tensor, old_grid: int, new_grid: int) -> Tensor:
-    """Learned positions for another grid of patches, bicubic, as BEiT and MAE do for segmentation.
+    """Learned positions for another square grid of patches; in fp32 on the host, without a gradient.
 
     Args:
         positions: [prefix + old_grid**2, D]; those of prefix tokens come first and stay.
-        old_grid, new_grid: patches along a side.
+        old_grid: patches along a side.
+        new_grid: patches along a side of the result.
 
     Returns:
-        [prefix + new_grid**2, D] in fp32.
+        [prefix + new_grid**2, D].
     """
-    positions = positions.detach().float().cpu()
-    num_prefix = positions.shape[0] - old_grid**2
-    of_patches = positions[num_prefix:].t().view(1, -1, old_grid, old_grid)
-    resized = nn.functional.interpolate(of_patches, (new_grid, new_grid), mode="bicubic", align_corners=False)
+    return interpolate_positions(positions.detach().cpu(), (old_grid, old_grid), (new_grid, new_grid))
+
+
+def interpolate_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Learned positions for another grid of patches, bicubic, as BEiT and MAE do for segmentation.
+
+    Args:
+        positions: [prefix + patches, D]; those of prefix tokens come first and stay.
+        old_grid: rows and columns of the patches.
+        new_grid: rows and columns of the result.
+
+    Returns:
+        [prefix + new patches, D] in fp32.
+    """
+    positions = positions.float()
+    num_prefix = positions.shape[0] - old_grid[0] * old_grid[1]
+    of_patches = positions[num_prefix:].t().unflatten(1, old_grid)[None]  # [1, D, h, w]
+    resized = nn.functional.interpolate(of_patches, new_grid, mode="bicubic", align_corners=False)
     return torch.cat((positions[:num_prefix], resized.flatten(2)[0].t()))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# images [1, C, h, w] to logits [1, K, h, w]
+# images [B, C, h, w] to logits [B, K, h, w]
 PixelModel = Callable[[Tensor], Tensor]
 
 
@@ -32,13 +32,13 @@ def sliding_window_logits(model: PixelModel, image: Tensor, window: int, stride:
     An image smaller than the window is padded with zeros at the right and bottom, as training pads it.
 
     Args:
-        model: called on one window at a time, [1, C, window, window].
-        image: [1, C, H, W].
+        model: called on one window of every image at a time, [B, C, window, window].
+        image: [B, C, H, W].
         window: side of a window, pixels.
         stride: from one window to the next, pixels, at most ``window``.
 
     Returns:
-        [1, K, H, W], summed in fp32 or wider.
+        [B, K, H, W], summed in fp32 or wider.
     """
     height, width = image.shape[2:]
     image = _pad(image, max(height, window), max(width, window))
@@ -50,7 +50,7 @@ def sliding_window_logits(model: PixelModel, image: Tensor, window: int, stride:
             logits = model(image[place])
             if total is None:
                 dtype = torch.promote_types(logits.dtype, torch.float32)
-                total = torch.zeros(1, logits.shape[1], *image.shape[2:], dtype=dtype, device=image.device)
+                total = torch.zeros(*logits.shape[:2], *image.shape[2:], dtype=dtype, device=image.device)
             total[place] += logits
             count[place] += 1
     assert total is not None

@@ -105,11 +105,11 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_weights(EXAMPLES["nepa_b"])
     with pytest.raises(ConfigError, match=r"ends in neither \.onnx nor \.pt2"):
         write_graph(weights, RunFacts(), tmp_path / "model.pth")
-    with pytest.raises(ConfigError, match="has no head that gives masks: ask for --output features"):
+    with pytest.raises(ConfigError, match="have no head that gives masks: ask for features"):
         build_graph(weights, "masks")
-    with pytest.raises(ConfigError, match="--image_size 60 is not a multiple of the patch's side 14: take 56 or 70"):
+    with pytest.raises(ConfigError, match="image_size 60 is not a multiple of the patch's side 14: take 56 or 70"):
         build_graph(weights, image_size=60)
-    with pytest.raises(ConfigError, match="holds no trunk"):
+    with pytest.raises(ConfigError, match="hold no trunk"):
         build_graph(replace(weights, tensors={"classifier.weight": torch.ones(2, 2)}))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"to_onnx needs onnx, onnxscript, onnxruntime.*pip install .*\[onnx\]"):

@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_huggingface
 from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN, fold_layer_scale
+from megatron_nepa.checkpoint.reading.modules import build_module
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, read_consolidated, read_weights
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.data.index.builtin import photograph_files
-from megatron_nepa.models.classifier import Classifier, Pooling
 from megatron_nepa.models.nepa import NepaForPretraining
 
 _NUM_IMAGES = 4
@@ -160,11 +160,7 @@ def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def _logits(weights: Weights, images: Tensor) -> Tensor:
-    names = {name: value for name, value in weights.tensors.items() if name != MASK_TOKEN}
-    pooling: Pooling = "mean" if "fc_norm.weight" in names else "last"
-    num_classes = names["classifier.weight"].shape[0]
-    model = Classifier(weights.model, num_classes, pooling).eval()
-    model.load_state_dict(names)
+    model = build_module(weights, "classes")
     logits: Tensor = model(images, torch.arange(images.shape[0]))
     return logits
 

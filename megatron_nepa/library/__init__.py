@@ -1,0 +1,1 @@
+"""Trained models in anyone's program: :func:`megatron_nepa.load`."""

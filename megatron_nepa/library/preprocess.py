@@ -1,0 +1,52 @@
+"""The pixels that a run's evaluation shows to its model, as a torchvision transform."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from megatron_nepa.config import CropConfig, ModelConfig
+from megatron_nepa.export.preprocessor import resize_of
+from megatron_nepa.export.run_facts import RunFacts
+
+
+def evaluation_transform(model: ModelConfig, facts: RunFacts) -> v2.Compose:
+    """A PIL image or uint8 tensor [3, H, W] to fp32 [3, S, S] in [-1, 1]; a segmenter's keeps the image's shape.
+
+    The geometry is the evaluation's to the pixel. The resize is torchvision's, bicubic (a segmenter's bilinear) with
+    antialiasing, where the evaluation's is DALI's: most pixels are equal, some differ by a few grey levels.
+
+    Args:
+        model: whose image size the crop has.
+        facts: of the model's run; without a resize of its own the crop takes 7/8 of the shorter side.
+    """
+    crops = facts.run.get("crops")
+    if crops is not None:
+        geometry = [ScaleInto(*CropConfig(**crops).scale(model.image_size))]
+    else:
+        side, squash = resize_of(model, facts.run)
+        resize = v2.Resize([side, side] if squash else [side], v2.InterpolationMode.BICUBIC, antialias=True)
+        geometry = [resize, v2.CenterCrop(model.image_size)]
+    to_range = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3), v2.ToPureTensor()]
+    return v2.Compose([v2.RGB(), v2.ToImage(), *geometry, *to_range])
+
+
+class ScaleInto(nn.Module):
+    """Scale an image, its shape kept, into a longer and a shorter side, as mmsegmentation's ``Resize(keep_ratio)``."""
+
+    def __init__(self, longer: int, shorter: int) -> None:
+        super().__init__()
+        self.longer, self.shorter = longer, shorter
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[C, H, W] to [C, h, w]."""
+        sides = image.shape[-2:]
+        factor = min(self.longer / max(sides), self.shorter / min(sides))
+        size = [max(1, int(side * factor + 0.5)) for side in sides]
+        scaled: Tensor = v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR, antialias=True)
+        return scaled
+
+    def extra_repr(self) -> str:
+        """The two sides."""
+        return f"longer={self.longer}, shorter={self.shorter}"
