@@ -111,7 +111,7 @@ def test_pixels_are_the_evaluation_s(resize_size: int, squash: bool, pictures: P
     for image, number in zip(batch.images, batch.image_index.tolist(), strict=True):
         found = transform(Image.open(pictures / index.names[number]))
         apart = (found - image).abs() * 127.5  # in grey levels
-        assert apart.max() <= 4
+        assert apart.max() <= 8
         assert apart.mean() < 0.6, index.names[number]
 
 
