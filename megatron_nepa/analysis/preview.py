@@ -29,7 +29,6 @@ from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.models.draws import patch_mask
-from megatron_nepa.tasks.classification import count_classes
 from megatron_nepa.tasks.probing import CROPS_ONLY
 from megatron_nepa.tasks.segmentation_overlay import class_colours, coloured
 
@@ -119,9 +118,9 @@ def _first_batch(run: RunConfig, index: DatasetIndex, count: int) -> Batch:
     if isinstance(run, SegmentationConfig):
         loader = SegmentationLoader(index, run.data, run.crops, run.masks, side, feed)
     elif isinstance(run, ProbingConfig):
-        loader = FinetuningLoader(index, run.data, CROPS_ONLY, side, count_classes(index), feed)
+        loader = FinetuningLoader(index, run.data, CROPS_ONLY, side, index.num_classes, feed)
     elif isinstance(run, ClassificationConfig):
-        classes = run.head.num_classes or count_classes(index)
+        classes = run.head.num_classes or index.num_classes
         loader = FinetuningLoader(index, run.data, run.augmentation, side, classes, feed)
     else:
         loader = PretrainingLoader(index, run.data, side, feed)
