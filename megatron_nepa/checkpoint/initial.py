@@ -166,7 +166,7 @@ class _Source:
 
 def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Source:
     checkpoint = find_checkpoint(path)
-    manifest = find_intact([checkpoint], train.topology).manifest
+    manifest = find_intact([checkpoint], train.topology, "restore it, or give another as --init_from").manifest
     stored = stored_tensors(checkpoint)
     wanted = [name for name, _ in train.module.named_parameters()]
     require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -75,6 +76,15 @@ def test_classifiers_are_compared_by_their_logits(classifier: Path, tmp_path: Pa
     write_weights(weights, tmp_path / "five")
     with pytest.raises(ConfigError, match=r"tells 10 classes apart and .* 5: there is nothing to compare"):
         compare(classifier, tmp_path / "five", "raw")
+
+
+def test_a_damaged_start_names_its_flag(classifier: Path, tmp_path: Path) -> None:
+    shutil.copytree(classifier, tmp_path / "damaged")
+    largest = max((tmp_path / "damaged").rglob("*.safetensors"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"\x7f")
+    error = run_ranks(1, start, ONE, tmp_path / "damaged", "raw", 10)[0]
+    assert "does not have the checksum" in error
+    assert error.endswith("restore it, or give another as --init_from.")
 
 
 def head_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

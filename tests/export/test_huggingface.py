@@ -298,6 +298,16 @@ def test_a_folder_of_an_earlier_version_still_loads() -> None:
     assert AutoImageProcessor.from_pretrained(FIXTURE).crop_size["height"] == weights.model.image_size
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_that_were_saved_under_a_wrapper_are_taken(wrapper: str, tmp_path: Path) -> None:
+    weights = random_weights(EXAMPLES["nepa_b"])
+    file = export(weights, tmp_path / "model") / "model.safetensors"
+    save_file({f"{wrapper}{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    found = read_huggingface(tmp_path / "model").tensors
+    assert found.keys() == weights.tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in weights.tensors.items())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

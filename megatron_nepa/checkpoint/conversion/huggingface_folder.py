@@ -12,7 +12,7 @@ from megatron_nepa.checkpoint.conversion.huggingface_config import MODEL_TYPE, m
 from megatron_nepa.checkpoint.format.huggingface_names import TOKENS, huggingface_names
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.checkpoint.format.renaming import rename_back
-from megatron_nepa.checkpoint.reading.tensor_files import read_folder
+from megatron_nepa.checkpoint.reading.tensor_files import read_folder, unwrap
 from megatron_nepa.checkpoint.reading.weights import Weights, trunk_layouts
 from megatron_nepa.config import ConfigError, require
 
@@ -55,7 +55,7 @@ def read_huggingface(folder: Path) -> Weights:
         f"{folder} holds no model for transformers: it needs {CONFIG_FILE} and model.safetensors.",
     )
     model = model_from_huggingface(read_config(folder))
-    state = read_folder(folder)
+    state = unwrap(read_folder(folder), folder)
     if not any(name.startswith("nepa.") for name in state):  # of NepaModel.save_pretrained
         state = {f"nepa.{name}": value for name, value in state.items()}
     for name in state:

@@ -68,7 +68,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text())
         checksum = values.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # the latter of a list
         raise DamagedCheckpointError(f"{path} cannot be read ({error})") from None
     version = values.get("format_version")
     require(

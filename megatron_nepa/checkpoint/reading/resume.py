@@ -18,6 +18,8 @@ from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.data.sampling.order import require_known_order
 from megatron_nepa.parallel.topology import Topology
 
+_REMEDY = "restore one, name another with --resume PATH, or start afresh in another --output_dir"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -34,8 +36,13 @@ class Found:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def find_intact(candidates: list[Path], topology: Topology) -> Found:
+def find_intact(candidates: list[Path], topology: Topology, remedy: str = _REMEDY) -> Found:
     """The first of ``candidates`` whose files are what was written; a collective that reads them, each rank a share.
+
+    Args:
+        candidates: folders of checkpoints, the one that is wanted most first.
+        topology: this rank's place.
+        remedy: what to do where none is intact, for the message.
 
     Raises:
         ConfigError: where there are candidates and none is intact.
@@ -50,8 +57,7 @@ def find_intact(candidates: list[Path], topology: Topology) -> Found:
         damage.append(fact)
     require(
         not damage,
-        f"no checkpoint is intact ({'; '.join(damage)}): restore one, name another with --resume PATH, or start afresh "
-        "in another --output_dir.",
+        f"no checkpoint is intact ({'; '.join(damage)}): {remedy}.",
     )
     return Found(None)
 

@@ -78,7 +78,10 @@ def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, 
                 checked = pool.submit(_check, listing.select(rest), rest, verify, device).result()
         except BrokenProcessPool:
             if under_way.value < 0:  # it did not come as far as an image
-                raise
+                raise ConfigError(
+                    "a process that checks images ends before it comes to one (out of memory?): ask for fewer with "
+                    "--workers."
+                ) from None
             fatal.append(under_way.value)
             continue
         nothing = np.zeros(len(fatal), np.int32)
