@@ -25,6 +25,7 @@ LAYERS = (
         "job",
         "benchmarks",
         "doctor",
+        "acceptance",
     ),
 )
 # inside the large rooms, likewise

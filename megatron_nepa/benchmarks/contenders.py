@@ -28,6 +28,7 @@ class Contest:
         trained: names of the inputs that receive gradients.
         minimum_bytes: that forward and backward together must move.
         contenders: name to implementation, called with ``inputs``; the first is the definition.
+        scale: size of the terms of an output that is a sum with cancellation; 0 where none is.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Contest:
     trained: list[str]
     minimum_bytes: int
     contenders: dict[str, Implementation] = field(default_factory=dict)
+    scale: float = 0.0
 
 
 def contests(model: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
@@ -53,7 +55,7 @@ def contests(model: ModelConfig, batch: int, device: torch.device, dtype: torch.
             entrants |= others[operation.name]() if operation.name in others else {}
             minimum = sum(operation.minimum_bytes(model, rows, dtype.itemsize))
             inputs = operation.inputs(model, batch, new)
-            yield Contest(operation.name, inputs, list(operation.trained), minimum, entrants)
+            yield Contest(operation.name, inputs, list(operation.trained), minimum, entrants, operation.scale)
 
     heads, dim = model.num_heads, model.head_size
     inputs = {"qkv": new(batch, model.sequence_length, 3, heads, dim), "causal": model.causal}

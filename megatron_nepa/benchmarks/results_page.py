@@ -15,7 +15,8 @@ TITLES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 INTRODUCTION = """# Results
 
 Speed and memory as measured, each figure with the command that gave it. `python tools/benchmark.py suite` measures the
-rows of the machine's kind and writes this page; a row without a figure has not been measured.
+rows of the machine's kind and writes this page, `python tools/acceptance.py` those of a GPU that decide most; a row
+without a figure has not been measured.
 """
 
 
@@ -27,18 +28,20 @@ class Entry:
         name: short, for ``--only``.
         title: what is measured.
         device: cpu or cuda.
-        arguments: arguments that ``tools/benchmark.py`` was given.
+        arguments: arguments that the tool was given.
+        tool: file in ``tools``; the suite measures those of ``benchmark.py``.
     """
 
     name: str
     title: str
     device: str
     arguments: tuple[str, ...]
+    tool: str = "benchmark.py"
 
     @property
     def command(self) -> str:
         """What a reader types."""
-        return " ".join(("python", "tools/benchmark.py", *self.arguments))
+        return " ".join(("python", f"tools/{self.tool}", *self.arguments))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ def _train(name: str, title: str, device: str, *arguments: str) -> Entry:
     return Entry(name, title, device, ("train", *ZERO2, *arguments))
 
 
+def _accepted(name: str, title: str, part: str) -> Entry:
+    return Entry(name, title, "cuda", ("--only", part), "acceptance.py")
+
+
 ENTRIES = (
     _train(
         "cpu_b", "NEPA-B, release recipe, bf16, batch 8", "cpu",
@@ -61,6 +65,11 @@ ENTRIES = (
     Entry("gpu_kernels_b", "fused operations of NEPA-B", "cuda", ("kernels", "--recipe", "nepa_b")),
     Entry("gpu_kernels_l", "fused operations of NEPA-L", "cuda", ("kernels", "--recipe", "nepa_l")),
     Entry("gpu_data", "pre-training input, decoded on the CPU", "cuda", ("data",)),
+    _accepted("gpu_b_plain", "NEPA-B, one process without an engine", "3"),
+    _accepted("gpu_b_plain_compile", "NEPA-B, one process without an engine, compiled", "3"),
+    _accepted("gpu_l_plain", "NEPA-L, one process without an engine", "3"),
+    _accepted("gpu_l_plain_compile", "NEPA-L, one process without an engine, compiled", "3"),
+    _accepted("gpu_decoding", "pre-training input, decoded on the GPU", "4"),
 )  # fmt: skip
 
 
@@ -106,11 +115,12 @@ def choose(only: str | None, device: torch.device) -> list[Entry]:
     """The rows that were asked for, or all of this kind of machine."""
     by_name = {entry.name: entry for entry in ENTRIES}
     if only is None:
-        return [entry for entry in ENTRIES if entry.device == device.type]
+        return [entry for entry in ENTRIES if entry.device == device.type and entry.tool == "benchmark.py"]
     chosen = []
     for name in only.split(","):
         require(name in by_name, f"--only {name} is unknown; there are {', '.join(by_name)}.")
         entry = by_name[name]
+        require(entry.tool == "benchmark.py", f"--only {name} is measured by {entry.command}.")
         require(
             entry.device == device.type, f"--only {name} is a row for {entry.device}, this is a {device.type} machine."
         )

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_nepa.data.index.builtin import cache_folder
 from megatron_nepa.doctor.report import Row
 from megatron_nepa.kernels.attention.flash import import_flash_attn
 
@@ -158,6 +157,8 @@ def nvcc() -> Row:
 
 
 def _folders() -> Iterator[Row]:
+    from megatron_nepa.data.index.builtin import cache_folder  # needs Pillow, and what stands above does not
+
     for name, folder in (("current folder", Path.cwd()), ("cache of built-in images", cache_folder())):
         try:
             folder.mkdir(parents=True, exist_ok=True)

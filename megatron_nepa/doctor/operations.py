@@ -72,7 +72,8 @@ def excess(contest: Contest, implementation: Implementation) -> float:
     """Largest error of an implementation against fp64, over the allowed one.
 
     Allowed is 2 times (outputs) or 3 times (gradients) the error of the operation's definition in the same dtype, and
-    always the rounding of the largest value.
+    always the rounding of the largest value: one of bf16, two along a chain of fp32 operations. For an output that is a
+    sum with cancellation the largest value is that of its terms.
     """
     definition = next(iter(contest.contenders.values()))
     doubles = {name: _wide(value) for name, value in contest.inputs.items()}
@@ -81,9 +82,10 @@ def excess(contest: Contest, implementation: Implementation) -> float:
     plain = _evaluate(definition, contest.inputs, contest.trained, upstream)
     found = _evaluate(implementation, contest.inputs, contest.trained, upstream)
     worst = 0.0
-    for factor, parts in ((2, (found[0], plain[0], exact[0])), (3, (found[1], plain[1], exact[1]))):
-        for got, usual, expected in zip(*parts, strict=True):
-            rounding = torch.finfo(got.dtype).eps * expected.abs().max()
+    for kind, factor, least in ((0, 2, contest.scale), (1, 3, 0.0)):
+        for got, usual, expected in zip(found[kind], plain[kind], exact[kind], strict=True):
+            roundings = 2 if got.dtype == torch.float32 else 1
+            rounding = roundings * torch.finfo(got.dtype).eps * expected.abs().max().clamp(min=least)
             allowed = factor * torch.maximum((usual.double() - expected).abs().max(), rounding)
             worst = max(worst, float((got.double() - expected).abs().max() / allowed))
     return worst

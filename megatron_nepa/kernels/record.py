@@ -50,6 +50,8 @@ class Operation:
             and the bytes of an activation; the stream is fp32.
         launches: every launch with bf16 activations, for a model, samples and tokens, from a maker of tensors.
         serves: whether a model has the operation.
+        scale: size of the terms of an output that is a sum with cancellation, against which its rounding counts; 0
+            where none is.
     """
 
     name: str
@@ -60,3 +62,4 @@ class Operation:
     minimum_bytes: Callable[[ModelConfig, int, int], tuple[int, int]]
     launches: Callable[[ModelConfig, int, int, NewTensor], Iterator[Case]]
     serves: Callable[[ModelConfig], bool] = lambda model: True
+    scale: float = 0.0

@@ -1,0 +1,71 @@
+"""Images to decode: photographs of the installed packages, and the stream of a run over them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_nepa.acceptance.check import NotRun
+from megatron_nepa.acceptance.setting import Setting
+from megatron_nepa.config import ConfigError, DataConfig
+from megatron_nepa.data.decoding.crop_stream import CropStream
+from megatron_nepa.data.decoding.normalising import normalise
+from megatron_nepa.data.decoding.pipelines import DecoderOptions
+from megatron_nepa.data.index.builtin import builtin_folder
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.sampling.feed import Feed
+from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.doctor.decoding import photographs
+
+
+@contextmanager
+def folder_of_photographs() -> Iterator[Path]:
+    """Some JPEGs, in a folder that is removed behind the block.
+
+    Raises:
+        NotRun: the packages that hold them are not installed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="acceptance-"))
+    try:
+        photographs(folder)
+        yield folder
+    except ConfigError as error:
+        raise NotRun(str(error), "carry along scikit-image and scikit-learn.") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def crop_stream(
+    setting: Setting, index: DatasetIndex, size: int, batch: int, load: float | None = None, threads: int | None = None
+) -> CropStream:
+    """The stream of one rank: uint8 crops of ``size`` on the device, with a run's own settings or these."""
+    chosen = {"hw_decoder_load": load, "num_threads": threads}
+    config = DataConfig(**{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+    device = setting.calls.device
+    feed = Feed(Share(batch, batch, 1, 0, 1, 0, 1), 0, device, torch.bfloat16)
+    return CropStream(index, config, size, feed, DecoderOptions.of(config, index, device))
+
+
+@contextmanager
+def decoded_batches(setting: Setting, size: int, batch: int) -> Iterator[Iterator[Tensor]]:
+    """Batches of the built-in set as training decodes them, bf16 [batch, 3, size, size].
+
+    Raises:
+        NotRun: the packages that hold its photographs are not installed.
+    """
+    try:
+        index = scan_folder(builtin_folder(verbose=False))
+    except ConfigError as error:
+        raise NotRun(str(error), "carry along scikit-image and scikit-learn.") from None
+    stream = crop_stream(setting, index, size, batch)
+    try:
+        yield (normalise(pixels, None, torch.bfloat16) for pixels, _ in stream)
+    finally:
+        stream.close()

@@ -1,0 +1,82 @@
+"""The command as a user runs it on a CPU: green, killed and continued, and its figures on the results page."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_nepa.acceptance.command import fill_results, main
+from megatron_nepa.acceptance.report import Entry, Report, Row
+from megatron_nepa.benchmarks.machine import Machine
+from megatron_nepa.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, str(ROOT / "tools/acceptance.py")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--only", "7"], "--only 7 is unknown; parts are 1, 2, 3, 4, 5, 6."),
+        (["--patience", "0"], "--patience is 0.0; it must be above 0."),
+        (["--output_dir", "/proc/none"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_sentences(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        main(arguments)
+
+
+def test_figures_go_to_the_results_page(tmp_path: Path) -> None:
+    report = Report(tmp_path, Machine("a GPU", 4, "2.0", "0.1", "2026-01-01"), False, {"3": "speed"})
+    row = Row("steps of B", "PASS", "fast", "", "", {"gpu_b_plain": "eager: fast"})
+    report.add(Entry("3", "steps of B", 1.0, True, (row,)))
+    fill_results(tmp_path / "RESULTS.md", report)
+    (line,) = [line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if "eager: fast" in line]
+    assert "a GPU, 4 threads; megatron_nepa 0.1, torch 2.0; 2026-01-01" in line
+    assert "`python tools/acceptance.py --only 3`" in line
+    assert json.loads((tmp_path / "RESULTS.json").read_text())["gpu_b_plain"]["figures"] == "eager: fast"
+
+
+@pytest.mark.slow
+def test_green_on_a_cpu_with_the_gpus_rows_not_run(tmp_path: Path) -> None:
+    result = subprocess.run([*COMMAND, "--output_dir", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads((tmp_path / "acceptance.json").read_text())
+    rows = {row["name"]: row for entry in report["entries"] for row in entry["rows"]}
+    assert rows["kernel swiglu, toy, bf16"]["status"] == "PASS"
+    assert rows["resume"]["status"] == "PASS"
+    assert {rows[name]["figure"] for name in ("kernels of toy", "decoding speed", "memcheck of swiglu")} == {
+        "needs a GPU"
+    }
+    assert {entry["part"] for entry in report["entries"]} == set("123456")
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_and_continued_it_is_one_report(tmp_path: Path) -> None:
+    draw, known = random.Random(0), {}
+    command = [*COMMAND, "--only", "1,4,6", "--output_dir", str(tmp_path)]
+    for attempt in range(11):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if attempt < 10:
+            time.sleep(draw.uniform(0.5, 9.0))
+            process.kill()
+        _, errors = process.communicate()
+        assert attempt < 10 or process.returncode == 0, errors
+        if not (tmp_path / "acceptance.json").is_file():
+            continue  # killed before it began
+        entries = json.loads((tmp_path / "acceptance.json").read_text())["entries"]
+        found = {(entry["part"], entry["check"]): entry for entry in entries}
+        assert len(found) == len(entries)
+        # what was done stays as it was, its seconds too: it did not run again
+        assert {key: found[key] for key in known} == known
+        known = {key: entry for key, entry in found.items() if entry["final"]}
+    names = [row["name"] for entry in entries for row in entry["rows"]]
+    assert len(names) == len(set(names))
+    assert {part for part, _ in known} == set("146")
