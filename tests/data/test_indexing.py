@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
 import tarfile
 import time
@@ -95,6 +97,50 @@ def test_shards_and_folder_give_the_same_run(photographs: Path, tmp_path: Path) 
     assert shards.fingerprint() == folder.fingerprint()
     assert shards.classes == ("ant", "bee", "cow")
     assert torch.equal(first_images(shards), first_images(folder))
+
+
+def test_a_replaced_shard_is_noticed(photographs: Path, tmp_path: Path) -> None:
+    """By its size, or by its first and last bytes where it is younger; a copy of it serves as well."""
+    write_shards(scan_folder(photographs), tmp_path / "one/shards", 20, progress=False)
+    build_and_save_index(list_source(tmp_path / "one/shards"), tmp_path / "one/index", workers=1, progress=False)
+    expected = first_images(load_index(tmp_path / "one/index"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)  # other times
+    index = load_index(tmp_path / "two/index")
+    assert torch.equal(first_images(index), expected)
+
+    shard = tmp_path / "two/shards/shard_000001.tar"
+    content = shard.read_bytes()
+    kept = shard.stat()
+    first, last = (bytearray(content) for _ in range(2))
+    first[700] ^= 1
+    last[-1] ^= 1
+    for changed in (bytes(first), bytes(last), content + bytes(512), content[:-512], b""):
+        shard.write_bytes(changed)
+        with pytest.raises(ConfigError, match=rf"{shard} was replaced or changed since it was indexed: index the data"):
+            first_images(index)
+    shard.write_bytes(content)
+    os.utime(shard, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert torch.equal(first_images(index), expected)
+
+
+def test_opening_reads_no_rows(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint is the recorded one, also of indexes that record none; a selection has one of its own."""
+    index = scan_folder(photographs)
+    save_index(index, tmp_path / "index")
+    expected = index.fingerprint()
+    facts = json.loads((tmp_path / "index/index.json").read_text())
+    older = {name: value for name, value in facts.items() if name not in ("fingerprint", "arrays", "stamps")}
+    (tmp_path / "index/index.json").write_text(json.dumps(older))
+    assert load_index(tmp_path / "index").fingerprint() == expected
+    (tmp_path / "index/index.json").write_text(json.dumps(facts))
+    opened = load_index(tmp_path / "index")
+    assert opened.select(np.arange(3)).fingerprint() == index.select(np.arange(3)).fingerprint() != expected
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_nepa.data.index.dataset_index.hashlib.blake2b", None)
+        assert opened.fingerprint() == expected
+    np.save(tmp_path / "index/label.npy", index.label[:-1])
+    with pytest.raises(ConfigError, match=r"label.npy has \d+ bytes where \d+ were written: index the data again"):
+        load_index(tmp_path / "index")
 
 
 def test_labels_of_other_shards(photographs: Path, tmp_path: Path) -> None:

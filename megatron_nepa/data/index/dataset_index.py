@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,16 @@ class PackedNames:
     def select(self, rows: npt.NDArray[np.int64]) -> PackedNames:
         """The names at ``rows``, in that order."""
         return PackedNames.pack(self[int(row)] for row in rows)
+
+
+class Stamp(NamedTuple):
+    """What a shard was when it was indexed, as far as it can be told at once."""
+
+    size: int
+    # of the last change, nanoseconds since 1970; a copy has another
+    time: int
+    # hash of the first and last bytes
+    edges: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,10 @@ class DatasetIndex:
     mask_size: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     # what was left out, and why: (name, reason)
     quarantine: tuple[tuple[str, str], ...] = ()
+    # of each shard when the index was written; empty where that was not recorded
+    stamps: tuple[Stamp, ...] = ()
+    # the fingerprint that was computed when the index was written; "" where it has to be
+    recorded_fingerprint: str = ""
     # what was passed over, or taken to mean, when the images were listed: for the user to read, not kept on disk
     notes: tuple[str, ...] = ()
 
@@ -94,10 +108,12 @@ class DatasetIndex:
         picked: dict[str, Any] = {name: np.asarray(getattr(self, name)[rows]) for name in columns}
         if len(self.masks):
             picked["masks"] = self.masks.select(rows)
-        return replace(self, names=self.names.select(rows), **picked)
+        return replace(self, names=self.names.select(rows), recorded_fingerprint="", **picked)
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and labels: equal indexes give equal runs, wherever their folder lies."""
+        if self.recorded_fingerprint:
+            return self.recorded_fingerprint
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.names.text, self.names.ends, self.width, self.height, self.label):
             digest.update(np.ascontiguousarray(array).data)

@@ -1,11 +1,12 @@
 """An index on disk: a folder of plain numpy arrays, memory-mapped when it is opened, and one JSON file.
 
-    INDEX/index.json        version, root, classes, shards, quarantine
+    INDEX/index.json        version, root, classes, shards and their stamps, quarantine, fingerprint, sizes of arrays
     INDEX/*.npy             names, their ends, width, height, label, and where there are any shard, offset, size, masks,
                             mask_offset, mask_size
 
 Ours rather than Arrow's or a database's: arrays of numpy are mapped by every rank of a node and need no library to
-read. Opening one takes milliseconds however many images it lists, and ranks of a node share its pages.
+read. Opening one reads none of its rows, however many it has, and ranks of a node share its pages: the fingerprint
+was computed when the index was written, and that a shard is still the one that was indexed is checked as it is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames, Stamp
+from megatron_nepa.data.index.storage import shard_stamp
 
 VERSION = 1
 _JSON = "index.json"
@@ -63,7 +65,10 @@ def save_index(index: DatasetIndex, path: str | Path) -> None:
             "root": os.path.relpath(root, home) if root.is_relative_to(home) else str(root),
             "classes": index.classes,
             "shards": index.shards,
+            "stamps": [shard_stamp(index.root / shard) for shard in index.shards],
             "quarantine": index.quarantine,
+            "fingerprint": index.fingerprint(),
+            "arrays": {file.name: file.stat().st_size for file in sorted(beside.iterdir())},
         }
         (beside / _JSON).write_text(json.dumps(facts, indent=1))
         beside.rename(target)
@@ -85,6 +90,11 @@ def load_index(path: str | Path) -> DatasetIndex:
             facts["version"] == VERSION,
             f"{folder} is an index of version {facts['version']}, not {VERSION}: index the data again.",
         )
+        for name, size in facts.get("arrays", {}).items():
+            found = (folder / name).stat().st_size
+            require(
+                found == size, f"{folder / name} has {found} bytes where {size} were written: index the data again."
+            )
         in_shards = _MASK_COLUMNS if (folder / f"{_MASK_COLUMNS[0]}.npy").is_file() else ()
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_COLUMNS, *in_shards)}
         names, masks = (
@@ -98,6 +108,8 @@ def load_index(path: str | Path) -> DatasetIndex:
             classes=tuple(facts["classes"]),
             shards=tuple(facts["shards"]),
             quarantine=tuple((name, reason) for name, reason in facts["quarantine"]),
+            stamps=tuple(Stamp(*stamp) for stamp in facts.get("stamps", ())),
+            recorded_fingerprint=facts.get("fingerprint", ""),
             **columns,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

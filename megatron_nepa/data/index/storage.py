@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.index.dataset_index import DatasetIndex, Stamp
 from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError, check_signature, image_size
 
 _MAX_OPEN_SHARDS = 128
 _HEADER_BYTES = 65536
+_EDGE_BYTES = 4096  # at each end of a shard, that tell it from another of its size
 
 
 class ImageStore:
@@ -28,6 +32,7 @@ class ImageStore:
         """The encoded bytes of image ``i``, uint8 [n], or the first ``at_most`` of them.
 
         Raises:
+            ConfigError: the shard was replaced since it was indexed.
             InaccessibleImageError: the file or shard is gone, or the system does not give its bytes.
             UnreadableImageError: the shard is cut short, or the bytes begin like no image. Both have the reason alone,
                 since the caller knows which image it asked for (:meth:`DatasetIndex.where` names it).
@@ -66,7 +71,7 @@ class ImageStore:
 
     def _shard(self, number: int) -> _Shard:
         with self._lock:
-            shard = self._open_shards.pop(number, None) or _Shard(self._index.root / self._index.shards[number])
+            shard = self._open_shards.pop(number, None) or _opened(self._index, number)
             self._open_shards[number] = shard
             if len(self._open_shards) > _MAX_OPEN_SHARDS:
                 # closed by its last reader: another thread may be inside read() with it
@@ -84,10 +89,32 @@ def read_mask(index: DatasetIndex, i: int) -> bytes:
     try:
         if not len(index.mask_offset):
             return (index.root / index.masks[i]).read_bytes()
-        shard = _Shard(index.root / index.shards[int(index.shard[i])])
+        shard = _opened(index, int(index.shard[i]))
         return shard.read(int(index.mask_offset[i]), int(index.mask_size[i]))
     except OSError as error:
         raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
+
+
+def shard_stamp(path: Path) -> Stamp:
+    """What a shard is now: its size, the time of its last change, and a hash of its first and last bytes.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return _Shard(path).stamp()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+
+
+def _opened(index: DatasetIndex, number: int) -> _Shard:
+    """A shard of an index, the same as when it was indexed."""
+    shard = _Shard(index.root / index.shards[number])
+    require(
+        not index.stamps or shard.is_as(index.stamps[number]),
+        f"{index.root / index.shards[number]} was replaced or changed since it was indexed: index the data again.",
+    )
+    return shard
 
 
 class _Shard:
@@ -102,6 +129,19 @@ class _Shard:
         if len(data) != size:
             raise UnreadableImageError(f"the shard ends {size - len(data)} bytes before this image does")
         return data
+
+    def stamp(self) -> Stamp:
+        facts = os.fstat(self._descriptor)
+        edges = hashlib.blake2b(os.pread(self._descriptor, _EDGE_BYTES, 0), digest_size=16)
+        edges.update(os.pread(self._descriptor, _EDGE_BYTES, max(0, facts.st_size - _EDGE_BYTES)))
+        return Stamp(facts.st_size, facts.st_mtime_ns, edges.hexdigest())
+
+    def is_as(self, stamp: Stamp) -> bool:
+        """Whether the shard is what it was; a copy of it is, too."""
+        facts = os.fstat(self._descriptor)
+        if facts.st_size != stamp.size:
+            return False
+        return facts.st_mtime_ns == stamp.time or self.stamp().edges == stamp.edges
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
