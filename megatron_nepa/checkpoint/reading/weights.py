@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatron_nepa.checkpoint.format.manifest import file_facts, verify_files, write_manifest
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
@@ -21,7 +21,7 @@ from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.tensor_files import read_safetensors, unwrap
-from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sync_folder
+from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sharded_writer, sync_folder
 from megatron_nepa.config import ModelConfig, OptimizerConfig, require
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.parameters import ParameterLayout, layout_of
@@ -154,7 +154,7 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
         value = value.to(stored_dtype(value))
         stored[key] = value.view(sections, -1, *value.shape[1:]) if sections > 1 else value
     quiet_torch_checkpoint()
-    dcp.save(stored, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+    dcp.save(stored, storage_writer=sharded_writer(partial), no_dist=True)
     files = {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))}
     write_manifest(partial, {**description, "files": files})
     sync_folder(partial)

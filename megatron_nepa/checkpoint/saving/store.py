@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import json
 import logging
 import os
@@ -228,7 +229,7 @@ class PartialCheckpoint:
     def writer(self) -> HuggingFaceStorageWriter:
         """What torch.distributed.checkpoint writes this rank's tensors with."""
         quiet_torch_checkpoint()
-        return HuggingFaceStorageWriter(str(self.path), save_distributed=True)
+        return sharded_writer(self.path)
 
     def finish(self) -> None:
         """Checksum the files that were written, add the manifest and publish."""
@@ -291,3 +292,10 @@ def quiet_torch_checkpoint() -> None:
     """Silence torch's reports of every save and load, and its guess that one process was meant (it was)."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
+
+
+def sharded_writer(folder: Path) -> HuggingFaceStorageWriter:
+    """What writes tensors of which every rank holds a share into safetensors files of ``folder``."""
+    names = inspect.signature(HuggingFaceStorageWriter).parameters
+    sharded = "save_distributed" if "save_distributed" in names else "save_sharded"  # its name in torch 2.8
+    return HuggingFaceStorageWriter(str(folder), **{sharded: True})
