@@ -69,10 +69,16 @@ _KNOWN = {*DEFAULT_CONFIG, *_OWNED}
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
-    """Read a DeepSpeed config; None gives the values of ds_configs/zero2.json."""
+    """Read a DeepSpeed config; None gives the values of ds_configs/zero2.json.
+
+    ds_configs/NAME is the installed package's own where the current folder has none.
+    """
     if path is None:
         return json.loads(json.dumps(DEFAULT_CONFIG))
     file = Path(path)
+    if file.parts[:1] == ("ds_configs",) and not file.is_file():
+        inside = Path(__file__).parents[2] / file
+        file = inside if inside.is_file() else file
     require(file.is_file(), f"--ds_config {path or repr(path)} is not a file.")
     try:
         config = json.loads(file.read_text())
