@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa, flash_attention
+from megatron_nepa.kernels.attention.backends import attention_candidates, attention_sdpa
+from megatron_nepa.kernels.attention.flash import flash_attention_2
 from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import select_kernels
 from megatron_nepa.kernels.launching.timing import milliseconds
@@ -91,7 +92,7 @@ def test_first_layer_norm():
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attention(causal, deterministic):
-    flash = flash_attention(deterministic)
+    flash = flash_attention_2(deterministic)
     tensors = {"qkv": normal(2, 257, 3, 12, 64, dtype=torch.bfloat16)}
     upstream = [normal(2, 257, 12, 64, dtype=torch.bfloat16)]
     assert_rule(lambda qkv: flash(qkv, causal), lambda qkv: attention_sdpa(qkv, causal), tensors, ["qkv"], upstream)

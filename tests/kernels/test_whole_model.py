@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_nepa.kernels.attention.backends import flash_attention
+from megatron_nepa.kernels.attention.flash import flash_attention_2
 from megatron_nepa.kernels.dispatch import Kernels, select_kernels
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining
@@ -74,7 +74,7 @@ def test_triton_without_the_stop_gradient():
 def test_flash_attention_equals_sdpa(monkeypatch, causal):
     calls = flash_attn_stub.install(monkeypatch)
     config = replace(PAPER, hidden_size=128, causal=causal)
-    flash = Kernels(attention=flash_attention(deterministic=False))
+    flash = Kernels(attention=flash_attention_2(deterministic=False))
     loss, _, gradients = step(build(config, flash, torch.bfloat16), torch.bfloat16)
     expected_loss, _, expected = step(build(config, Kernels(), torch.bfloat16), torch.bfloat16)
     assert len(calls) == config.num_layers

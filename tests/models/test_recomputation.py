@@ -39,4 +39,5 @@ def test_only_arguments_are_kept() -> None:
         y = recomputed(function, x)
     y.sum().backward()
     torch.testing.assert_close(x.grad, x.cos() * x.sin().exp())
-    assert all(tensor.data_ptr() == x.data_ptr() for tensor in kept)
+    # torch 2.8 keeps an empty tensor besides
+    assert all(tensor.data_ptr() == x.data_ptr() for tensor in kept if tensor.numel())
