@@ -11,7 +11,7 @@ import torch
 from megatron_nepa.checkpoint.conversion.compare import read_any
 from megatron_nepa.checkpoint.reading.modules import at_image_size, build_module
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.config import require
+from megatron_nepa.config import ConfigError, require
 from megatron_nepa.export.run_facts import read_facts
 from megatron_nepa.library.model import NepaModel
 
@@ -45,13 +45,14 @@ def load(
     """
     folder = Path(path)
     require(folder.exists(), f"{folder} does not exist: give a run's folder, a checkpoint or an exported model.")
+    place = _usable(device)
     found = read_any(folder, weights)
     facts = read_facts(folder, weights)
     model = replace(found.model, drop_path=0.0, rope_rescale=None)  # draws of this project's trainer
     if causal is not None:
         model = replace(model, causal=causal)
     found = at_image_size(replace(found, model=model), image_size)
-    module = build_module(found).to(device, dtype)
+    module = build_module(found).to(place, dtype)
     stride = (facts.run.get("evaluation") or {}).get("stride")
 
     def new_transform() -> Any:
@@ -60,3 +61,16 @@ def load(
         return evaluation_transform(found.model, facts)
 
     return NepaModel(module, found.origin, facts.classes, new_transform, stride)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"{device} is no device of torch: give cpu, cuda or cuda:N.") from None
+    visible = torch.cuda.device_count()
+    require(
+        found.type != "cuda" or (found.index or 0) < visible,
+        f"{found} is asked for and {visible} GPUs are visible: give another device, or cpu.",
+    )
+    return found

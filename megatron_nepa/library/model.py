@@ -272,4 +272,6 @@ class NepaModel(nn.Module):
         return sorted({index % count for index in indices})
 
     def _lacks(self, method: str, script: str) -> str:
-        return f"{method} needs a head that the {self.origin} do not have: train one with examples/{script}."
+        return (
+            f"{method} needs a head, which the model ({self.origin}) does not have: train one with examples/{script}."
+        )
