@@ -59,13 +59,27 @@ def test_what_is_passed_over_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "ox").mkdir()
     index = list_source(tmp_path)
     assert labels_by_name(index) == {"cat/1.jpg": "cat", "dog/deep/2.jpg": "dog"}
-    for part in ("3 hidden", "2 links to folders", "2 links that", "1 entries", "1 archives", "1 files", "1 folders"):
+    kinds = ("hidden entries 3", "links to folders that are listed already or hold them 2", "links that lead nowhere 2")
+    kinds += ("entries that are neither file nor folder 1", "archives 1", "files of other kinds 1")
+    for part in (*kinds, "folders without images 1"):
         assert part in index.notes[0]
 
 
-def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
-    fill(tmp_path, "train/1.jpg", "val/2.jpg")
-    assert "its classes are train, val" in list_source(tmp_path).notes[-1]
+@pytest.mark.parametrize(
+    ("folders", "advice"),
+    [
+        (("train", "val"), "give one of them"),
+        (("images", "masks"), "call the folders images and annotations"),
+        (("Image", "labels"), "call the folders images and annotations"),
+        (("images", "cats"), None),
+        (("masks", "swords"), None),
+    ],
+)
+def test_folders_that_are_hardly_classes_are_said(folders: tuple[str, str], advice: str | None, tmp_path: Path) -> None:
+    fill(tmp_path, *(f"{folder}/1.jpg" for folder in folders))
+    notes = list_source(tmp_path).notes
+    assert len(notes) == (advice is not None)
+    assert advice is None or (f"its classes are {', '.join(folders)}: if" in notes[0] and advice in notes[0])
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def plain(*masks: str) -> list[str]:
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        (plain("a.png", "a.webp", "b.png"), r"several masks for one image, 1 times.*annotations/a.png and .*a.webp"),
+        (plain("a.png", "a.webp", "b.png"), r"several masks for one image, 1 time.*annotations/a.png and .*a.webp"),
         (plain("a.png", "a.PNG", "b.png"), r"annotations/a.PNG and annotations/a.png: keep one"),
         ([*plain("a.png"), "images/a.png"], r"several images for one mask.*images/a.jpg and images/a.png"),
         (plain("a.json", "b.txt"), "none of the 2 images"),

@@ -19,6 +19,9 @@ from megatron_nepa.terminal import counted
 
 # the usual names of the parts of a data set
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+# usual names of a folder of images, and of one of their masks
+_IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
+_MASKS = {"masks", "mask", "annotations", "annotation", "labels"}
 
 
 def scan_folder(folder: str | Path) -> DatasetIndex:
@@ -81,6 +84,12 @@ def folder_listing(root: Path, walked: Walked) -> DatasetIndex:
     notes = walked.notes()
     if len(classes) > 1 and _SPLITS.issuperset(name.lower() for name in classes):
         notes += (f"its classes are {', '.join(classes)}: if these are the parts of a data set, give one of them",)
+    lowered = {name.lower() for name in classes}
+    if len(classes) == 2 and lowered & _IMAGES and lowered & _MASKS:
+        notes += (
+            f"its classes are {', '.join(classes)}: if these are images and their masks, call the folders images "
+            "and annotations",
+        )
     return DatasetIndex(
         root, PackedNames.pack(names), unknown, unknown, np.array(labels, np.int32), classes, notes=notes
     )

@@ -115,8 +115,8 @@ def list_pairs(root: Path, layout: PairLayout, split: str) -> DatasetIndex:
         twice = [files[name] for name in names if len(files[name]) > 1]
         require(
             not twice,
-            f"{root} holds several {wrong}, {len(twice)} times; the first: {' and '.join((twice or [[]])[0])}: keep "
-            "one of them.",
+            f"{root} holds several {wrong}, {counted(len(twice), 'time')}; the first: "
+            f"{' and '.join((twice or [[]])[0])}: keep one of them.",
         )
     unknown = np.zeros(len(names), np.int32)
     return DatasetIndex(

@@ -38,8 +38,8 @@ class Walked:
 
 def passed_over_note(passed_over: dict[str, list[str]]) -> tuple[str, ...]:
     """The number and an example of every kind, in one phrase; nothing where nothing was passed over."""
-    found = [f"{len(names)} {kind} ({example(sorted(names))})" for kind, names in passed_over.items() if names]
-    return (f"passed over {', '.join(found)}",) if found else ()
+    found = [f"{kind} {len(names)} ({example(sorted(names))})" for kind, names in passed_over.items() if names]
+    return (f"passed over: {', '.join(found)}",) if found else ()
 
 
 def example(names: list[str]) -> str:
