@@ -18,7 +18,7 @@ from megatron_nepa.terminal import tool
 SUBJECTS = {
     "kernels": ("kernels", "time the fused operations against their contenders"),
     "data": ("data", "time the decoding of images"),
-    "order": ("order", "time which images a batch shows"),
+    "order": ("order", "time which images a batch shows, and where they lie"),
     "train": ("train.comparison", "time training steps"),
     "suite": ("suite", "time what tools/RESULTS.md reports"),
 }

@@ -131,6 +131,8 @@ def describe_data(report: Mapping[str, Any]) -> str:
 def describe_order(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py order --json``."""
     return "; ".join(
-        f"{timing['images']:,} images: {timing['microseconds']:.0f} us a batch, {timing['peak_mb']:.2g} MB at most"
+        f"{timing['images']:,} images: {timing['microseconds']:.0f} us a batch, {timing['peak_mb']:.2g} MB at most; "
+        f"index opened in {timing['open_ms']:.3g} ms, rows of a batch {timing['rows_ms']:.2g} ms, "
+        f"{timing['resident_mb']:.0f} MB of its pages touched"
         for timing in report["timings"]
     )

@@ -47,7 +47,7 @@ ENTRIES = (
     ),
     _train("cpu_quickstart", "quickstart, fp32, batch 32", "cpu", "--recipe", "quickstart", "--baseline"),
     Entry("cpu_data", "pre-training input", "cpu", ("data",)),
-    Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
+    Entry("cpu_order", "order of the images and index of sparse files, batches of 256", "cpu", ("order",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",
            "--recipe", "nepa_b_release", "--micro_batch_size", "128", "--compile", "--baseline"),
     _train("gpu_b", "NEPA-B", "cuda", "--recipe", "nepa_b"),

@@ -106,5 +106,19 @@ def test_kernels_and_data_have_figures() -> None:
     assert describe_kernels({"timings": timings}) == "swiglu: triton 1 ms, eager 2 ms"
     report = {"images_per_second_per_core": 240.4, "ratio": {"torchvision": 1.3}}
     assert describe_data(report) == "240 images/s a core as uint8; 1.30x torchvision"
-    report = {"timings": [{"images": 10**9, "microseconds": 95.6, "peak_mb": 0.031}]}
-    assert describe_order(report) == "1,000,000,000 images: 96 us a batch, 0.031 MB at most"
+    report = {
+        "timings": [
+            {
+                "images": 10**9,
+                "microseconds": 95.6,
+                "peak_mb": 0.031,
+                "open_ms": 9.96,
+                "rows_ms": 4.0,
+                "resident_mb": 61.7,
+            }
+        ]
+    }
+    assert describe_order(report) == (
+        "1,000,000,000 images: 96 us a batch, 0.031 MB at most; index opened in 9.96 ms, rows of a batch 4 ms, 62 MB "
+        "of its pages touched"
+    )

@@ -18,6 +18,7 @@ from index_tool import run_tool
 from PIL import Image
 from scipy.io import savemat
 
+from megatron_nepa.benchmarks.order import measure, sparse_index
 from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
@@ -97,6 +98,13 @@ def test_shards_and_folder_give_the_same_run(photographs: Path, tmp_path: Path) 
     assert shards.fingerprint() == folder.fingerprint()
     assert shards.classes == ("ant", "bee", "cow")
     assert torch.equal(first_images(shards), first_images(folder))
+
+
+def test_many_rows_are_opened_and_drawn_from(tmp_path: Path) -> None:
+    """A hundred million rows in sparse files: a rank that draws from all over grows by what it touches."""
+    timing = measure(100_000_000, 256, 8)
+    assert timing.resident_mb < 200  # 7 columns of 2,048 rows, a page each, are 59 MB; read ahead, they were 1 GB
+    assert load_index(sparse_index(tmp_path, 20_000_000)).fingerprint()
 
 
 def test_a_replaced_shard_is_noticed(photographs: Path, tmp_path: Path) -> None:

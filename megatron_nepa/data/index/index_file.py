@@ -12,12 +12,15 @@ was computed when the index was written, and that a shard is still the one that 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames, Stamp
@@ -25,6 +28,7 @@ from megatron_nepa.data.index.storage import shard_stamp
 
 VERSION = 1
 _JSON = "index.json"
+_LARGE = 2**26  # bytes of an array, of which a rank touches a few rows a batch
 _COLUMNS = ("width", "height", "label", "shard", "offset", "size")
 _MASK_COLUMNS = ("mask_offset", "mask_size")  # written where masks lie in shards
 _NAMES = ("names", "masks")
@@ -96,10 +100,9 @@ def load_index(path: str | Path) -> DatasetIndex:
                 found == size, f"{folder / name} has {found} bytes where {size} were written: index the data again."
             )
         in_shards = _MASK_COLUMNS if (folder / f"{_MASK_COLUMNS[0]}.npy").is_file() else ()
-        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_COLUMNS, *in_shards)}
+        columns: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in (*_COLUMNS, *in_shards)}
         names, masks = (
-            PackedNames(*(np.load(folder / f"{name}{part}.npy", mmap_mode="r") for part in ("", "_ends")))
-            for name in _NAMES
+            PackedNames(*(_mapped(folder / f"{name}{part}.npy") for part in ("", "_ends"))) for name in _NAMES
         )
         return DatasetIndex(
             root=folder.resolve().parent / facts["root"],
@@ -117,3 +120,12 @@ def load_index(path: str | Path) -> DatasetIndex:
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ConfigError(f"the index {folder} is damaged ({reason}): index the data again.") from error
+
+
+def _mapped(file: Path) -> npt.NDArray[Any]:
+    """An array on disk, of which pages come into memory as they are touched."""
+    array: npt.NDArray[Any] = np.load(file, mmap_mode="r")
+    if array.nbytes > _LARGE and isinstance(array.base, mmap.mmap):
+        # rows are touched in random order: what the system would read ahead fills memory and is never looked at
+        array.base.madvise(mmap.MADV_RANDOM)
+    return array
