@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import megatron_nepa
-from megatron_nepa.checkpoint.reading.modules import at_image_size, build_module
+from megatron_nepa.checkpoint.reading.modules import at_image_size
 from megatron_nepa.checkpoint.reading.weights import Weights, write_weights
 from megatron_nepa.config import ConfigError
 from megatron_nepa.library.model import NepaModel
@@ -162,4 +162,3 @@ def test_what_cannot_be_asked(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             call()
-    assert build_module(random_weights(EXAMPLES["nepa_b"])).config == model.config
