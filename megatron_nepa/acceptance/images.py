@@ -24,6 +24,8 @@ from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.doctor.decoding import photographs
 
+PHOTOGRAPHS_REMEDY = "carry along scikit-image and scikit-learn, which hold photographs."
+
 
 @contextmanager
 def folder_of_photographs() -> Iterator[Path]:
@@ -37,9 +39,21 @@ def folder_of_photographs() -> Iterator[Path]:
         photographs(folder)
         yield folder
     except ConfigError as error:
-        raise NotRun(str(error), "carry along scikit-image and scikit-learn.") from None
+        raise NotRun(str(error), PHOTOGRAPHS_REMEDY) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def builtin_index() -> DatasetIndex:
+    """The built-in set.
+
+    Raises:
+        NotRun: the packages that hold its photographs are not installed.
+    """
+    try:
+        return scan_folder(builtin_folder(verbose=False))
+    except ConfigError as error:
+        raise NotRun(str(error), PHOTOGRAPHS_REMEDY) from None
 
 
 def crop_stream(
@@ -60,11 +74,7 @@ def decoded_batches(setting: Setting, size: int, batch: int) -> Iterator[Iterato
     Raises:
         NotRun: the packages that hold its photographs are not installed.
     """
-    try:
-        index = scan_folder(builtin_folder(verbose=False))
-    except ConfigError as error:
-        raise NotRun(str(error), "carry along scikit-image and scikit-learn.") from None
-    stream = crop_stream(setting, index, size, batch)
+    stream = crop_stream(setting, builtin_index(), size, batch)
     try:
         yield (normalise(pixels, None, torch.bfloat16) for pixels, _ in stream)
     finally:

@@ -85,7 +85,7 @@ class PeerSteps:
     Args:
         calls: to the device.
         model: its shape, of a release recipe.
-        compiled: compile the whole model, as its trainer can.
+        compiled: compile its blocks, as this project's are.
     """
 
     def __init__(self, calls: Cuda, model: ModelConfig, compiled: bool = False) -> None:
@@ -99,7 +99,9 @@ class PeerSteps:
         self.optimizer = torch.optim.AdamW(self.weights, lr=LEARNING_RATE, fused=True)
         if compiled:
             torch._dynamo.reset()
-            self.model.vit.compile(backend=calls.compile_backend)
+            for module in self.model.modules():
+                if type(module).__name__ == "DINOv3ViTLayer":  # one block is compiled for all, as this project's is
+                    module.compile(backend=calls.compile_backend)
 
     def step(self, images: Tensor) -> Tensor:
         """The same duties."""

@@ -163,11 +163,9 @@ def _decodes(data: bytes, device: str) -> bool:
 
 def speed(setting: Setting) -> Iterator[Row]:
     """Images a second over the decoder's settings; the best must feed the first model of part 3."""
-    from megatron_nepa.acceptance.images import crop_stream
-    from megatron_nepa.data.index.builtin import builtin_folder
-    from megatron_nepa.data.index.folder import scan_folder
+    from megatron_nepa.acceptance.images import builtin_index, crop_stream
 
-    index, batch = scan_folder(builtin_folder(verbose=False)), setting.decoded_images
+    index, batch = builtin_index(), setting.decoded_images
     found: dict[tuple[float, int], float] = {}
     for load in SWEPT_LOADS:
         for threads in SWEPT_THREADS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
-from megatron_nepa.acceptance.check import Check, can_find, not_installed
+from megatron_nepa.acceptance.check import Check, NotRun, can_find, carry, not_installed
 from megatron_nepa.acceptance.parts.training import compare
 from megatron_nepa.acceptance.report import Row
 from megatron_nepa.acceptance.scripts import losses, train
@@ -25,6 +26,7 @@ VARIANTS = {
     "compiled blocks": ("zero2", "--compile"),
     "offload": ("zero2_offload", "--kernels=reference"),
 }
+FUSED_ADAMS = {"DeepSpeed's FusedAdam": "deepspeed.ops.adam", "Apex's FusedAdam": "apex.optimizers"}
 POISONED = 3  # the step whose images are not finite
 POISON = f"""
 import dataclasses
@@ -44,7 +46,8 @@ def checks(setting: Setting) -> list[Check]:
     """What needs no engine first; for offload DeepSpeed compiles its CPU Adam."""
     flash = [("flash_attn", "2"), ("flash_attn_interface", "3"), ("flash_attn.cute", "4")]
     return [
-        Check("optimizers", 60, partial(optimizers, setting), gpu=False),
+        Check("torch's fused AdamW", 30, partial(torch_adamw, setting), gpu=False),
+        *(Check(name, 90, partial(fused_adam, setting, name, module)) for name, module in FUSED_ADAMS.items()),
         *(
             Check(f"FlashAttention-{version}", 30, partial(flash_attention, setting, module, version))
             for module, version in flash
@@ -65,23 +68,28 @@ def checks(setting: Setting) -> list[Check]:
     ]
 
 
-def optimizers(setting: Setting) -> Iterator[Row]:
-    """AdamW of torch, DeepSpeed and Apex against fp64 on the same ten gradients."""
-    device = setting.calls.device
-    yield optimizer_row("torch's fused AdamW", device, torch.optim.AdamW, {"fused": True})
-    for name, module, argument in (
-        ("DeepSpeed's FusedAdam", "deepspeed.ops.adam", "adam_w_mode"),
-        ("Apex's FusedAdam", "apex.optimizers", "adam_w_mode"),
-    ):
+def torch_adamw(setting: Setting) -> Iterator[Row]:
+    """AdamW of torch against fp64 on the same ten gradients."""
+    yield optimizer_row("torch's fused AdamW", setting.calls.device, torch.optim.AdamW, {"fused": True})
+
+
+def fused_adam(setting: Setting, name: str, module: str) -> Iterator[Row]:
+    """DeepSpeed's or Apex's likewise; one that cannot be built is not used."""
+    meaning = "torch's fused AdamW takes its place"
+    if not can_find(module):
         package = module.partition(".")[0]
-        if not can_find(module):
-            row = not_installed(package, "torch's fused AdamW takes its place")
-            yield Row(name, row.status, row.figure, row.meaning, row.remedy)
-        elif device.type == "cpu":
-            yield Row(name, "NOT RUN", "needs a GPU", "", "run the same command on a machine with a GPU.")
-        else:
-            kind = __import__(module, fromlist=["FusedAdam"]).FusedAdam
-            yield optimizer_row(name, device, kind, {argument: True})
+        yield Row(name, "NOT RUN", f"the package {package} is not installed", meaning, carry(package))
+        return
+    if setting.calls.device.type == "cpu":
+        raise NotRun("needs a GPU", "run the same command on a machine with a GPU.")
+    kind = importlib.import_module(module).FusedAdam
+    try:
+        kind([torch.zeros(1, device=setting.calls.device, requires_grad=True)])
+    except Exception as error:  # of compilers, of torch's and of DeepSpeed's own kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        yield Row(name, "NOT RUN", f"cannot be built: {reason}", meaning, "install nvcc of torch's CUDA version.")
+        return
+    yield optimizer_row(name, setting.calls.device, kind, {"adam_w_mode": True})
 
 
 def optimizer_row(name: str, device: torch.device, kind: Any, options: dict[str, Any]) -> Row:
