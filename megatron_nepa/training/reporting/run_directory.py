@@ -155,7 +155,10 @@ class RunDirectory:
 
     def _require_writable(self) -> None:
         for folder in (self.path, self.checkpoints.folder):
-            existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+            try:
+                existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+            except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
+                raise ConfigError(f"--output_dir {self.path} cannot be a folder ({error}): give another.") from None
             require(existing.is_dir(), f"--output_dir {self.path}: {existing} is a file; give a folder.")
             require(
                 os.access(existing, os.W_OK | os.X_OK),
