@@ -206,11 +206,11 @@ def test_a_probe_of_an_older_version_goes_on_in_its_trunks_dtype(folder: Path, t
 
 def dtypes_of_a_probe(folder: Path, output: Path) -> dict[str, torch.dtype]:
     """Which dtype a probe's kernels, peak and trunk are of, and which its layer's; torch's notices are errors."""
-    from megatron_nepa import job
+    from megatron_nepa.kernels import dispatch
     from megatron_nepa.training import train
 
     found: dict[str, torch.dtype] = {}
-    select, peak = job.select_kernels, train.device_peak_flops
+    select, peak = dispatch.select_kernels, train.device_peak_flops
 
     def selected(*arguments: Any, dtype: torch.dtype, **more: Any) -> Any:
         found["kernels"] = dtype
@@ -220,7 +220,7 @@ def dtypes_of_a_probe(folder: Path, output: Path) -> dict[str, torch.dtype]:
         found["peak"] = dtype
         return peak(device, dtype)
 
-    job.select_kernels, train.device_peak_flops = selected, looked_up  # type: ignore[assignment]
+    dispatch.select_kernels, train.device_peak_flops = selected, looked_up  # type: ignore[assignment]
     warnings.filterwarnings("error", r".*torch\.distributed", FutureWarning)
     forward = TrunkFeatures.forward
 

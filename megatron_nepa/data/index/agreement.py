@@ -76,8 +76,9 @@ def compare_with_head(
         ConfigError: naming both sides.
     """
     if trained is None:
-        unnamed = f"{source} does not name its classes: its output 0 is taken for {classes[0]}, and so on in order."
-        return unnamed if classes else None
+        if not classes:
+            return None
+        return f"{source} does not name its classes: its output 0 is taken for {classes[0]}, and so on in order."
     if not (trained and classes):
         names = trained or classes
         require(
