@@ -27,6 +27,8 @@ BARE_VALUES: dict[str, Any] = {"parallel.activation_checkpointing": "full", "knn
 
 
 Recipes = Mapping[str, Callable[[], Run]]
+# fields that follow from a recipe and the given fields, by name
+Follow = Callable[[RunConfig, Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,25 @@ class CommandLine(Generic[Run]):
         run: the recipe with the given flags applied.
         ds_config: path of the DeepSpeed config, or None.
         given: fields that a flag set, as "field" or "section.field".
+        followed: fields that differ from the recipe's because a checkpoint says so, by name.
     """
 
     run: Run
     ds_config: str | None
     given: frozenset[str]
+    followed: Mapping[str, Any]
 
 
-def parse_command_line(arguments: Sequence[str], description: str, recipes: Recipes[Run]) -> CommandLine[Run]:
+def parse_command_line(
+    arguments: Sequence[str], description: str, recipes: Recipes[Run], follow: Follow | None = None
+) -> CommandLine[Run]:
     """Read the flags of a training script.
 
     Args:
         arguments: as in ``sys.argv[1:]``; dashes and underscores in flag names are the same.
         description: what the script does, for ``--help``.
         recipes: those of the script's task; the first is the default.
+        follow: finds what a checkpoint that the run names says of it; None follows none.
 
     Raises:
         ConfigError: for an unknown recipe, an unknown flag, a value that cannot work or a flag that would be ignored.
@@ -62,9 +69,14 @@ def parse_command_line(arguments: Sequence[str], description: str, recipes: Reci
     if recipe not in recipes:
         raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, recipes)}; recipes: {', '.join(recipes)}.")
     given = {name: value for name, value in values.items() if value is not _NOT_GIVEN}
-    run = override(recipes[recipe](), given)
+    start = recipes[recipe]()
+    followed = {} if follow is None else follow(start, given)
+    run = override(start, {**followed, **given})
     refuse_ignored(run, given)
-    return CommandLine(run, ds_config, frozenset(given))
+    named = start.fields_by_name()
+    return CommandLine(
+        run, ds_config, frozenset(given), {name: value for name, value in followed.items() if value != named[name]}
+    )
 
 
 def path_argument(text: str) -> Path:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
 from megatron_nepa.cli import Recipes, parse_command_line
-from megatron_nepa.config import Run
+from megatron_nepa.config import Run, RunConfig, flag_of
 from megatron_nepa.parallel.launcher import ranks_of_this_node
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config
 
@@ -45,7 +45,7 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
     Raises:
         ConfigError: for settings that cannot work.
     """
-    command = parse_command_line(arguments, description, recipes)
+    command = parse_command_line(arguments, description, recipes, _follow)
     ds_config = read_ds_config(command.ds_config)
     run = merge(command.run, command.given, command.ds_config, ds_config)
 
@@ -56,6 +56,9 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
 
     _share_cores()
     topology = build_topology(init_distributed(), run.parallel.tensor_parallel_size)
+    if command.followed and topology.is_main:
+        fields = (f"{flag_of(name)} {str(value).lower()}" for name, value in command.followed.items())
+        print(f"as the checkpoint says, not as --recipe {run.recipe}: {', '.join(fields)}", flush=True)
     model = run.model
     heads = model.num_heads // topology.tensor.size
     kernels = select_kernels(
@@ -66,6 +69,15 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
         causal=model.causal,
     )
     return Job(run, ds_config, kernels, topology)
+
+
+def _follow(run: RunConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the checkpoint says that the flags name."""
+    if not any(given.get(name) for name in ("init_from", "trunk.path", "evaluation.only")):
+        return {}  # without waiting for torch
+    from megatron_nepa.checkpoint.following import follow_checkpoint
+
+    return follow_checkpoint(run, given)
 
 
 def _share_cores() -> None:

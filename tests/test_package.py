@@ -45,7 +45,7 @@ ROOMS = {
         "proofs",
     ),
     "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
-    "checkpoint": ("format", "saving", "reading", "conversion", "initial"),
+    "checkpoint": ("format", "saving", "reading", "conversion", "described", "following", "initial"),
     "training": (
         "stopping",
         "engine",

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_huggingface
-from megatron_nepa.checkpoint.conversion.release_folder import is_release, read_release
+from megatron_nepa.checkpoint.conversion.release_folder import read_release
+from megatron_nepa.checkpoint.described import holds_weights_alone
 from megatron_nepa.checkpoint.format.state import TrainState, empty_weights, restore_weights
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint, find_intact
 from megatron_nepa.checkpoint.reading.weights import (
@@ -94,8 +95,8 @@ def start_from(
             classes.
     """
     wanted = empty_weights(train)
-    holds_weights_alone = Path(path).is_file() or is_release(Path(path))
-    source = _of_weights(train, path, choice) if holds_weights_alone else _of_checkpoint(train, path, choice)
+    read = _of_weights if holds_weights_alone(path) else _of_checkpoint
+    source = read(train, path, choice)
     adapters = _adapters(source.model, model)
     _require_same_trunk(source, wanted, model, adapters)
     taken = {

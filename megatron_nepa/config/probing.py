@@ -15,7 +15,7 @@ from megatron_nepa.config.run import RunConfig
 class FrozenTrunkConfig(FeatureConfig):
     """The trunk that is probed, and which of its features."""
 
-    # its weights: a checkpoint or OUTPUT_DIR of any run, or a released model's folder
+    # its weights and its shape: a checkpoint or OUTPUT_DIR of any run, or a released model's folder
     path: str | None = None
     # which weights of a run: its average (ema) or raw
     weights: Literal["ema", "raw"] = "ema"

@@ -38,8 +38,8 @@ class RunConfig:
     seed: int = 1337
     # auto continues output_dir's newest checkpoint, none starts afresh, a path continues that checkpoint
     resume: str = "auto"
-    # start from the weights of this checkpoint, OUTPUT_DIR or released model's folder, with a fresh optimizer at step
-    # 0; none draws them
+    # start from the weights of this checkpoint, OUTPUT_DIR or released model's folder, whose trunk's shape replaces the
+    # recipe's, with a fresh optimizer at step 0; none draws them
     init_from: str | None = None
     # which weights init_from takes of a run: its average (ema) or raw
     init_weights: Literal["ema", "raw"] = "ema"

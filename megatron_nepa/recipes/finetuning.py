@@ -1,7 +1,7 @@
 """Recipes of fine-tuning to image classification.
 
 ``imagenet_ft_b`` and ``imagenet_ft_l`` follow the paper (table 5), the ``_release`` ones the authors' scripts where the
-two differ (docs/paper_and_release.md lists every difference).
+two differ (docs/paper_and_release.md lists every difference). ``quickstart_ft`` follows pre-training's quickstart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_nepa.config import (
     ModelConfig,
     OptimizerConfig,
 )
-from megatron_nepa.recipes.pretraining import nepa_b, nepa_b_release, nepa_l, nepa_l_release
+from megatron_nepa.recipes.pretraining import nepa_b, nepa_b_release, nepa_l, nepa_l_release, quickstart
 
 
 def imagenet_ft_b() -> ClassificationConfig:
@@ -86,6 +86,27 @@ def imagenet_ft_l_release() -> ClassificationConfig:
     )
 
 
+def quickstart_ft() -> ClassificationConfig:
+    """The quickstart's trunk to a few labelled images: 200 steps of 32, minutes on two CPU cores."""
+    start = quickstart()
+    return ClassificationConfig(
+        recipe="quickstart_ft",
+        model=_finetuned(start.model, drop_path=0.0),
+        data=start.data,
+        optimizer=replace(start.optimizer, base_lr=8e-3),  # 1e-3 after scaling
+        layer_decay=LayerDecayConfig(rate=0.65),
+        # mixing and RandAugment need more steps than these to pay
+        augmentation=AugmentationConfig(rand_augment=None, random_erasing=0.0, mixup=0.0, cutmix=0.0),
+        output_dir="runs/quickstart_ft",
+        steps=200,
+        global_batch_size=32,
+        micro_batch_size=32,
+        dtype=start.dtype,
+        save_every=100,
+        log_every=1,
+    )
+
+
 def _finetuned(model: ModelConfig, drop_path: float, rescale_group: int = 1, causal: bool = True) -> ModelConfig:
     return replace(
         model, drop_path=drop_path, freeze_patch_embedding=True, causal=causal, rope_rescale_group=rescale_group
@@ -93,5 +114,6 @@ def _finetuned(model: ModelConfig, drop_path: float, rescale_group: int = 1, cau
 
 
 CLASSIFICATION_RECIPES: dict[str, Callable[[], ClassificationConfig]] = {
-    recipe.__name__: recipe for recipe in (imagenet_ft_b, imagenet_ft_l, imagenet_ft_b_release, imagenet_ft_l_release)
+    recipe.__name__: recipe
+    for recipe in (imagenet_ft_b, imagenet_ft_l, imagenet_ft_b_release, imagenet_ft_l_release, quickstart_ft)
 }

@@ -1,4 +1,4 @@
-"""Recipes of linear probing, with MAE's settings (He et al. 2022, appendix A.1)."""
+"""Recipes of linear probing: MAE's settings (He et al. 2022, appendix A.1), and one for the quickstart's trunk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_nepa.config import DataConfig, OptimizerConfig, ProbingConfig
-from megatron_nepa.recipes.pretraining import nepa_b, nepa_b_release, nepa_l, nepa_l_release
+from megatron_nepa.recipes.pretraining import nepa_b, nepa_b_release, nepa_l, nepa_l_release, quickstart
 
 
 def imagenet_probe_b() -> ProbingConfig:
@@ -63,7 +63,33 @@ def imagenet_probe_l_release() -> ProbingConfig:
     )
 
 
+def quickstart_probe() -> ProbingConfig:
+    """The quickstart's trunk on a few labelled images: 200 steps of 64, minutes on two CPU cores."""
+    base, start = imagenet_probe_b(), quickstart()
+    return replace(
+        base,
+        recipe="quickstart_probe",
+        model=start.model,
+        # LARS is for large batches; the rate is 1e-2 after scaling
+        optimizer=replace(base.optimizer, name="adamw", base_lr=4e-2, warmup_ratio=0.1),
+        output_dir="runs/quickstart_probe",
+        steps=200,
+        epochs=None,
+        global_batch_size=64,
+        micro_batch_size=64,
+        dtype=start.dtype,
+        save_every=100,
+        log_every=1,
+    )
+
+
 PROBING_RECIPES: dict[str, Callable[[], ProbingConfig]] = {
     recipe.__name__: recipe
-    for recipe in (imagenet_probe_b, imagenet_probe_l, imagenet_probe_b_release, imagenet_probe_l_release)
+    for recipe in (
+        imagenet_probe_b,
+        imagenet_probe_l,
+        imagenet_probe_b_release,
+        imagenet_probe_l_release,
+        quickstart_probe,
+    )
 }

@@ -3,6 +3,8 @@
 A patch of 14 does not divide mmsegmentation's crop of 512: the crop is 518 pixels (37 x 37 patches), and images are
 scaled to a shorter side of 518. ``--model.image_size 504`` takes 36 x 36 patches instead, and ``--model.patch_size 16
 --model.image_size 512`` the crop of 512 with a patch embedding that is resampled from 14 to 16 pixels.
+
+``quickstart_upernet`` follows pre-training's quickstart, with crops of its image size.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from megatron_nepa.config import (
     SegmentationConfig,
     SegmentationEvaluationConfig,
 )
-from megatron_nepa.recipes.pretraining import nepa_b, nepa_b_release, nepa_l, nepa_l_release
+from megatron_nepa.recipes.pretraining import nepa_b, nepa_b_release, nepa_l, nepa_l_release, quickstart
 
 STEPS = 160_000
 BATCH = 16
@@ -64,6 +66,25 @@ def ade20k_upernet_l_release() -> SegmentationConfig:
     return _other(ade20k_upernet_b(), "ade20k_upernet_l_release", nepa_l_release().model, drop_path=0.2)
 
 
+def quickstart_upernet() -> SegmentationConfig:
+    """The quickstart's trunk with UPerNet on a few masks: 200 steps of 8 crops of 112, minutes on two CPU cores."""
+    base, start = ade20k_upernet_b(), quickstart()
+    return replace(
+        base,
+        recipe="quickstart_upernet",
+        model=replace(start.model, causal=False),
+        optimizer=replace(base.optimizer, base_lr=1e-3 * 256 / 8, warmup_ratio=0.1),
+        evaluation=SegmentationEvaluationConfig(),
+        output_dir="runs/quickstart_upernet",
+        steps=200,
+        global_batch_size=8,
+        micro_batch_size=8,
+        dtype=start.dtype,
+        save_every=100,
+        log_every=1,
+    )
+
+
 def _other(base: SegmentationConfig, recipe: str, model: ModelConfig, drop_path: float) -> SegmentationConfig:
     return replace(base, recipe=recipe, model=_bidirectional(model, drop_path), output_dir=f"runs/{recipe}")
 
@@ -75,5 +96,11 @@ def _bidirectional(model: ModelConfig, drop_path: float) -> ModelConfig:
 
 SEGMENTATION_RECIPES: dict[str, Callable[[], SegmentationConfig]] = {
     recipe.__name__: recipe
-    for recipe in (ade20k_upernet_b, ade20k_upernet_l, ade20k_upernet_b_release, ade20k_upernet_l_release)
+    for recipe in (
+        ade20k_upernet_b,
+        ade20k_upernet_l,
+        ade20k_upernet_b_release,
+        ade20k_upernet_l_release,
+        quickstart_upernet,
+    )
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.checkpoint.conversion.release_folder import is_release
+from megatron_nepa.checkpoint.described import holds_weights_alone
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.config import AugmentationConfig, ConfigError, ProbingConfig, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
@@ -66,7 +66,7 @@ class ProbingTask(Task):
         path = run.trunk.path
         require(path is not None, "a probe needs a trained trunk: give its checkpoint as --trunk.")
         assert path is not None
-        if not is_release(Path(path)):
+        if not holds_weights_alone(path):
             path = str(find_checkpoint(path))
         self.run = replace(run, trunk=replace(run.trunk, path=path))
         self.topology = topology

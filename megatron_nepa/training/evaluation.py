@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_nepa.checkpoint.conversion.release_folder import is_release
+from megatron_nepa.checkpoint.described import holds_weights_alone
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.format.masters import Masters
 from megatron_nepa.checkpoint.format.state import TrainState
@@ -117,7 +117,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
         source = str(best or find_checkpoint(run.output_dir))
         if best is not None and not store.best_metric().startswith(f"{evaluator.prefix}{RESULT_OF_AVERAGE}"):
             choice = "raw"
-    if not is_release(Path(source)):
+    if not holds_weights_alone(source):
         trained = read_manifest(find_checkpoint(source))["run"]
         remedy = "evaluate images that are labelled as the training images were"
         note = compare_with_head(source, trained.get("classes"), task.classes, "the validation images", remedy)

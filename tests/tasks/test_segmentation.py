@@ -164,7 +164,7 @@ def test_bad_input_is_one_sentence(pairs: Path, one_rank: Path, tmp_path: Path) 
             "--masks.num_classes=4",
             f"--init_from={one_rank}",
         ],
-        "holds another trunk: hidden_size 32 there, 48 here": [
+        "--model.hidden_size 48, not 32 as in": [
             f"--data={pairs}",
             "--model.hidden_size=48",
             f"--init_from={one_rank}",
