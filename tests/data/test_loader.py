@@ -26,6 +26,7 @@ from megatron_nepa.data.sampling import order
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
 from megatron_nepa.data.sampling.rank_share import Share
+from tests.runs import make_images
 
 SEED, SIZE, GLOBAL = 11, 48, 8
 CPU = torch.device("cpu")
@@ -170,6 +171,17 @@ def test_region_decode_is_full_decode_and_crop(photographs: Path) -> None:
             expected = torch.nn.functional.interpolate(crop[None], (side, side), mode="bilinear", antialias=True)
             assert torch.equal(image, expected[0])
             assert free or torch.equal(image, crop)
+
+
+@pytest.mark.parametrize(("load", "deterministic"), [(0.65, 1.0), (0.3, 0.0), (0.0, 0.0), (1.0, 1.0)])
+def test_a_deterministic_run_splits_no_batch_between_decoders(
+    load: float, deterministic: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    index = scan_folder(make_images(tmp_path / "images"))
+    config = DataConfig(hw_decoder_load=load)
+    assert DecoderOptions.of(config, index, torch.device("cpu")).hw_decoder_load == load
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert DecoderOptions.of(config, index, torch.device("cpu")).hw_decoder_load == deterministic
 
 
 def test_normalise() -> None:

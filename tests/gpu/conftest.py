@@ -7,7 +7,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _compiled_on_a_gpu():
+def _compiled_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if os.environ.get("TRITON_INTERPRET") == "1":

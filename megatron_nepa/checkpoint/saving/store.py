@@ -298,4 +298,5 @@ def sharded_writer(folder: Path) -> HuggingFaceStorageWriter:
     """What writes tensors of which every rank holds a share into safetensors files of ``folder``."""
     names = inspect.signature(HuggingFaceStorageWriter).parameters
     sharded = "save_distributed" if "save_distributed" in names else "save_sharded"  # its name in torch 2.8
-    return HuggingFaceStorageWriter(str(folder), **{sharded: True})
+    options: dict[str, Any] = {sharded: True}
+    return HuggingFaceStorageWriter(str(folder), **options)

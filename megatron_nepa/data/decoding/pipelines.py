@@ -38,7 +38,10 @@ class DecoderOptions:
         """The options of ``config``, with size hints from the images of ``index``."""
         # not the largest: one panorama would reserve its size for every image in flight
         width, height = (int(np.percentile(side[:1_000_000], 99.9)) for side in (index.width, index.height))
-        return cls(device, config.num_threads, config.hw_decoder_load, width, height)
+        load = config.hw_decoder_load
+        if torch.are_deterministic_algorithms_enabled():
+            load = float(round(load))  # one decoder for all: which images a split gives to which is not known to repeat
+        return cls(device, config.num_threads, load, width, height)
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Arguments of every ``fn.decoders`` call."""

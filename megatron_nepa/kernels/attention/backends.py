@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_nepa.config import require
-from megatron_nepa.kernels.attention.flash import Attention, flash_attention_fits, flash_attentions
+from megatron_nepa.kernels.attention.flash import (
+    Attention,
+    flash_attention_2,
+    flash_attention_fits,
+    newer_flash_attentions,
+)
 from megatron_nepa.kernels.attention.products import MAX_TOKENS, attention_products
 from megatron_nepa.kernels.launching.timing import milliseconds
 
@@ -53,16 +58,19 @@ def sdpa_with(backend: SDPBackend) -> Attention:
 def attention_candidates(head_dim: int, dtype: torch.dtype, deterministic: bool) -> list[Attention]:
     """The back-ends that may serve a CUDA device, the one to take untimed first.
 
-    Deterministic runs leave out cuDNN, and torch's flash and efficient back-ends too unless
+    Versions 3 and 4 of flash-attn come last: they serve where they were timed and checked. Deterministic runs leave out
+    those and cuDNN, and torch's flash and efficient back-ends too unless
     ``torch.use_deterministic_algorithms`` is on, which is what makes those two repeat.
     """
-    flash = flash_attentions(deterministic) if flash_attention_fits(head_dim, dtype) else []
+    fits = flash_attention_fits(head_dim, dtype)
+    flash = flash_attention_2(deterministic) if fits else None
     backends = list(BACKENDS)
     if deterministic:
         backends.remove(SDPBackend.CUDNN_ATTENTION)
         if not torch.are_deterministic_algorithms_enabled():
             backends = [SDPBackend.MATH]
-    return flash + [sdpa_with(backend) for backend in backends]
+    newer = newer_flash_attentions() if fits and not deterministic else []
+    return ([] if flash is None else [flash]) + [sdpa_with(backend) for backend in backends] + newer
 
 
 def choose_attention(

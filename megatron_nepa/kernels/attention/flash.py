@@ -21,16 +21,9 @@ logger = logging.getLogger(__name__)
 Attention = Callable[[Tensor, bool], Tensor]
 
 
-def flash_attentions(deterministic: bool) -> list[Attention]:
-    """The versions of flash-attn that are installed and can be imported, the one to take untimed first.
-
-    Args:
-        deterministic: take what repeats bit for bit, which is version 2 told to.
-    """
-    versions = [flash_attention_2(deterministic)]
-    if not deterministic:
-        versions += [flash_attention_3(), flash_attention_4()]
-    return [version for version in versions if version is not None]
+def newer_flash_attentions() -> list[Attention]:
+    """Versions 3 and 4 of flash-attn, where they are installed and can be imported."""
+    return [version for version in (flash_attention_3(), flash_attention_4()) if version is not None]
 
 
 def import_flash_attn() -> Callable[..., Tensor] | None:
