@@ -149,8 +149,8 @@ def test_what_cannot_be_asked(tmp_path: Path) -> None:
     model = loaded(random_weights(EXAMPLES["nepa_b"]), tmp_path / "model")
     images = some_images(model.config)
     for call, message in (
-        (lambda: model.classify(images), "classify needs a head .*finetune_classification"),
-        (lambda: model.segment(images), "segment needs a head .*finetune_segmentation"),
+        (lambda: model.classify(images), "classify needs a head, .*finetune_classification"),
+        (lambda: model.segment(images), "segment needs a head, .*finetune_segmentation"),
         (lambda: model.forward_intermediates(images, [3]), r"block \[3\] is not there: the model has 3"),
         (lambda: model.forward_intermediates(images, 4), "the last 4 blocks of 3"),
         (lambda: model.forward_intermediates(images, output_fmt="NHWC"), "take NCHW or NLC"),  # type: ignore[arg-type]
