@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="header parses every header; full decodes every image with the decoder that training uses",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where full decodes")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core, at most 4 on a GPU)")
     parser.add_argument("--split", default="training", help="part of a set that has several")
     parser.add_argument("--labels", help="text file: a label a line in name order, or a name and a label a line")
     parser.add_argument("--devkit_meta", help="meta.mat of ImageNet's development kit, for its validation ground truth")

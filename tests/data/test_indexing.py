@@ -8,8 +8,10 @@ import os
 import shutil
 import tarfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +28,12 @@ from megatron_nepa.data.index.index_file import load_index, save_index
 from megatron_nepa.data.index.labels import with_labels
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.verify import Checked, Verify, check_images
 from megatron_nepa.data.indexing.write_shards import write_shards
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
+from tests.runs import make_images
 
 
 def first_images(index: DatasetIndex) -> torch.Tensor:
@@ -277,3 +281,23 @@ def test_a_shard_cut_short_is_refused(photographs: Path, tmp_path: Path, cut: st
     shard.write_bytes(content.rstrip(b"\0") if cut == "end mark" else content[: len(content) // 2])
     with pytest.raises(ConfigError, match=r"shard_000001\.tar (is|ends) .*cut short"):
         list_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("verify", "device", "processes"), [("full", "cuda", 4), ("header", "cuda", 64), ("full", "cpu", 64)]
+)
+def test_a_gpu_gets_a_few_processes_not_one_a_core(
+    verify: Verify, device: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def check(listing: Any, chunks: Any, verify: Verify, device: str, workers: int) -> Iterator[Checked]:
+        started.append(workers)
+        yield from check_images(listing, chunks, "header", "cpu", 1)
+
+    monkeypatch.setattr("megatron_nepa.data.indexing.build.check_images", check)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    listing = list_source(make_images(tmp_path / "images"))
+    build_and_save_index(listing, tmp_path / "index", verify, device, progress=False)
+    assert started == [processes]

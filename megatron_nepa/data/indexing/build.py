@@ -20,6 +20,7 @@ from megatron_nepa.data.indexing.lock import claimed
 from megatron_nepa.data.indexing.verify import Checked, Verify, check_images
 from megatron_nepa.terminal import counted
 
+_MOST_CONTEXTS = 4  # processes on one GPU: each holds a CUDA context and decoder buffers of hundreds of MB
 _CHUNK = 256  # images of one task: seconds of decoding, so that little is lost when a run is stopped
 
 
@@ -40,7 +41,7 @@ def build_and_save_index(
         out: folder of the index, which must not exist.
         verify: "header" parses every header, "full" decodes every pixel with the decoder that training uses.
         device: "cpu" or "cuda", where "full" decodes.
-        workers: processes; None takes one a core.
+        workers: processes; None takes one a core, and at most 4 where each decodes on a GPU.
         progress: show a progress bar.
 
     Returns:
@@ -67,7 +68,7 @@ def build_and_save_index(
         with tqdm(
             total=len(listing), initial=len(listing) - sum(map(len, missing)), unit=" images", disable=not progress
         ) as bar:
-            for checked in check_images(listing, missing, verify, device, workers or os.cpu_count() or 1):
+            for checked in check_images(listing, missing, verify, device, workers or _processes(verify, device)):
                 _save_chunk(partial, checked)
                 bar.update(len(checked.rows))
 
@@ -113,3 +114,8 @@ def _assemble(partial: Path, listing: DatasetIndex) -> DatasetIndex:
     quarantine = (*listing.quarantine, *((listing.names[row], reasons[row]) for row in sorted(reasons)))
     sized = replace(listing, width=width, height=height, quarantine=quarantine)
     return sized if not reasons else sized.select(np.flatnonzero(width > 0))
+
+
+def _processes(verify: Verify, device: str) -> int:
+    cores = os.cpu_count() or 1
+    return min(cores, _MOST_CONTEXTS) if verify == "full" and device == "cuda" else cores
