@@ -87,7 +87,7 @@ def imagenet_ft_l_release() -> ClassificationConfig:
 
 
 def quickstart_ft() -> ClassificationConfig:
-    """The quickstart's trunk to a few labelled images: 200 steps of 32, minutes on two CPU cores."""
+    """The quickstart's trunk to a few labelled images: 200 steps of 32, sized for CPU cores."""
     start = quickstart()
     return ClassificationConfig(
         recipe="quickstart_ft",

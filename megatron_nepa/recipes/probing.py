@@ -64,7 +64,7 @@ def imagenet_probe_l_release() -> ProbingConfig:
 
 
 def quickstart_probe() -> ProbingConfig:
-    """The quickstart's trunk on a few labelled images: 200 steps of 64, minutes on two CPU cores."""
+    """The quickstart's trunk on a few labelled images: 200 steps of 64, sized for CPU cores."""
     base, start = imagenet_probe_b(), quickstart()
     return replace(
         base,

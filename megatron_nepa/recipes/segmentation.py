@@ -67,7 +67,7 @@ def ade20k_upernet_l_release() -> SegmentationConfig:
 
 
 def quickstart_upernet() -> SegmentationConfig:
-    """The quickstart's trunk with UPerNet on a few masks: 200 steps of 8 crops of 112, minutes on two CPU cores."""
+    """The quickstart's trunk with UPerNet on a few masks: 200 steps of 8 crops of 112, sized for CPU cores."""
     base, start = ade20k_upernet_b(), quickstart()
     return replace(
         base,
