@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +51,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if rank is None:
         if world_size in (None, step.world_size):
+            _refuse_mpirun(environment, step)
             return step
         started = (
             f"srun's step has {step.world_size} tasks" if _in_slurm_step(environment) else "no launcher is at work"
@@ -143,7 +145,7 @@ def require_rendezvous(environment: Mapping[str, str], world_size: int) -> None:
         world_size: processes of the run.
 
     Raises:
-        ConfigError: MASTER_ADDR or MASTER_PORT is missing, or the latter is no port.
+        ConfigError: MASTER_ADDR or MASTER_PORT is missing, the latter is no port, or the former no machine.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     require(
@@ -153,6 +155,14 @@ def require_rendezvous(environment: Mapping[str, str], world_size: int) -> None:
     )
     port = _number(environment, "MASTER_PORT")
     require(port is not None and 0 < port < 65536, f"MASTER_PORT is {port}; it must be a port from 1 to 65535.")
+    address = environment["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:  # torch would ask again until its time is over
+        raise ConfigError(
+            f"MASTER_ADDR is {address!r}, which names no machine from here ({error}): set it to the first node's name "
+            "or address."
+        ) from None
 
 
 def meet(place: Place, address: str, port: str, seconds: float = RENDEZVOUS_SECONDS) -> dist.Store:
@@ -199,6 +209,16 @@ def _why_apart(text: str, place: Place, where: str, seconds: float) -> str:
     return (
         f"rank {place.rank} of {place.world_size} found no first rank at {where} within {seconds:.0f} s "
         f"({text.splitlines()[0] if text else 'no answer'}): see whether it runs and its node lets the port through."
+    )
+
+
+def _refuse_mpirun(environment: Mapping[str, str], step: Place) -> None:
+    """Refuse one of several processes of mpirun, each of which would take itself for the whole run."""
+    size = _number(environment, "OMPI_COMM_WORLD_SIZE") or _number(environment, "PMI_SIZE") or 1
+    require(
+        size == 1 or step.world_size > 1,
+        f"mpirun started {size} processes, but RANK is not set: start with deepspeed, torchrun or srun, or set RANK, "
+        "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each from mpirun's variables.",
     )
 
 

@@ -51,6 +51,8 @@ def test_place(variables: dict[str, str], place: Place, of_this_node: int) -> No
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'; it must be a number"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'; it must be a number"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but WORLD_SIZE is 2"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "mpirun started 2 processes, but RANK is not set"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "mpirun started 4 processes, but RANK is not set"),
     ],
 )
 def test_contradictions_are_named(variables: dict[str, str], message: str) -> None:
@@ -65,6 +67,8 @@ def test_contradictions_are_named(variables: dict[str, str], message: str) -> No
         ({}, "without MASTER_ADDR and MASTER_PORT: "),
         ({"MASTER_ADDR": "node1", "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         ({"MASTER_ADDR": "node1", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        ({"MASTER_ADDR": "no.such.machine.invalid", "MASTER_PORT": "29500"}, "names no machine from here"),
+        ({"MASTER_ADDR": "a" * 300, "MASTER_PORT": "29500"}, "names no machine from here"),
     ],
 )
 def test_a_rendezvous_that_is_none(variables: dict[str, str], message: str) -> None:
