@@ -15,6 +15,7 @@ from megatron_nepa.config import require
 from megatron_nepa.kernels.launching.timing import milliseconds
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 
+# OPERATIONS and attention, by name: --help does not wait for torch
 NAMES = ("qk_norm_rope", "swiglu", "residual_norm", "cosine_loss", "attention")
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 CPU_MICRO_BATCH = 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig, multiples_around, one_of, require
 from megatron_nepa.models.build import Build
 from megatron_nepa.parallel.collectives import gather_rows
-from megatron_nepa.parallel.parameters import parameter, sum_shares
+from megatron_nepa.parallel.parameters import parameter, sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard
 
 
@@ -92,7 +92,7 @@ class PatchEmbedding(nn.Module):
             split = ("images", "rows")
         elif is_share:  # all rows are rebuilt on every rank before positions and mask, whose gradients are equal there
             split = ("images",)
-        return sum_shares(parameters, split, self.tensor)
+        return sum_split_gradients(parameters, split, self.tensor)
 
     def _tokens(self, images: Tensor, weight: Tensor | None, bias: Tensor | None, bos_token: Tensor | None) -> Tensor:
         assert weight is not None

@@ -16,7 +16,7 @@ from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.models.upernet import FcnHead, UperNetHead, resize
 from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group
-from megatron_nepa.parallel.parameters import initialize_parameters, sum_shares
+from megatron_nepa.parallel.parameters import initialize_parameters, sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard, holds_whole_samples
 
 AUXILIARY_LEVEL = 2  # of the pyramid: the trunk's own resolution
@@ -116,7 +116,7 @@ class Segmenter(nn.Module):
         if not on_share or self.tensor.size == 1:
             return cast("tuple[Tensor, Tensor]", self.decoder(maps, sample_index))
         names, parameters = zip(*self.decoder.named_parameters(), strict=True)
-        summed = cast("list[Tensor]", sum_shares(parameters, ("images",), self.tensor))
+        summed = cast("list[Tensor]", sum_split_gradients(parameters, ("images",), self.tensor))
         decoded = functional_call(self.decoder, dict(zip(names, summed, strict=True)), (maps, sample_index))
         return cast("tuple[Tensor, Tensor]", decoded)
 

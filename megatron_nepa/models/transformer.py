@@ -22,7 +22,7 @@ from megatron_nepa.config import ModelConfig
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.recomputation import called, recomputed
 from megatron_nepa.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_nepa.parallel.parameters import GradientRule, parameter, sum_shares
+from megatron_nepa.parallel.parameters import GradientRule, parameter, sum_split_gradients
 
 
 class Norm(nn.Module):
@@ -206,4 +206,4 @@ class Block(nn.Module):
             next_norm_bias,
         )
         split: tuple[str, ...] = ("heads", "rows") if self.sequence_parallel else ("heads",)
-        return _Replicated(*sum_shares(parameters, split, self.tensor))  # type: ignore[arg-type]
+        return _Replicated(*sum_split_gradients(parameters, split, self.tensor))  # type: ignore[arg-type]

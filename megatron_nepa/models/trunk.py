@@ -20,7 +20,7 @@ from megatron_nepa.models.patch_embedding import PatchEmbedding
 from megatron_nepa.models.recomputation import recomputed
 from megatron_nepa.models.rope import rope_angles
 from megatron_nepa.models.transformer import Block, Norm
-from megatron_nepa.parallel.parameters import sum_shares
+from megatron_nepa.parallel.parameters import sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard, shard_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,7 +100,7 @@ class Trunk(nn.Module):
         norms = [block.norm1 for block in blocks] + [self.norm]
         weight: Tensor | None = norms[0].weight
         bias: Tensor | None = norms[0].bias
-        weight, bias = sum_shares((weight, bias), ("rows",) if self.sequence_parallel else (), self.tensor)
+        weight, bias = sum_split_gradients((weight, bias), ("rows",) if self.sequence_parallel else (), self.tensor)
         assert weight is not None
         assert bias is not None
         normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)  # [n, D]

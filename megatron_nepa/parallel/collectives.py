@@ -7,7 +7,7 @@ Every function is the identity where the group has one rank. "Rows" is dimension
 | :func:`reduce_from_group` | all-reduce | identity |
 | :func:`gather_rows` | all-gather | own rows |
 | :func:`reduce_scatter_rows` | reduce-scatter | all-gather |
-| :func:`sum_gradients` | identity | one flat all-reduce |
+| :func:`all_reduce_gradients` | identity | one flat all-reduce |
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def reduce_scatter_rows(x: Tensor, tensor: TensorGroup) -> Tensor:
     return x if tensor.size == 1 else _ReduceScatterRows.apply(x, tensor)
 
 
-def sum_gradients(parameters: Sequence[Tensor | None], tensor: TensorGroup) -> list[Tensor | None]:
+def all_reduce_gradients(parameters: Sequence[Tensor | None], tensor: TensorGroup) -> list[Tensor | None]:
     """Replicated parameters whose gradient each rank computes a share of; the shares are summed in one collective.
 
     Part of the autograd graph, so no set-up step can forget it; DeepSpeed does not do it (it reduces over the

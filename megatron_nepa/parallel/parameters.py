@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.parallel.collectives import sum_gradients
+from megatron_nepa.parallel.collectives import all_reduce_gradients
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import TensorGroup
 
@@ -61,7 +61,7 @@ def parameter(
         shape: shape of this rank's part.
         gradient: what a rank's gradient of it covers: "local" of a split parameter, whose shard's gradient is complete;
             "whole" where every tensor-parallel rank computes all of it; "rows", "heads" or "images" where each
-            computes the share of its token rows, attention heads or images. :func:`sum_shares` adds the shares up.
+            computes the share of its token rows, attention heads or images, which :func:`sum_split_gradients` adds up.
         layout: how the whole tensor is split.
         constant: initial value of every element; None draws a truncated normal.
         std: standard deviation of that normal; None takes the model's.
@@ -85,7 +85,9 @@ def layout_of(param: nn.Parameter) -> ParameterLayout:
     return layout
 
 
-def sum_shares(parameters: Sequence[Tensor | None], split: Collection[str], tensor: TensorGroup) -> list[Tensor | None]:
+def sum_split_gradients(
+    parameters: Sequence[Tensor | None], split: Collection[str], tensor: TensorGroup
+) -> list[Tensor | None]:
     """The parameters of one forward pass, with the sum of their gradients over the tensor-parallel ranks where each
     rank computes a share only: one collective for all of them.
 
@@ -97,7 +99,7 @@ def sum_shares(parameters: Sequence[Tensor | None], split: Collection[str], tens
     if tensor.size == 1:  # also where a copied module's parameters have lost their rules
         return list(parameters)
     shared = [p is not None and p.gradient_rule in split for p in parameters]  # type: ignore[attr-defined]
-    summed = iter(sum_gradients([p for p, share in zip(parameters, shared, strict=True) if share], tensor))
+    summed = iter(all_reduce_gradients([p for p, share in zip(parameters, shared, strict=True) if share], tensor))
     return [next(summed) if share else p for p, share in zip(parameters, shared, strict=True)]
 
 

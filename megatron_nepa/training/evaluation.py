@@ -18,14 +18,14 @@ from megatron_nepa.checkpoint.format.state import TrainState
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.checkpoint.saving.store import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
 from megatron_nepa.config import ModelConfig, RunConfig, require
 from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
-from megatron_nepa.training.reporting.metric_table import describe_result
+from megatron_nepa.training.reporting.metric_display import describe_result
 from megatron_nepa.training.results import identify_weights, write_results
 from megatron_nepa.training.task import Evaluator, Task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
-from megatron_nepa.checkpoint.saving.store import Progress
+from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
 from megatron_nepa.config import RunConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates

@@ -13,7 +13,7 @@ from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice, choose_kind
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.files import replace_text
-from megatron_nepa.training.reporting.metric_table import describe_result
+from megatron_nepa.training.reporting.metric_display import describe_result
 
 
 def identify_weights(source: str, choice: Choice | None) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Task(ABC):
     def forward(self, engine: TrainingEngine, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch, and what the log shows of it by name: detached fp32 scalars on the device.
 
-        The loss is among them, as "loss"; :mod:`~megatron_nepa.training.reporting.metric_table` says how each is shown.
+        The loss is among them, as "loss"; how each is shown: :mod:`~megatron_nepa.training.reporting.metric_display`.
         """
 
     def evaluation_settings(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
-from megatron_nepa.checkpoint.saving.store import Progress
+from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models import draws, patch_embedding, transformer, trunk
-from megatron_nepa.parallel.parameters import sum_shares
+from megatron_nepa.parallel.parameters import sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup, Topology
 from tests.distributed.cases import Case, Mutation, Outcome, differences, train_case
@@ -30,11 +30,11 @@ def drop_gradient_sum(part: str, model: nn.Module, topology: Topology) -> None:
     def mutated(
         parameters: Sequence[Tensor | None], split: Collection[str], tensor: TensorGroup
     ) -> list[Tensor | None]:
-        summed = sum_shares(parameters, split, tensor)
+        summed = sum_split_gradients(parameters, split, tensor)
         return [old if id(old) in skipped else new for old, new in zip(parameters, summed, strict=True)]
 
     for module in (transformer, trunk, patch_embedding):
-        module.sum_shares = mutated  # type: ignore[attr-defined]
+        module.sum_split_gradients = mutated  # type: ignore[attr-defined]
 
 
 def rope_offset(model: nn.Module, topology: Topology) -> None:

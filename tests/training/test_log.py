@@ -13,7 +13,7 @@ import pytest
 
 from megatron_nepa.config import ModelConfig, RunConfig
 from megatron_nepa.training.reporting.log import Row, RunLog, dense_line
-from megatron_nepa.training.reporting.metric_table import METRICS
+from megatron_nepa.training.reporting.metric_display import METRICS
 from megatron_nepa.training.reporting.metrics_file import read_metrics, truncate_metrics
 
 ROW: Row = {

@@ -21,7 +21,13 @@ from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.tensor_files import read_safetensors, unwrap
-from megatron_nepa.checkpoint.saving.store import Progress, beside, quiet_torch_checkpoint, sharded_writer, sync_folder
+from megatron_nepa.checkpoint.saving.checkpoint_folder import (
+    Progress,
+    beside,
+    quiet_torch_checkpoint,
+    sharded_writer,
+    sync_folder,
+)
 from megatron_nepa.config import ModelConfig, OptimizerConfig, require
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.parameters import ParameterLayout, layout_of

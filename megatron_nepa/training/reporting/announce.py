@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_nepa.checkpoint.reading.resume import Found, describe_grid_change
-from megatron_nepa.checkpoint.saving.store import Progress
+from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
 from megatron_nepa.config import RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology

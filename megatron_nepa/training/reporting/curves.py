@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from megatron_nepa.training.reporting.metric_table import METRICS
+from megatron_nepa.training.reporting.metric_display import METRICS
 from megatron_nepa.training.reporting.metrics_file import read_metrics
 from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYLE, save_figure
 

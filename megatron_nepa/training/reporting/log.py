@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from megatron_nepa.config import RunConfig
-from megatron_nepa.training.reporting.metric_table import METRICS
+from megatron_nepa.training.reporting.metric_display import METRICS
 from megatron_nepa.training.reporting.waiting import waiting_for
 
 Row = dict[str, float | int]

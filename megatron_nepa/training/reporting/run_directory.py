@@ -14,7 +14,7 @@ import torch
 
 from megatron_nepa.checkpoint.format.agreement import RankError, on_main_rank
 from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
-from megatron_nepa.checkpoint.saving.store import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, try_to_write
 from megatron_nepa.parallel.topology import Topology

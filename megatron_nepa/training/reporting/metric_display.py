@@ -1,7 +1,7 @@
-"""Every number that a run logs: its name in metrics.jsonl, its unit, and where people see it.
+"""How people see the numbers that a run logs: name in metrics.jsonl, unit, place on the console and in the plots.
 
-A metric that is not in the table is still logged, after those that are; a line here puts it on the console or into a
-plot.
+Where the numbers come from: a step's own from :mod:`megatron_nepa.training.step`, a task's from its ``forward``. One
+that is not in the table is still logged, after those that are.
 """
 
 from __future__ import annotations
