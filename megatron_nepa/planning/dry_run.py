@@ -57,7 +57,7 @@ def dry_run(run: PretrainingConfig, layout: Layout) -> Counted:
         ConfigError: in a process that has joined a process group; for a layout that does not fit the run.
     """
     require(
-        torch.__version__ >= (2, 9),
+        torch.__version__ >= "2.9",
         f"--dry_run needs torch 2.9 or newer, and this is {torch.__version__}.",
     )
     run = layout.apply(run)
