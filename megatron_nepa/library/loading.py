@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from megatron_nepa.checkpoint.conversion.compare import read_any
+from megatron_nepa.checkpoint.described import describe_checkpoint
 from megatron_nepa.checkpoint.reading.modules import at_image_size, build_module
 from megatron_nepa.checkpoint.reading.weights import Choice
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.export.run_facts import read_facts
 from megatron_nepa.library.model import NepaModel
+from megatron_nepa.models.segmenter import Segmenter
 
 
 def load(
@@ -53,13 +55,14 @@ def load(
         model = replace(model, causal=causal)
     found = at_image_size(replace(found, model=model), image_size)
     module = build_module(found).to(place, dtype)
-    stride = (facts.run.get("evaluation") or {}).get("stride")
+    described = describe_checkpoint(str(folder))
 
     def new_transform() -> Any:
         from megatron_nepa.library.preprocess import evaluation_transform  # torchvision takes a second to import
 
-        return evaluation_transform(found.model, facts)
+        return evaluation_transform(described, found.model.image_size, keeps_shape=isinstance(module, Segmenter))
 
+    stride = described.settings.get("evaluation.stride")
     return NepaModel(module, found.origin, facts.classes, new_transform, stride)
 
 

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from megatron_nepa.config import CropConfig, ModelConfig
-from megatron_nepa.export.preprocessor import resize_of
-from megatron_nepa.export.run_facts import RunFacts
+from megatron_nepa.checkpoint.described import Described
+from megatron_nepa.config import CropConfig, EvaluationConfig
 
 
-def evaluation_transform(model: ModelConfig, facts: RunFacts) -> v2.Compose:
+def evaluation_transform(described: Described, image_size: int, keeps_shape: bool) -> v2.Compose:
     """A PIL image or uint8 tensor [3, H, W] to fp32 [3, S, S] in [-1, 1]; a segmenter's keeps the image's shape.
 
     The geometry is the evaluation's to the pixel. The resize is torchvision's, bicubic (a segmenter's bilinear) with
     antialiasing, where the evaluation's is DALI's: most pixels are equal, some differ by a few grey levels.
 
     Args:
-        model: whose image size the crop has.
-        facts: of the model's run; without a resize of its own the crop takes 7/8 of the shorter side.
+        described: model and settings; without a resize of its own the crop takes 7/8 of the shorter side.
+        image_size: side S of the crop; where it is not the model's, the resize grows or shrinks with it.
+        keeps_shape: whether the model is a segmenter.
     """
-    crops = facts.run.get("crops")
-    if crops is not None:
-        geometry = [ScaleInto(*CropConfig(**crops).scale(model.image_size))]
+    settings, own = described.settings, described.model.image_size
+    geometry: list[nn.Module]
+    if keeps_shape:
+        names = {entry.name for entry in fields(CropConfig)}
+        crops = {name: settings[f"crops.{name}"] for name in names if f"crops.{name}" in settings}
+        geometry = [ScaleInto(*CropConfig(**crops).scale(image_size))]
     else:
-        side, squash = resize_of(model, facts.run)
+        squash = bool(settings.get("evaluation.squash"))
+        shown = EvaluationConfig(resize_size=settings.get("evaluation.resize_size"), squash=squash)
+        side = round(shown.shorter_side(own) * image_size / own)
         resize = v2.Resize([side, side] if squash else [side], v2.InterpolationMode.BICUBIC, antialias=True)
-        geometry = [resize, v2.CenterCrop(model.image_size)]
+        geometry = [resize, v2.CenterCrop(image_size)]
     to_range = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3), v2.ToPureTensor()]
     return v2.Compose([v2.RGB(), v2.ToImage(), *geometry, *to_range])
 

@@ -16,8 +16,9 @@ from skimage import data as photographs
 
 import megatron_nepa
 from megatron_nepa.checkpoint.conversion.release_folder import write_release
+from megatron_nepa.checkpoint.described import Described
 from megatron_nepa.checkpoint.reading.weights import Weights, consolidate, write_weights
-from megatron_nepa.config import ConfigError, CropConfig, DataConfig
+from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data.decoding.masks import scaled_size
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
@@ -26,6 +27,7 @@ from megatron_nepa.export.run_facts import RunFacts
 from megatron_nepa.library.preprocess import evaluation_transform
 from megatron_nepa.models.segmenter import Segmenter
 from megatron_nepa.models.sliding_window import sliding_window_logits
+from megatron_nepa.recipes import CLASSIFICATION_RECIPES
 from tests.export.models import CLASSES, EXAMPLES, random_weights, some_images
 
 ROOT = Path(__file__).parents[2]
@@ -99,12 +101,27 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("squash", [False, True])
+def test_the_resize_of_every_form_and_of_another_size(squash: bool, tmp_path: Path) -> None:
+    run = CLASSIFICATION_RECIPES["imagenet_ft_b_release"]().to_dict()
+    run["evaluation"] |= {"resize_size": 70, "squash": squash}
+    weights = random_weights(EXAMPLES["imagenet_ft_b_release"])
+    write_huggingface(weights, RunFacts(run=run, classes=CLASSES), tmp_path / "transformers")
+    image = Image.fromarray(photographs.coffee())
+    settings = {"evaluation.resize_size": 70, "evaluation.squash": squash}
+    wanted = evaluation_transform(Described(weights.model, settings), 56, keeps_shape=False)(image)
+    assert torch.equal(megatron_nepa.load(tmp_path / "transformers").preprocess(image), wanted)
+    larger = megatron_nepa.load(tmp_path / "transformers", image_size=112).preprocess
+    assert larger(image).shape == (3, 112, 112)
+    assert larger.transforms[2].size == ([140, 140] if squash else [140])  # not a crop with black borders
+
+
 @pytest.mark.parametrize(("resize_size", "squash"), [(64, False), (72, False), (72, True)])
 def test_pixels_are_the_evaluation_s(resize_size: int, squash: bool, pictures: Path) -> None:
     index = scan_folder(pictures)
-    run = {"evaluation": {"resize_size": resize_size, "squash": squash}}
     model = replace(EXAMPLES["nepa_b"].model, image_size=56)
-    transform = evaluation_transform(model, RunFacts(run=run))
+    settings = {"evaluation.resize_size": resize_size, "evaluation.squash": squash}
+    transform = evaluation_transform(Described(model, settings), 56, keeps_shape=False)
     config, device = DataConfig(num_threads=1), torch.device("cpu")
     loader = EvaluationLoader(index, config, 56, resize_size, squash, len(index), 0, 1, device, torch.float32)
     batch = next(iter(loader))
@@ -117,8 +134,8 @@ def test_pixels_are_the_evaluation_s(resize_size: int, squash: bool, pictures: P
 
 def test_a_segmenter_s_pixels_keep_their_shape(pictures: Path) -> None:
     index = scan_folder(pictures)
-    crops = CropConfig(longer_side=200, shorter_side=80)
-    transform = evaluation_transform(EXAMPLES["nepa_b"].model, RunFacts(run={"crops": vars(crops)}))
+    settings = {"crops.longer_side": 200, "crops.shorter_side": 80}
+    transform = evaluation_transform(Described(EXAMPLES["nepa_b"].model, settings), 56, keeps_shape=True)
     for number, name in enumerate(index.names):
         one = slice(number, number + 1)
         wanted = scaled_size(index.width[one], index.height[one], (200, 80), np.ones(1))[0]
