@@ -44,7 +44,7 @@ ROOMS = {
         ),
         "proofs",
     ),
-    "data": ("workers", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
+    "data": ("workers", "transfer", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
     "checkpoint": ("format", "saving", "reading", "conversion", "described", "following", "initial"),
     "training": (
         "stopping",

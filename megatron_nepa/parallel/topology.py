@@ -134,6 +134,8 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
     if not is_joined:
         store = meet(place, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+        # no device_id: it would form NCCL's communicator here and make every later group out of it, gloo's of the host
+        # among them. It saves some start-up; that no group hangs with it was not seen on a GPU.
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
     return device

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from math import isfinite
 from pathlib import Path
 
 import pytest
 
+from megatron_nepa.training.stopping.exit_codes import EXIT_TRAINING_FAILED
 from tests.runs import TINY, read_metrics
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +22,11 @@ TOLERANCE = 0.02
 DETERMINISTIC = (
     "import runpy, sys, torch; torch.use_deterministic_algorithms(True); sys.argv = sys.argv[1:]; "
     "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+NOT_FINITE = (
+    "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+    "from tests.runs import poison_from_step; poison_from_step(3); runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 
@@ -78,3 +85,20 @@ def test_a_resumed_run_repeats_the_whole_one(tmp_path: Path, monkeypatch: pytest
     newest.rename(tmp_path / "set_aside")
     (tmp_path / "run" / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
     assert train(tmp_path / "run", *flags, deterministic=True) == whole[4:]
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_a_step_that_is_not_finite_changes_nothing(kernels: str, tmp_path: Path) -> None:
+    """Every step from the third on: two are skipped, then the run gives up, and the newest checkpoint trains on."""
+    for package in ("deepspeed", "timm"):
+        pytest.importorskip(package)
+    script = str(ROOT / "pretrain_nepa.py")
+    flags = [*BASE, f"--output_dir={tmp_path}", f"--kernels={kernels}", "--steps=6", "--save_every=1"]
+    flags += ["--max_skipped_steps=2", f"--ds_config={ROOT / 'ds_configs' / 'zero2.json'}"]
+    result = subprocess.run(
+        [sys.executable, "-c", NOT_FINITE, script, *flags], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == EXIT_TRAINING_FAILED, result.stdout + result.stderr
+    assert "the gradient was not finite in 2 steps in a row (steps 3 to 4" in result.stderr + result.stdout
+    assert [row["skipped_steps"] for row in read_metrics(tmp_path)] == [0, 0, 1, 2]
+    assert all(isfinite(loss) for loss in train(tmp_path, f"--kernels={kernels}", "--steps=6", "--save_every=1")[3:])

@@ -68,5 +68,5 @@ def _saturate_and_turn(pixels: Tensor, saturation: Tensor, hue: Tensor) -> Tenso
     )
     sector = sector + hue / 60
     chroma = torch.minimum(chroma * saturation, value)
-    offset = (torch.tensor([5.0, 3.0, 1.0], device=pixels.device).view(1, 3, 1, 1) + sector) % 6  # [n, 3, H, W]
+    offset = (torch.arange(5.0, 0.0, -2.0, device=pixels.device).view(1, 3, 1, 1) + sector) % 6  # [n, 3, H, W]
     return value - chroma * torch.minimum(offset, 4 - offset).clamp(0, 1)

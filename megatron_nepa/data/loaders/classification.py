@@ -20,6 +20,7 @@ from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray, flips
 from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.data.transfer import to_device
 
 _AHEAD = 2  # micro-batches that RandAugment works on while the model trains
 
@@ -76,7 +77,7 @@ class FinetuningLoader:
         images, numbers = self._augmented() if self._augmenter else self._plain(samples)
         if self._augmentation.random_erasing > 0:
             erase(images, samples, self._augmentation.random_erasing, self._seed)
-        labels = torch.from_numpy(self._label[numbers].astype(np.int64)).to(self._device)
+        labels = to_device(self._label[numbers].astype(np.int64), self._device)
         targets = mix(images, labels, samples, self._num_classes, self._augmentation, self._seed)
         first = share.first_sample(self._micro_batch)
         self._micro_batch += 1
@@ -102,7 +103,7 @@ class FinetuningLoader:
     def _plain(self, samples: IntArray) -> tuple[Tensor, IntArray]:
         """Normalised fp32 [b, 3, S, S] without RandAugment."""
         images, numbers = next(self._crops)
-        flip = torch.from_numpy(flips(self._seed, samples)).to(self._device) if self._flip else None
+        flip = to_device(flips(self._seed, samples), self._device) if self._flip else None
         return normalise(images, flip, torch.float32), numbers
 
     def _augmented(self) -> tuple[Tensor, IntArray]:
@@ -116,7 +117,7 @@ class FinetuningLoader:
                 pixels = np.where(flips(self._seed, samples)[:, None, None, None], pixels[:, :, ::-1], pixels)
             self._pending.append((self._augmenter.submit(np.ascontiguousarray(pixels), samples), numbers))
         parts, numbers = self._pending.popleft()
-        augmented = torch.from_numpy(np.concatenate([part.result() for part in parts])).to(self._device)
+        augmented = to_device(np.concatenate([part.result() for part in parts]), self._device)
         return normalise(augmented.permute(0, 3, 1, 2).contiguous(), None, torch.float32), numbers
 
 

@@ -27,6 +27,7 @@ from megatron_nepa.data.decoding.sample_reader import ReadAhead
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.sampling.order import IntArray
+from megatron_nepa.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ class OnePassLoader:
                 )
                 yield EvaluationBatch(
                     normalise(images, None, self._dtype),
-                    torch.from_numpy(label[numbers].astype(np.int64)).to(self._device),
-                    torch.from_numpy(numbers).to(self._device),
-                    torch.from_numpy(place < len(self._index)).to(self._device),
+                    to_device(label[numbers].astype(np.int64), self._device),
+                    to_device(numbers, self._device),
+                    to_device(place < len(self._index), self._device),
                 )
         finally:
             pipeline.close()

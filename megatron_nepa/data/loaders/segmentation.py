@@ -31,6 +31,7 @@ from megatron_nepa.data.loaders.evaluation import Geometry, OnePassLoader, Side
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray, flips
+from megatron_nepa.data.transfer import to_device
 from megatron_nepa.parallel.random import derive_key, uniform
 
 
@@ -105,8 +106,8 @@ class SegmentationLoader:
         sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
         local = sample_index[share.local_start : share.local_start + share.local_size]
         images = normalise(distort(pixels, local, self._seed), None, torch.float32)
-        images *= torch.from_numpy(inside).to(self._device)
-        targets = torch.from_numpy(labels).to(self._device).long()
+        images *= to_device(inside, self._device)
+        targets = to_device(labels, self._device).long()
         return Batch(images.to(self._dtype), sample_index, targets, numbers)
 
     @property
@@ -223,5 +224,5 @@ def evaluate_segmentation(
             mask = load_mask(index, image, masks)
         except UnreadableImageError as error:
             raise ConfigError(f"{index.where(image)} cannot be evaluated: {error}.") from error
-        labels = torch.from_numpy(mask).to(device).long()
+        labels = to_device(mask, device).long()
         yield SegmentationImage(batch.images, labels, image, bool(batch.valid))

@@ -58,25 +58,33 @@ def _backward_kernel(
     gamma_sum = tl.zeros([BLOCK], tl.float32)  # of that times branch
     for row in range(start, min(start + steps, rows)):
         at = row * D + col
+        # all loads before the first reduction: a wide row leaves one program on an SM, with no other to hide them
+        if NORMED_USED:
+            total_row = tl.load(total + at, mask=mask, other=0.0)
+            dnormed_row = tl.load(dnormed + at, mask=mask, other=0.0)
+        if STREAM_USED:
+            dtotal_row = tl.load(dtotal + at, mask=mask, other=0.0)
+        if SCALED:
+            branch_row = tl.load(branch + at, mask=mask, other=0.0)
         dx = tl.zeros([BLOCK], tl.float32)
         if NORMED_USED:
-            x = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
+            x = total_row.to(tl.float32)
             x = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)
             rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + EPS)
             x *= rstd
-            dy = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
+            dy = dnormed_row.to(tl.float32)
             weight_sum += dy * x
             bias_sum += dy
             dy *= weight
             dx = rstd * (dy - tl.sum(dy, axis=0) / D - x * (tl.sum(dy * x, axis=0) / D))
         if STREAM_USED:
-            dx += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+            dx += dtotal_row.to(tl.float32)
         tl.store(dstream + at, dx, mask=mask)
         if DROPPED:
             dx *= tl.load(row_scale + row)
         update_sum += dx
         if SCALED:
-            gamma_sum += dx * tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+            gamma_sum += dx * branch_row.to(tl.float32)
             dx *= gamma
         tl.store(dbranch + at, dx, mask=mask)
     partial = partials + tl.program_id(0).to(tl.int64) * (4 * D) + col
