@@ -52,6 +52,10 @@ def main() -> None:
     from megatron_nepa.models.trunk import DTYPES
 
     require(args.batch_size >= 1, f"--batch_size is {args.batch_size}; it must be at least 1.")
+    require(
+        args.out.resolve() != args.images.resolve(),
+        f"--out {args.out} is the folder of the images: choose another, so that no mask takes an image's place.",
+    )
     pictures = find_pictures(args.images)
     model = megatron_nepa.load(args.model, args.weights, device=args.device, dtype=DTYPES[args.dtype])
     require(

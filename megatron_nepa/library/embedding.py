@@ -26,6 +26,7 @@ from megatron_nepa.data.index.dataset_index import PackedNames
 from megatron_nepa.files import AlreadyHeldError, Hold, replace_text
 from megatron_nepa.library.feature_files import WRITERS
 from megatron_nepa.library.model import NepaModel
+from megatron_nepa.library.outputs import require_writable
 from megatron_nepa.library.pictures import Pictures
 from megatron_nepa.parallel.launcher import Place
 
@@ -90,12 +91,13 @@ def embed(
         ``out`` on the rank that joined the parts; None on the others, whose share is done.
 
     Raises:
-        ConfigError: ``out`` exists or has another ending, its begun parts are of other settings, or an image cannot be
-            read, by name.
+        ConfigError: ``out`` exists, has another ending or cannot be written, its begun parts are of other settings, or
+            an image cannot be read, by name.
     """
     require(out.suffix in WRITERS, f"{out} must end in {', '.join(WRITERS)}, which say the format.")
     require(not out.exists(), f"{out} exists: choose another name for the result.")
     require(len(pictures.names) > 0, "there are no images to embed.")
+    require_writable(out.parent)
     folder = out.with_name(f".{out.name}.parts")
     shape = choice.of(model, model.preprocess(pictures.read(0))[None].to(_device(model))).shape[1:]
     length = max(1, min(_PART_IMAGES, _PART_BYTES // (4 * int(np.prod(shape)))))

@@ -42,11 +42,21 @@ def load(
             positions are resampled to it once, instead of in every call.
 
     Raises:
-        ConfigError: where ``path`` is nothing of that kind or damaged, holds no trunk or no such weights, or its
-            weights do not fit their config; the message says which.
+        ConfigError: where an argument is not as above, ``path`` is nothing of that kind or damaged, holds no trunk or
+            no such weights, or its weights do not fit their config; the message says which.
     """
     folder = Path(path)
     require(folder.exists(), f"{folder} does not exist: give a run's folder, a checkpoint or an exported model.")
+    require(weights in (None, "ema", "raw"), f"weights is {weights!r}: take 'ema', 'raw' or None.")
+    require(
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+        f"dtype is {dtype!r}: give one of torch's for real numbers, such as torch.float32 or torch.bfloat16.",
+    )
+    require(causal in (None, True, False), f"causal is {causal!r}: take True, False or None.")
+    require(
+        image_size is None or isinstance(image_size, int),
+        f"image_size is {image_size!r}: give the side of a square in pixels, as one whole number.",
+    )
     place = _usable(device)
     found = read_any(folder, weights)
     facts = read_facts(folder, weights)

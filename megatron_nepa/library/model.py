@@ -221,6 +221,7 @@ class NepaModel(nn.Module):
         return functional_call(module, {name: positions}, (images, numbers, *arguments))
 
     def _cast(self, images: Tensor) -> Tensor:
+        require(isinstance(images, Tensor), f"images are {type(images).__name__}: give model.preprocess(image)[None].")
         require(
             images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point(),
             f"images are {images.dtype} {list(images.shape)}: give floats [B, 3, H, W] in [-1, 1], as model.preprocess "

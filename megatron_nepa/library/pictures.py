@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import PackedNames
-from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.headers import MODES, UnreadableImageError
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.index.storage import ImageStore
@@ -45,7 +45,11 @@ class Pictures:
             size: images of a batch.
             transform: of each.
             threads: that decode.
+
+        Raises:
+            ConfigError: for less than one thread, or an image that cannot be decoded, by name.
         """
+        require(threads >= 1, f"threads is {threads}; it must be at least 1.")
         parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         with ThreadPoolExecutor(threads, thread_name_prefix="pictures") as pool:
             pending = [[pool.submit(self._load, i, transform) for i in part] for part in parts[:_AHEAD]]
@@ -100,7 +104,7 @@ def _listed(file: Path) -> Pictures:
         path = file.parent / names[number]
         try:
             return _decode(path.read_bytes())
-        except (OSError, ValueError, SyntaxError) as error:
+        except (UnreadableImageError, OSError, ValueError, SyntaxError) as error:
             raise ConfigError(f"{path} cannot be read: {error}; repair it or leave it out.") from None
 
     return Pictures(PackedNames.pack(names), read)
@@ -108,4 +112,6 @@ def _listed(file: Path) -> Pictures:
 
 def _decode(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in MODES:  # Pillow would cut 16 bits to 8 by making all that is brighter white
+            raise UnreadableImageError(f"pixels of mode {image.mode} are not supported")
         return image.convert("RGB")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_nepa.config import require
 from megatron_nepa.library.model import NepaModel
+from megatron_nepa.library.outputs import require_writable
 from megatron_nepa.library.pictures import Pictures
 from megatron_nepa.models.upernet import resize
 from megatron_nepa.tasks.segmentation_overlay import class_colours, coloured
@@ -47,11 +48,13 @@ def predict_classes(
         advance: told of images that are done.
 
     Raises:
-        ConfigError: the model has no classifier, ``out`` exists or has another ending, or an image cannot be read.
+        ConfigError: the model has no classifier, ``out`` exists, has another ending or cannot be written, or an image
+            cannot be read.
     """
     require(out.suffix in (".csv", ".jsonl"), f"{out} must end in .csv or .jsonl, which say the format.")
     require(not out.exists(), f"{out} exists: choose another name for the result.")
     require(top >= 1, f"--top is {top}; it must be at least 1.")
+    require_writable(out.parent)
     device = model.trunk.norm.weight.device
 
     def rows() -> Iterator[tuple[str, list[tuple[str, float]]]]:
@@ -86,11 +89,13 @@ def predict_masks(
         advance: told of images that are done.
 
     Raises:
-        ConfigError: the model has no decoder, two images would get one mask, or an image cannot be read.
+        ConfigError: the model has no decoder, two images would get one mask, ``out`` cannot be written, or an image
+            cannot be read.
     """
     targets = [_mask_path(out, pictures.names[i]) for i in range(len(pictures.names))]
     doubles = [target for target, count in Counter(targets).items() if count > 1]
     require(not doubles, f"several images would get one mask, {doubles[:1]} first: give them other names.")
+    require_writable(out)
     device = model.trunk.norm.weight.device
     waiting = [i for i, target in enumerate(targets) if not target.exists()]
     advance(len(targets) - len(waiting))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from megatron_nepa.checkpoint.described import Described
-from megatron_nepa.config import CropConfig, EvaluationConfig
+from megatron_nepa.config import CropConfig, EvaluationConfig, require
+from megatron_nepa.data.index.headers import MODES
 
 
 def evaluation_transform(described: Described, image_size: int, keeps_shape: bool) -> v2.Compose:
@@ -36,7 +40,25 @@ def evaluation_transform(described: Described, image_size: int, keeps_shape: boo
         resize = v2.Resize([side, side] if squash else [side], v2.InterpolationMode.BICUBIC, antialias=True)
         geometry = [resize, v2.CenterCrop(image_size)]
     to_range = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3), v2.ToPureTensor()]
-    return v2.Compose([v2.RGB(), v2.ToImage(), *geometry, *to_range])
+    return v2.Compose([Checked(), v2.RGB(), v2.ToImage(), *geometry, *to_range])
+
+
+class Checked(nn.Module):
+    """Let an image through if training would take it."""
+
+    def forward(self, image: Any) -> Any:
+        """A PIL image, tensor or array as it is.
+
+        Raises:
+            ConfigError: for something else, such as a path, and for pixels that training refuses: those of 16 bits.
+        """
+        require(
+            isinstance(image, Image.Image | Tensor | np.ndarray),
+            f"preprocess takes an image, not {type(image).__name__}: give PIL.Image.open(path), or uint8 [3, H, W].",
+        )
+        if isinstance(image, Image.Image):  # Pillow would cut 16 bits to 8 by making all that is brighter white
+            require(image.mode in MODES, f"pixels of mode {image.mode} are not supported: make them 8-bit RGB first.")
+        return image
 
 
 class ScaleInto(nn.Module):

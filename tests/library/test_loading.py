@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,32 @@ def test_what_is_no_model(what: str, tmp_path: Path) -> None:
         write_weights(replace(weights, tensors=kept), path)
     with pytest.raises(ConfigError, match=r"does not exist|holds no checkpoint|safetensors|no trunk|do not fit"):
         megatron_nepa.load(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weights": "EMA"},
+        {"dtype": "bf16"},
+        {"dtype": torch.int8},
+        {"causal": "no"},
+        {"image_size": "56"},
+        {"image_size": (56, 56)},
+        {"image_size": 57},
+        {"device": "tpu"},
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    write_weights(random_weights(EXAMPLES["nepa_b"]), tmp_path / "model")
+    with pytest.raises(ConfigError, match="|".join([*wrong, "no device"])):
+        megatron_nepa.load(tmp_path / "model", **wrong)
+
+
+def test_preprocess_refuses_what_training_refuses() -> None:
+    transform = evaluation_transform(Described(EXAMPLES["nepa_b"].model, {}), 56, keeps_shape=False)
+    for wrong in ("photo.jpg", Image.fromarray(np.full((64, 64), 999, np.uint16))):
+        with pytest.raises(ConfigError, match=r"takes an image|I;16"):
+            transform(wrong)
 
 
 @pytest.fixture(scope="module")

@@ -195,3 +195,27 @@ def test_a_mistake_is_one_sentence(script: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "does not exist" in done.stderr
+
+
+def test_a_target_that_cannot_be_written_is_said_before_the_work(
+    model: NepaModel, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    pictures = find_pictures(folder)
+    with pytest.raises(ConfigError, match="nothing can be written"):
+        embed(model, pictures, tmp_path / "file" / "out.npy", PLAIN, Place(0, 1), 1, lambda n: None)
+    with pytest.raises(ConfigError, match="nothing can be written"):
+        predict_classes(model, pictures, tmp_path / "file" / "out.csv", 1, 4, 1, lambda n: None)
+    with pytest.raises(ConfigError, match="nothing can be written"):
+        predict_masks(model, pictures, tmp_path / "file", 1, lambda n: None)
+    predict_classes(model, pictures, tmp_path / "new" / "out.csv", 1, 4, 1, lambda n: None)
+    with pytest.raises(ConfigError, match="threads is 0"):
+        predict_classes(model, pictures, tmp_path / "other.csv", 1, 4, 0, lambda n: None)
+
+
+def test_pixels_of_16_bits_are_refused_by_name(tmp_path: Path) -> None:
+    Image.fromarray(np.full((64, 64), 999, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "list.txt").write_text("deep.png")
+    for source in (tmp_path, tmp_path / "list.txt"):
+        with pytest.raises(ConfigError, match=r"deep\.png cannot be read: pixels of mode I;16"):
+            find_pictures(source).read(0)
