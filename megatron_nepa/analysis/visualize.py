@@ -18,7 +18,7 @@ from megatron_nepa.analysis.queries import Patch, choose_queries
 from megatron_nepa.checkpoint.conversion.compare import read_any
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, beside, step_of
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, beside, step_of
 from megatron_nepa.config import ConfigError, ModelConfig, require
 
 _MOST_ROWS = 8  # of an evolution, where the steps are not chosen

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_nepa.checkpoint.described import Described, describe_checkpoint, values_of
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, flag_of, multiples_around, require
 from megatron_nepa.config.modes import Values
 

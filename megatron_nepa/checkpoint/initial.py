@@ -32,7 +32,7 @@ from megatron_nepa.checkpoint.reading.weights import (
     read_consolidated,
     stored_tensors,
 )
-from megatron_nepa.checkpoint.saving.checkpoint_folder import quiet_torch_checkpoint
+from megatron_nepa.checkpoint.saving.checkpoints_folder import quiet_torch_checkpoint
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_nepa import __version__
 from megatron_nepa.checkpoint.reading.modules import Head, at_image_size, build_module, head_of
 from megatron_nepa.checkpoint.reading.weights import Weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import beside
+from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
 from megatron_nepa.config import one_of, require
 from megatron_nepa.export.evaluated import require_equal, sample_images
 from megatron_nepa.export.preprocessor import evaluation_preprocessor

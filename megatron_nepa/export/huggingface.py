@@ -16,7 +16,7 @@ from megatron_nepa.checkpoint.format.renaming import rename
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.reading.tensor_files import MODEL_FILE
 from megatron_nepa.checkpoint.reading.weights import Weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import beside
+from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
 from megatron_nepa.config import require
 from megatron_nepa.export.model_card import model_card
 from megatron_nepa.export.preprocessor import PREPROCESSOR_FILE, evaluation_preprocessor, segmentation_preprocessor

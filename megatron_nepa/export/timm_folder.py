@@ -17,7 +17,7 @@ from megatron_nepa.checkpoint.format.renaming import rename
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.reading.tensor_files import MODEL_FILE
 from megatron_nepa.checkpoint.reading.weights import Weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import beside
+from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.export.evaluated import evaluate_weights, require_equal, sample_images
 from megatron_nepa.export.huggingface import exportable

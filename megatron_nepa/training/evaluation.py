@@ -18,7 +18,7 @@ from megatron_nepa.checkpoint.format.state import TrainState
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ModelConfig, RunConfig, require
 from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.kernels.dispatch import Kernels

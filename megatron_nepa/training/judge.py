@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import OptimizerConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.evaluation import best_of, describe_lag, evaluate_engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
-from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import RunConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
@@ -15,7 +15,7 @@ from megatron_nepa.training.reporting.log import Log
 from megatron_nepa.training.reporting.metric_window import MetricWindow
 from megatron_nepa.training.reporting.non_finite import describe_non_finite
 from megatron_nepa.training.reporting.profiling import StepProfiler
-from megatron_nepa.training.reporting.run_directory import RunDirectory
+from megatron_nepa.training.reporting.run_record import RunRecord
 from megatron_nepa.training.saves import Saves
 from megatron_nepa.training.step import StepClock, Stepper
 from megatron_nepa.training.stopping.errors import TrainingError
@@ -37,7 +37,7 @@ class TrainingLoop:
         engine: with the weights to start from.
         loader: this rank's micro-batches.
         rates: learning rates of the engine's parameter groups.
-        directory: the run's folder.
+        record: the run's folder.
         total_steps: optimizer steps of the whole run.
         peak_flops: of this rank's device, for the MFU.
         log: the run's log.
@@ -50,7 +50,7 @@ class TrainingLoop:
         engine: TrainingEngine,
         loader: Loader,
         rates: LearningRates,
-        directory: RunDirectory,
+        record: RunRecord,
         total_steps: int,
         peak_flops: float,
         log: Log,
@@ -58,14 +58,14 @@ class TrainingLoop:
         self.run, self.task, self.log = run, task, log
         self.total_steps = total_steps
         self.topology = topology = engine.topology
-        self.checkpoints = directory.checkpoints
+        self.checkpoints = record.checkpoints
         self.stall = StallWatch(topology, run.stall_timeout)
         self.clock = StepClock()
         profiled = run.profiled_steps if topology.is_main else range(0)
-        self.profiler = StepProfiler(profiled, directory.profile_path, topology.device)
+        self.profiler = StepProfiler(profiled, record.profile_path, topology.device)
         self.stepper = Stepper(run, task, engine, loader, rates, peak_flops, self.clock, self.stall, self.profiler)
         self.judge = Judge(
-            task.evaluator, engine, run.optimizer, self.checkpoints, directory.metrics_path, total_steps, log
+            task.evaluator, engine, run.optimizer, self.checkpoints, record.metrics_path, total_steps, log
         )
         description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
         self.saves = Saves(engine, self.checkpoints, description, run.async_save, self.clock, self.stall, log)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress, SaveError
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress, SaveError
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.reporting.log import Log
 from megatron_nepa.training.step import StepClock

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates

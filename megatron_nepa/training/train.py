@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
-from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
@@ -20,7 +20,7 @@ from megatron_nepa.training.reporting.announce import describe_end, describe_sta
 from megatron_nepa.training.reporting.device_memory import reset_peak_memory
 from megatron_nepa.training.reporting.flops import device_peak_flops
 from megatron_nepa.training.reporting.log import Log, RunLog, SilentLog
-from megatron_nepa.training.reporting.run_directory import RunDirectory
+from megatron_nepa.training.reporting.run_record import RunRecord
 from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.stopping.errors import RunStopped
 from megatron_nepa.training.task import Task
@@ -41,9 +41,9 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written.
     """
     ds_config = resolve(run, ds_config, topology.data_size)
-    directory = RunDirectory(run)
-    with waiting_for(f"verifying the newest checkpoint in {directory.path}", topology.is_main):
-        found = directory.checkpoint_to_resume(topology, task.data_fingerprint)
+    record = RunRecord(run)
+    with waiting_for(f"verifying the newest checkpoint in {record.path}", topology.is_main):
+        found = record.checkpoint_to_resume(topology, task.data_fingerprint)
     total_steps = run.total_steps(task.num_images)
     require(
         run.profile is None or run.profiled_steps.start <= total_steps,
@@ -80,7 +80,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
             f"{run.global_batch_size}: take its --global_batch_size {found.manifest['run']['global_batch_size']}, or "
             "start from its weights with --init_from."
         )
-    directory.lock(topology)  # every rank has checked the folder before the main one writes there
+    record.lock(topology)  # every rank has checked the folder before the main one writes there
 
     with waiting_for("measuring this device's matrix products", topology.is_main):
         peak = device_peak_flops(topology.device, DTYPES[run.dtype])
@@ -90,15 +90,15 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         "kernels": kernels.describe(),
         "peak_flops": peak.flops,
     }
-    directory.record(topology, facts, progress.step)
+    record.write(topology, facts, progress.step)
     log: Log = SilentLog()
     if topology.is_main:
-        log = RunLog(directory.path, run, total_steps, progress.step)
+        log = RunLog(record.path, run, total_steps, progress.step)
         log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
     with waiting_for("building the data pipeline", topology.is_main):
-        loader = task.build_loader(progress.samples, directory.path / "bad_images.jsonl", progress.order)
-    loop = TrainingLoop(run, task, engine, loader, rates, directory, total_steps, peak.flops, log)
+        loader = task.build_loader(progress.samples, record.path / "bad_images.jsonl", progress.order)
+    loop = TrainingLoop(run, task, engine, loader, rates, record, total_steps, peak.flops, log)
     reset_peak_memory(topology.device)
     try:
         progress, stopped = loop.run_from(progress)
@@ -112,11 +112,11 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         raise RunStopped(stopped)
     if topology.is_main:
         try:
-            if directory.metrics_path.is_file():
+            if record.metrics_path.is_file():
                 from megatron_nepa.training.reporting.curves import draw_figures  # brings matplotlib
 
-                draw_figures(directory.metrics_path, directory.figures_path)
+                draw_figures(record.metrics_path, record.figures_path)
         except OSError as error:
             print(f"warning: the figures could not be drawn: {error}", flush=True)
-        print(describe_end(directory, progress, total_steps, finished_before=stands == total_steps), flush=True)
+        print(describe_end(record, progress, total_steps, finished_before=stands == total_steps), flush=True)
     return progress

@@ -10,7 +10,7 @@ from skimage import data as photographs
 from torch import Tensor
 
 from megatron_nepa.checkpoint.reading.weights import Weights, write_state
-from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.nepa import NepaForPretraining

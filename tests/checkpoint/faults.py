@@ -73,7 +73,7 @@ def _is_in(frame: FrameType, folders: tuple[str, ...]) -> bool:
 
 def fill_disk_in_save(number: int, victim: int) -> None:
     """From its save number ``number`` on, let rank ``victim`` write no file of more than 1000 bytes."""
-    from megatron_nepa.checkpoint.saving.checkpoint_folder import PartialCheckpoint
+    from megatron_nepa.checkpoint.saving.checkpoints_folder import PartialCheckpoint
 
     real, calls = PartialCheckpoint.begin, [0]
 

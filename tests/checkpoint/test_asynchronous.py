@@ -19,7 +19,7 @@ from megatron_nepa.checkpoint.format import state
 from megatron_nepa.checkpoint.format.manifest import verify_files
 from megatron_nepa.checkpoint.format.masters import view_fragment
 from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress, SaveError
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress, SaveError
 from megatron_nepa.training.engine.engine import TrainingEngine
 from tests.checkpoint.test_buffers import add_head
 from tests.distributed.cases import MODEL, Case, Grid, build_engine, build_run, local_samples, sample_images

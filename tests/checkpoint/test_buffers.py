@@ -17,7 +17,7 @@ from megatron_nepa.checkpoint.format.state import persistent_buffers
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.reading.weights import consolidate, read_weights, stored_tensors, write_weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
 from tests.distributed.cases import MODEL, Case, Grid, build_engine, build_run, join_state

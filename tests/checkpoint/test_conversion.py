@@ -20,7 +20,7 @@ from megatron_nepa.checkpoint.conversion.compare import compare
 from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.weights import Weights, read_weights, write_weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import ConfigError
 from tests.checkpoint.faults import record_messages
 from tests.distributed.cases import MODEL, Case, Grid, build_engine, build_run, join_state

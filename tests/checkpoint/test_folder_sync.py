@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from megatron_nepa.checkpoint.saving.checkpoint_folder import sync_folder
+from megatron_nepa.checkpoint.saving.checkpoints_folder import sync_folder
 
 
 @pytest.mark.parametrize("call", ["open", "fsync"])

@@ -21,7 +21,7 @@ from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.reading.weights import read_weights, write_weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import ConfigError
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.topology import Topology

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_nepa.checkpoint.conversion.universal import export_universal, import_universal, is_universal
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import load
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import ConfigError
 from tests.distributed.cases import MODEL, Case, Grid, build_engine, build_run, join_state, local_samples, sample_images
 from tests.distributed.ranks import run_ranks

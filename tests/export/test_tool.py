@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from megatron_nepa.checkpoint.reading.weights import read_weights
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import DataConfig, ModelConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader

@@ -23,7 +23,7 @@ from megatron_nepa.checkpoint.format.release_names import (
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.reading.tensor_files import MODEL_FILE, read_folder, unwrap
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, trunk_layouts
-from megatron_nepa.checkpoint.saving.checkpoint_folder import beside
+from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
 from megatron_nepa.config import ConfigError, require
 
 _CONFIG, _RAW, _EMA = "config.json", "model*.safetensors*", "pytorch_model_ema.bin"

@@ -35,7 +35,7 @@ from megatron_nepa.checkpoint.reading.weights import (
     trunk_layouts,
     write_state,
 )
-from megatron_nepa.checkpoint.saving.checkpoint_folder import beside
+from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
 from megatron_nepa.config import ConfigError, ModelConfig, require
 from megatron_nepa.parallel.parameters import REPLICATED
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
 from megatron_nepa.checkpoint.format.manifest import STATE_FILE, DamagedCheckpointError, verify_files
 from megatron_nepa.checkpoint.format.state import TrainState, empty_state, restore_state, set_optimizer_step
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, Progress, quiet_torch_checkpoint
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress, quiet_torch_checkpoint
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.data.sampling.order import require_known_order
 from megatron_nepa.parallel.topology import Topology

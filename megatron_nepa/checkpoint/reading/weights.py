@@ -21,7 +21,7 @@ from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import stored_dtype
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.tensor_files import read_safetensors, unwrap
-from megatron_nepa.checkpoint.saving.checkpoint_folder import (
+from megatron_nepa.checkpoint.saving.checkpoints_folder import (
     Progress,
     beside,
     quiet_torch_checkpoint,

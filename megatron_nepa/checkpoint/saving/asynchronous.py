@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore, PartialCheckpoint, Progress, SaveError
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, PartialCheckpoint, Progress, SaveError
 from megatron_nepa.parallel.topology import Topology
 
 

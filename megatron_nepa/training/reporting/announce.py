@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_nepa.checkpoint.reading.resume import Found, describe_grid_change
-from megatron_nepa.checkpoint.saving.checkpoint_folder import Progress
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
-from megatron_nepa.training.reporting.run_directory import RunDirectory, numbers_of_the_run
+from megatron_nepa.training.reporting.run_record import RunRecord, numbers_of_the_run
 
 
 def describe_start(
@@ -69,13 +69,13 @@ def describe_failure(run: RunConfig, progress: Progress, newest: Path | None) ->
     )
 
 
-def describe_end(directory: RunDirectory, progress: Progress, total_steps: int, finished_before: bool = False) -> str:
+def describe_end(record: RunRecord, progress: Progress, total_steps: int, finished_before: bool = False) -> str:
     """The lines after the last step: where everything is."""
-    figures = ", ".join(sorted(path.name for path in directory.figures_path.glob("*.png")))
+    figures = ", ".join(sorted(path.name for path in record.figures_path.glob("*.png")))
     already = ", the run was finished before: there was nothing left to train" if finished_before else ""
     return (
         f"step {progress.step} of {total_steps} done{already}\n"
-        f"  checkpoint  {directory.checkpoints.latest()}\n"
-        f"  metrics     {directory.metrics_path}\n"
-        f"  figures     {directory.figures_path}/{figures}"
+        f"  checkpoint  {record.checkpoints.latest()}\n"
+        f"  metrics     {record.metrics_path}\n"
+        f"  figures     {record.figures_path}/{figures}"
     )

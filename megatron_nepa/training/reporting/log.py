@@ -1,5 +1,7 @@
 """What a run says about itself: metrics.jsonl, the console and Weights & Biases.
 
+Its rows are made elsewhere: a step's by :mod:`megatron_nepa.training.step`, with what the task's ``forward`` returned.
+
 The log never ends a run: where a file cannot be written or wandb fails, it says so once and the training goes on.
 """
 

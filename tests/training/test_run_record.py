@@ -9,7 +9,7 @@ import torch
 
 from megatron_nepa.config import ConfigError, PretrainingConfig
 from megatron_nepa.parallel.topology import build_topology
-from megatron_nepa.training.reporting.run_directory import RunDirectory
+from megatron_nepa.training.reporting.run_record import RunRecord
 from tests.distributed.ranks import run_ranks
 
 PLACES = {
@@ -27,7 +27,7 @@ def refusals(folder: Path) -> list[str]:
     for name in PLACES:
         run = PretrainingConfig(output_dir=str(folder / name), steps=1)
         with pytest.raises(ConfigError) as refused:
-            RunDirectory(run).checkpoint_to_resume(topology, None)
+            RunRecord(run).checkpoint_to_resume(topology, None)
         said.append(str(refused.value))
     return said
 

@@ -1,4 +1,4 @@
-"""A run's folder: what it may continue, and the record of what it is."""
+"""What a run records of itself in its folder, and what it may continue there; log.py writes the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron_nepa.checkpoint.format.agreement import RankError, on_main_rank
 from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, try_to_write
 from megatron_nepa.parallel.topology import Topology
@@ -59,7 +59,7 @@ _PACKAGES = (
 )
 
 
-class RunDirectory:
+class RunRecord:
     """OUTPUT_DIR of one run.
 
     Args:
@@ -128,7 +128,7 @@ class RunDirectory:
         except RankError as error:
             raise ConfigError(f"--output_dir {self.path} cannot be claimed ({error}): choose another folder.") from None
 
-    def record(self, topology: Topology, facts: dict[str, Any], step: int) -> None:
+    def write(self, topology: Topology, facts: dict[str, Any], step: int) -> None:
         """Clear what a killed run left in the folder, write config.json and cut the metrics back; every rank calls it.
 
         Args:
