@@ -23,12 +23,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.format.manifest import file_facts, write_manifest
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
+from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.files import replace_text
 from megatron_nepa.parallel.topology import Topology
 
 CHECKPOINTS = "checkpoints"  # the folder of them in an OUTPUT_DIR
 _STEP = "step_"
+_BEST_REMEDY = "restore it, or remove it to have the best checkpoint chosen anew"
 # what file systems answer that sync no folders (CIFS, some FUSE); a full or broken disk answers otherwise
 _CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
 
@@ -117,7 +119,11 @@ class CheckpointStore:
         return next(iter(self.newest_first()), None)
 
     def best(self) -> Path | None:
-        """The checkpoint that was marked as the best, or None."""
+        """The checkpoint that was marked as the best, or None.
+
+        Raises:
+            ConfigError: where ``best.json`` is damaged: without it the best checkpoint would be removed as an old one.
+        """
         path = self.folder / str(self._best_entry().get("checkpoint"))
         return path if path.is_dir() else None
 
@@ -142,16 +148,27 @@ class CheckpointStore:
         replace_text(self.folder / "best.json", json.dumps(entry, indent=1) + "\n")
 
     def _best_entry(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            entry = json.loads((self.folder / "best.json").read_text())
-            if isinstance(entry, dict):
-                return entry
-        return {}
+        path = self.folder / "best.json"
+        try:
+            entry = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): {_BEST_REMEDY}.") from None
+        complete = isinstance(entry, dict) and isinstance(entry.get("checkpoint"), str)
+        require(
+            complete and isinstance(entry.get("value"), int | float),
+            f"{path} names no checkpoint and its value: {_BEST_REMEDY}.",
+        )
+        return dict(entry)
 
     def remove_partial(self) -> None:
         """Remove what a save or removal that was cut short left behind."""
         for path in self.folder.glob(f".{_STEP}*.partial"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def publish(self, partial: Path, final: Path) -> None:
         """Give a complete checkpoint its name, move ``latest`` there and remove old ones; the main rank calls it."""

@@ -86,11 +86,13 @@ class RunRecord:
             data_fingerprint: of the training data, which a run keeps; its folder may move.
 
         Raises:
-            ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, or all are damaged.
+            ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, all are damaged, or the
+                note of the best one is.
         """
         self._require_writable()
         resume = self.run.resume
         newest = self.checkpoints.latest()
+        self.checkpoints.best()  # a damaged note of it is refused before the first step
         require(
             not (resume == "none" and newest is not None),
             f"--resume none starts afresh, but {self.path} already holds {newest}: choose another --output_dir, "
