@@ -143,6 +143,9 @@ def _write_json_lines(file: TextIO, rows: Iterator[tuple[str, list[tuple[str, fl
 def _beside(out: Path) -> Iterator[TextIO]:
     """A text file that takes its name once it is whole."""
     partial = out.with_name(f".{out.name}.partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        yield file
-    partial.rename(out)
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)  # of a table that was not finished

@@ -211,6 +211,7 @@ def test_a_target_that_cannot_be_written_is_said_before_the_work(
     predict_classes(model, pictures, tmp_path / "new" / "out.csv", 1, 4, 1, lambda n: None)
     with pytest.raises(ConfigError, match="threads is 0"):
         predict_classes(model, pictures, tmp_path / "other.csv", 1, 4, 0, lambda n: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "new"}  # nothing half written
 
 
 def test_pixels_of_16_bits_are_refused_by_name(tmp_path: Path) -> None:
