@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nepa.checkpoint.saving.checkpoint_folder import CheckpointStore
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError
 
 DAMAGED = {
