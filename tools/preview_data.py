@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_nepa.analysis.data_summary import DataSummary
-from megatron_nepa.analysis.preview import first_samples
-from megatron_nepa.analysis.preview_sheet import draw_sheet
 from megatron_nepa.cli import parse_command_line, path_argument
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.data.index.folder import read_sizes
@@ -52,6 +49,10 @@ def run_of(recipe: str, data: Path, flags: list[str]) -> RunConfig:
 def main() -> None:
     """Draw the sheet and print the summary."""
     args, flags = parse_arguments()
+    from megatron_nepa.analysis.data_summary import DataSummary  # bring torch, DALI and matplotlib
+    from megatron_nepa.analysis.preview import first_samples
+    from megatron_nepa.analysis.preview_sheet import draw_sheet
+
     require(args.out.suffix == ".png", f"--out {args.out} is no PNG file: give a name that ends in .png.")
     require(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}.")
     run = run_of(args.recipe, args.data, flags)

@@ -7,9 +7,6 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
-from megatron_nepa.acceptance.device_calls import device_calls
 from megatron_nepa.acceptance.parts import PARTS
 from megatron_nepa.acceptance.report import Report
 from megatron_nepa.acceptance.runner import Runner, numbers, titles
@@ -40,6 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     chosen = numbers(options.only)
+    # here: --help and a mistake in the flags do not wait for torch
+    import torch
+
+    from megatron_nepa.acceptance.device_calls import device_calls
+
     require(options.patience > 0, f"--patience is {options.patience}; it must be above 0.")
     require(
         not (options.rehearsal and torch.cuda.is_available()),
@@ -59,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, chosen: list[str], report: Report) -> int:
+    import torch
+
     work = report.json_path.parent / "work"
     work.mkdir(exist_ok=True)
     if options.again:

@@ -17,8 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_nepa.acceptance.check import perform
 from megatron_nepa.acceptance.report import Entry
 
@@ -41,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def tell(**event: Any) -> None:
         os.write(options.events, (json.dumps(event) + "\n").encode())
+
+    import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined: they are judged there

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_nepa.acceptance.device_calls import Cuda, device_calls
 from megatron_nepa.benchmarks.results_page import Entry
 from megatron_nepa.benchmarks.suite import ENTRIES
 from megatron_nepa.config import ModelConfig, PretrainingConfig
 from megatron_nepa.recipes import PRETRAINING_RECIPES
+
+if TYPE_CHECKING:
+    from megatron_nepa.acceptance.device_calls import Cuda
 
 TOY = ModelConfig(image_size=56, hidden_size=64, num_heads=2, num_layers=2, mlp_hidden_size=96)
 # the flags of a run that a CPU takes in seconds
@@ -77,6 +80,8 @@ class Setting:
 
 def setting(work: Path, rehearsal: bool) -> Setting:
     """Full sizes on a GPU, toy sizes elsewhere."""
+    from megatron_nepa.acceptance.device_calls import device_calls  # brings torch
+
     calls = device_calls(rehearsal)
     return _full(calls, work) if calls.device.type == "cuda" else _toy(calls, work)
 

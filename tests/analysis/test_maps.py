@@ -102,7 +102,7 @@ def test_layers_are_averaged_then_heads_reduced() -> None:
 
 def test_weights_that_cannot_be_shown() -> None:
     weights = weights_of(build())
-    with pytest.raises(ConfigError, match="do not fit their own config: 1 parameters are missing"):
+    with pytest.raises(ConfigError, match="do not fit their own config: 1 tensors are missing"):
         compute_maps(replace(weights, tensors=dict(list(weights.tensors.items())[1:])), PIXELS, QUERIES)
     broken = {name: value * torch.nan for name, value in weights.tensors.items()}
     with pytest.raises(ConfigError, match="compute embeddings that are not finite"):

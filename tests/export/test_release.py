@@ -12,7 +12,7 @@ from megatron_nepa.config import ConfigError
 from tests.export.models import EXAMPLES, expected, random_weights, some_images
 
 HELD = (
-    *("quickstart", "nepa_b_release", "nepa_l_release"),
+    *("quickstart", "quickstart_ft", "quickstart_upernet", "nepa_b_release", "nepa_l_release"),
     *("imagenet_ft_b_release", "imagenet_ft_l_release"),
     *("ade20k_upernet_b_release", "ade20k_upernet_l_release"),
 )
