@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import platform
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_nepa import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Machine:
     @classmethod
     def here(cls, device: torch.device) -> Machine:
         """This machine, today."""
+        import torch
+
         return cls(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             threads=torch.get_num_threads(),
