@@ -8,9 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_nepa.benchmarks.machine import Machine
 from megatron_nepa.benchmarks.results_page import (
@@ -26,6 +24,9 @@ from megatron_nepa.benchmarks.results_page import (
 )
 from megatron_nepa.config import require
 from megatron_nepa.files import replace_text
+
+if TYPE_CHECKING:
+    import torch
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DESCRIBE = {"train": describe_train, "kernels": describe_kernels, "data": describe_data, "order": describe_order}
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: for an unknown row, or one of another kind of machine.
     """
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     page = Path(options.page)
     entries = choose(options.only, device)
