@@ -202,16 +202,15 @@ def _of_weights(train: TrainState, path: str, choice: Choice | None) -> _Source:
     else:
         weights, notes = read_release(Path(path), "raw" if choice == "raw" else None)
     layouts = {name: layout_of(param) for name, param in train.module.named_parameters()}
+    stored = {**weights.tensors, **weights.buffers}
 
     def read_into(targets: dict[str, Tensor]) -> None:
         for name, target in targets.items():
             local = target.to_local() if isinstance(target, DTensor) else target
-            local.copy_(
-                layouts.get(name, REPLICATED).take_shard(weights.tensors[name], train.topology.tensor).view(local.shape)
-            )
+            local.copy_(layouts.get(name, REPLICATED).take_shard(stored[name], train.topology.tensor).view(local.shape))
 
     shapes = {}
-    for name, value in weights.tensors.items():
+    for name, value in stored.items():
         sections = layouts[name].sections if name in layouts else 1
         shapes[name] = (sections, value.shape[0] // sections, *value.shape[1:]) if sections > 1 else tuple(value.shape)
     return _Source(path, "; ".join([weights.origin, *notes]), asdict(weights.model), None, shapes, read_into)

@@ -137,3 +137,20 @@ def test_neighbours_and_probes_follow_the_trunk(folder: Path) -> None:
     assert (settings["block"], settings["squash"], settings["image_size"]) == (1, True, 32)
     rows = [json.loads(line) for line in (folder / "probe/metrics.jsonl").read_text().splitlines()]
     assert last_result(folder / "probe", "evaluation.json")["top1"] == max(row.get("val_top1", 0) for row in rows)
+
+
+def test_a_probe_trains_alike_on_a_trunk_of_every_name(folder: Path) -> None:
+    names = ("run", "file.safetensors", "release", "huggingface")
+    data = [*COMMON, f"--data={folder / 'train'}", f"--validation_data={folder / 'val'}", "--recipe=quickstart_probe"]
+    data += ["--steps=3", "--global_batch_size=12", "--micro_batch_size=6", "--evaluation.every=1", "--log_every=1"]
+    commands = [
+        [*data, f"--trunk={folder / name}", f"--output_dir={folder / f'probe_{name}'}", "--evaluation.resize_size=37"]
+        for name in names
+    ]
+    assert run_ranks(1, probe_each, commands)[0] == [None] * len(names)
+    measured = ("loss", "val_top1", "val_loss")
+    found = []
+    for name in names:
+        rows = [json.loads(line) for line in (folder / f"probe_{name}/metrics.jsonl").read_text().splitlines()]
+        found.append([row[key] for row in rows for key in measured if key in row])
+    assert found == [pytest.approx(found[0], rel=1e-6)] * len(names)

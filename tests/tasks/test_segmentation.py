@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data as photographs
 from skimage import draw
 
-from megatron_nepa.checkpoint.reading.weights import load_whole, stored_tensors
+import megatron_nepa
+from megatron_nepa.checkpoint.reading.weights import consolidate, load_whole, read_weights, stored_tensors
+from megatron_nepa.config import CropConfig, DataConfig, MaskConfig
+from megatron_nepa.data.index.pairs import pair_index
+from megatron_nepa.data.loaders.segmentation import evaluate_segmentation
+from megatron_nepa.export.huggingface import write_huggingface
+from megatron_nepa.export.run_facts import read_facts
+from megatron_nepa.tasks.segmentation_metrics import ConfusionMatrix
 from megatron_nepa.training.results import read_results
 from tests.distributed.cases import Outcome, differences
 from tests.distributed.ranks import run_ranks
@@ -128,6 +136,38 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(pairs: Path, one_rank: Pa
         assert len(list((out / "segmentation").glob("*.png"))) == 2
     assert tables[0] == tables[1]
     assert "| green |" in tables[0]
+
+
+def test_every_name_gives_the_scores_of_a_plain_loop(pairs: Path, one_rank: Path, tmp_path: Path) -> None:
+    """A run, a file and a folder for transformers of one segmenter, and ``megatron_nepa.load`` of each."""
+    weights = read_weights(one_rank, "raw")
+    consolidate(weights, tmp_path / "file.safetensors")
+    write_huggingface(weights, read_facts(one_rank, "raw"), tmp_path / "huggingface")
+    sources = [one_rank, tmp_path / "file.safetensors", tmp_path / "huggingface"]
+    scores = []
+    for number, source in enumerate(sources):
+        choice = ["--init_weights=raw"] if source == one_rank else []
+        out = train(1, pairs, tmp_path / f"out{number}", "--evaluate_only", f"--init_from={source}", *choice)
+        found = read_results(out / "evaluation.json")[-1]
+        scores.append([found[name] for name in ("mean_iou", "mean_accuracy", "pixel_accuracy")])
+    by_hand = [score_by_hand(source, pairs) for source in sources]
+    assert scores == [pytest.approx(scores[0], rel=1e-6)] * 3
+    assert by_hand == [pytest.approx(scores[0], rel=1e-3)] * 3  # a pixel of 7 images may fall to another class
+
+
+@torch.no_grad()
+def score_by_hand(source: Path, pairs: Path) -> list[float]:
+    model, matrix = megatron_nepa.load(source, "raw"), ConfusionMatrix(CLASSES, torch.device("cpu"))
+    index, cpu = pair_index(str(pairs), "validation"), torch.device("cpu")
+    crops, masks = CropConfig(), MaskConfig(num_classes=CLASSES)
+    data = DataConfig(num_threads=1)
+    for item in evaluate_segmentation(index, data, crops, masks, SIDE, 0, 1, cpu, torch.float32):
+        logits = torch.nn.functional.interpolate(
+            model.segment(item.images), item.labels.shape, mode="bilinear", align_corners=False
+        )
+        matrix.add(item.labels, logits.argmax(1)[0])
+    scores = matrix.scores(None)
+    return [scores.mean_iou, scores.mean_accuracy, scores.pixel_accuracy]
 
 
 def finetune_each(commands: list[list[str]]) -> list[str | None]:
