@@ -1,4 +1,4 @@
-"""Numbers of the steps, kept on the device until the log asks for them."""
+"""Numbers that :mod:`megatron_nepa.training.step` makes, kept on the device until the log asks for them."""
 
 from __future__ import annotations
 

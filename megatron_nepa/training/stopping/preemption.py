@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# outside training: process.py
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # one stop reaches a rank several times: from the terminal or Slurm, and from the launcher, which passes it on
 REPEAT_SECONDS = 3.0
