@@ -109,6 +109,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log.message(stopped)  # below the progress bar, which is closed: the last line
         # leave together: a launcher takes the first status that is not 0 for a failure and kills the others
         dist.barrier(topology.host_group)
+        record.unlock()
         raise RunStopped(stopped)
     if topology.is_main:
         try:
@@ -119,4 +120,5 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         except OSError as error:
             print(f"warning: the figures could not be drawn: {error}", flush=True)
         print(describe_end(record, progress, total_steps, finished_before=stands == total_steps), flush=True)
+    record.unlock()
     return progress

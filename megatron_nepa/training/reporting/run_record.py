@@ -130,6 +130,12 @@ class RunRecord:
         except RankError as error:
             raise ConfigError(f"--output_dir {self.path} cannot be claimed ({error}): choose another folder.") from None
 
+    def unlock(self) -> None:
+        """Let another run have the folder; of a run that fails the end of its process does."""
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
+
     def write(self, topology: Topology, facts: dict[str, Any], step: int) -> None:
         """Clear what a killed run left in the folder, write config.json and cut the metrics back; every rank calls it.
 
