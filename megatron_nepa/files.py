@@ -11,6 +11,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,23 @@ _REFRESH_SECONDS = 10.0
 STALE_SECONDS = 60.0  # after which the note of a process that does not refresh it counts for nothing
 
 
+@contextlib.contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its name at the end; where the block fails it is removed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w") as file:
+    with whole_or_absent(path) as partial, partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class AlreadyHeldError(OSError):

@@ -18,8 +18,9 @@ from megatron_nepa.analysis.queries import Patch, choose_queries
 from megatron_nepa.checkpoint.conversion.compare import read_any
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.weights import Choice
-from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, beside, step_of
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, step_of
 from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.files import whole_or_absent
 
 _MOST_ROWS = 8  # of an evolution, where the steps are not chosen
 
@@ -207,7 +208,5 @@ def _stack(maps: dict[int, Maps]) -> dict[str, NDArray[Any]]:
 
 
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    partial = beside(path)
-    with partial.open("wb") as file:
+    with whole_or_absent(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    partial.rename(path)

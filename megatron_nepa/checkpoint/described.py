@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_nepa.checkpoint.conversion.huggingface_config import model_from_huggingface
 from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_config
-from megatron_nepa.checkpoint.conversion.release_config import model_from_release
+from megatron_nepa.checkpoint.conversion.release_config import model_from_release, names_of_labels
 from megatron_nepa.checkpoint.conversion.release_folder import is_release
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
@@ -30,10 +30,12 @@ class Described:
         model: its shape.
         settings: of the run that trained it, as "section.field" to value; of weights that are stored alone the few
             that their files tell.
+        classes: names of what its head tells apart, by number; empty where they are not known.
     """
 
     model: ModelConfig
     settings: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 def describe_checkpoint(path: str) -> Described:
@@ -48,20 +50,21 @@ def describe_checkpoint(path: str) -> Described:
     if is_huggingface(source):
         values = read_config(source)
         pooling = {"head.pooling": values.get("pooling", "last")}
-        return Described(model_from_huggingface(values), {**pooling, **_shown(source)})
+        return Described(model_from_huggingface(values), {**pooling, **_shown(source)}, names_of_labels(values))
     if is_release(source):
         values = read_config(source)
         try:
             model = model_from_release(values)
         except (TypeError, AttributeError) as error:  # a field of another type
             raise ConfigError(f"{source / 'config.json'} describes no released model: {error}.") from None
-        return Described(model, {"head.pooling": "mean" if values.get("add_pooling_layer") else "last"})
+        pooling = {"head.pooling": "mean" if values.get("add_pooling_layer") else "last"}
+        return Described(model, pooling, names_of_labels(values))
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     settings = _flat(manifest["run"])
     if not manifest["has_optimizer"]:
         settings |= _pooling(names_of("master", stored_tensors(checkpoint)))
-    return Described(_model(manifest["run"]["model"]), settings)
+    return Described(_model(manifest["run"]["model"]), settings, tuple(manifest["run"].get("classes") or ()))
 
 
 def holds_weights_alone(path: str) -> bool:

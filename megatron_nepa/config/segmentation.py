@@ -76,6 +76,10 @@ class SegmentationEvaluationConfig(ValidationConfig):
         require(self.stride is None or self.stride >= 1, f"evaluation.stride is {self.stride}; it must be at least 1.")
         require(self.overlays >= 0, f"evaluation.overlays is {self.overlays}; it must not be negative.")
 
+    def window_stride(self, crop_size: int) -> int:
+        """Pixels from one window of the crop's side to the next."""
+        return self.stride or max(1, 2 * crop_size // 3)
+
 
 @dataclass(frozen=True)
 class SegmentationConfig(FinetuningConfig):
@@ -102,4 +106,4 @@ class SegmentationConfig(FinetuningConfig):
     @property
     def window_stride(self) -> int:
         """Pixels from one evaluation window to the next."""
-        return self.evaluation.stride or max(1, 2 * self.model.image_size // 3)
+        return self.evaluation.window_stride(self.model.image_size)

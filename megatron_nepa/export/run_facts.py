@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_config
+from megatron_nepa.checkpoint.conversion.release_config import names_of_labels
 from megatron_nepa.checkpoint.conversion.release_folder import is_release
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
@@ -53,7 +53,7 @@ def read_facts(path: Path, choice: Choice | None = None) -> RunFacts:
     if path.is_file():
         return RunFacts()
     if is_huggingface(path) or is_release(path):
-        return RunFacts(classes=_labels(read_config(path)), is_release=not is_huggingface(path))
+        return RunFacts(classes=names_of_labels(read_config(path)), is_release=not is_huggingface(path))
     checkpoint = find_checkpoint(str(path))
     manifest = read_manifest(checkpoint)
     run, progress = manifest["run"], manifest["progress"]
@@ -73,11 +73,6 @@ def read_facts(path: Path, choice: Choice | None = None) -> RunFacts:
         results=tuple(results),
         versions=_read_json(output_dir / "config.json").get("versions", {}),
     )
-
-
-def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    names = config.get("id2label") or {}
-    return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
 
 
 def _evaluations(file: Path, checkpoint: Path, weights: str) -> list[tuple[dict[str, Any], dict[str, float]]]:

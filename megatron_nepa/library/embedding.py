@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import PackedNames
-from megatron_nepa.files import AlreadyHeldError, Hold, replace_text
+from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, whole_or_absent
 from megatron_nepa.library.feature_files import WRITERS
 from megatron_nepa.library.model import NepaModel
 from megatron_nepa.library.outputs import require_writable
@@ -141,10 +141,8 @@ def _write_part(
     for batch in pictures.batches(numbers, choice.batch_size, model.preprocess, threads):
         found.append(choice.of(model, torch.stack(batch).to(_device(model))))
         advance(len(batch))
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with whole_or_absent(path) as partial, partial.open("wb") as file:
         np.save(file, np.concatenate(found))
-    partial.rename(path)
 
 
 def _device(model: NepaModel) -> torch.device:

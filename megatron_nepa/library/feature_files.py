@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import PackedNames
-from megatron_nepa.files import replace_text
+from megatron_nepa.files import replace_text, whole_or_absent
 
 Writer = Callable[[Path, Sequence[Path], tuple[int, ...], str, PackedNames], None]
 _SAFETENSORS_TYPE = {"float32": "F32", "float16": "F16"}
@@ -22,7 +21,7 @@ def write_npy(out: Path, parts: Sequence[Path], shape: tuple[int, ...], dtype: s
     """One array, which ``np.load(OUT, mmap_mode="r")`` reads in place; the names in ``OUT.names.txt``."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     _write_names(out, names)
-    with _beside(out) as partial, partial.open("wb") as file:
+    with whole_or_absent(out) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         _append(file, parts)
 
@@ -37,7 +36,7 @@ def write_safetensors(out: Path, parts: Sequence[Path], shape: tuple[int, ...], 
     header = json.dumps({"features": tensor}).encode()
     header += b" " * (-len(header) % 8)
     _write_names(out, names)
-    with _beside(out) as partial, partial.open("wb") as file:
+    with whole_or_absent(out) as partial, partial.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         _append(file, parts)
 
@@ -52,7 +51,7 @@ def write_parquet(out: Path, parts: Sequence[Path], shape: tuple[int, ...], dtyp
     width = int(np.prod(shape[1:]))
     schema = pa.schema({"file": pa.string(), "features": pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), width)})
     schema = schema.with_metadata({"shape": json.dumps(shape[1:])})
-    with _beside(out) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with whole_or_absent(out) as partial, pq.ParquetWriter(partial, schema) as writer:
         first = 0
         for part in parts:
             array = np.load(part)
@@ -78,11 +77,3 @@ def _write_names(out: Path, names: PackedNames) -> None:
 def _printable(name: str) -> str:
     """A name with escapes for what is no UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A file that takes its name once it is whole."""
-    partial = out.with_name(f".{out.name}.partial")
-    yield partial
-    partial.rename(out)

@@ -13,7 +13,6 @@ from megatron_nepa.checkpoint.described import describe_checkpoint
 from megatron_nepa.checkpoint.reading.modules import at_image_size, build_module
 from megatron_nepa.checkpoint.reading.weights import Choice
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.export.run_facts import read_facts
 from megatron_nepa.library.model import NepaModel
 from megatron_nepa.models.segmenter import Segmenter
 
@@ -59,7 +58,6 @@ def load(
     )
     place = _usable(device)
     found = read_any(folder, weights)
-    facts = read_facts(folder, weights)
     model = replace(found.model, drop_path=0.0, rope_rescale=None)  # draws of this project's trainer
     if causal is not None:
         model = replace(model, causal=causal)
@@ -73,7 +71,7 @@ def load(
         return evaluation_transform(described, found.model.image_size, keeps_shape=isinstance(module, Segmenter))
 
     stride = described.settings.get("evaluation.stride")
-    return NepaModel(module, found.origin, facts.classes, new_transform, stride)
+    return NepaModel(module, found.origin, described.classes, new_transform, stride)
 
 
 def _usable(device: torch.device | str) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.config import ConfigError, ModelConfig, SegmentationEvaluationConfig, require
 from megatron_nepa.models.classifier import Classifier
 from megatron_nepa.models.resampling import interpolate_positions
 from megatron_nepa.models.segmenter import Segmenter
@@ -194,7 +194,8 @@ class NepaModel(nn.Module):
         """
         require(isinstance(self.module, Segmenter), self._lacks("segment", "finetune_segmentation.py"))
         window = self.config.image_size
-        return sliding_window_logits(self._call, self._cast(images), window, self.stride or max(1, 2 * window // 3))
+        stride = SegmentationEvaluationConfig(stride=self.stride).window_stride(window)
+        return sliding_window_logits(self._call, self._cast(images), window, stride)
 
     def extra_repr(self) -> str:
         """What the weights are."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
-from torch import Tensor
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import PackedNames
@@ -18,6 +18,7 @@ from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.index.storage import ImageStore
 
+T = TypeVar("T")
 _AHEAD = 4  # batches that are decoded before they are asked for
 
 
@@ -36,8 +37,8 @@ class Pictures:
     notes: tuple[str, ...] = ()
 
     def batches(
-        self, numbers: Sequence[int], size: int, transform: Callable[[Image.Image], Tensor], threads: int
-    ) -> Iterator[list[Tensor]]:
+        self, numbers: Sequence[int], size: int, transform: Callable[[Image.Image], T], threads: int
+    ) -> Iterator[list[T]]:
         """The images of ``numbers`` in order, transformed in threads ahead of their use.
 
         Args:
@@ -62,7 +63,7 @@ class Pictures:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _load(self, number: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    def _load(self, number: int, transform: Callable[[Image.Image], T]) -> T:
         return transform(self.read(number))
 
 

@@ -6,9 +6,8 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nepa.config import require
+from megatron_nepa.files import whole_or_absent
 from megatron_nepa.library.model import NepaModel
 from megatron_nepa.library.outputs import require_writable
 from megatron_nepa.library.pictures import Pictures
 from megatron_nepa.models.upernet import resize
-from megatron_nepa.tasks.segmentation_overlay import class_colours, coloured
+from megatron_nepa.tasks.segmentation_overlay import Pixels, class_colours, coloured
 
 
 @torch.no_grad()
@@ -68,7 +68,10 @@ def predict_classes(
             first += len(batch)
             advance(len(batch))
 
-    with _beside(out) as file:
+    with (
+        whole_or_absent(out) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         (_write_csv if out.suffix == ".csv" else _write_json_lines)(file, rows())
 
 
@@ -99,8 +102,11 @@ def predict_masks(
     device = model.trunk.norm.weight.device
     waiting = [i for i, target in enumerate(targets) if not target.exists()]
     advance(len(targets) - len(waiting))
-    for i, (scaled,) in zip(waiting, pictures.batches(waiting, 1, model.preprocess, threads), strict=True):
-        image = np.asarray(pictures.read(i))
+
+    def stored_and_scaled(image: Image.Image) -> tuple[Pixels, Tensor]:
+        return np.asarray(image), model.preprocess(image)
+
+    for i, ((image, scaled),) in zip(waiting, pictures.batches(waiting, 1, stored_and_scaled, threads), strict=True):
         logits = model.segment(scaled[None].to(device))
         classes = resize(logits, image.shape[:2]).argmax(1)[0].to(torch.uint8).cpu()
         _write_mask(targets[i], image, classes, logits.shape[1])
@@ -112,16 +118,15 @@ def _mask_path(out: Path, name: str) -> Path:
     return out.joinpath(*parts).with_suffix(".png")
 
 
-def _write_mask(target: Path, image: Any, classes: Tensor, num_classes: int) -> None:
+def _write_mask(target: Path, image: Pixels, classes: Tensor, num_classes: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     colours = class_colours(num_classes)
     overlay = Image.fromarray(coloured(image, classes.numpy(), colours))
     overlay.save(target.with_suffix(".overlay.jpg"), quality=90)
     mask = Image.fromarray(classes.numpy(), "P")
     mask.putpalette(colours.tobytes())
-    partial = target.with_name(f".{target.name}.partial")
-    mask.save(partial, format="PNG")
-    partial.rename(target)  # last: a mask that is there has its overlay
+    with whole_or_absent(target) as partial:  # last: a mask that is there has its overlay
+        mask.save(partial, format="PNG")
 
 
 def _write_csv(file: TextIO, rows: Iterator[tuple[str, list[tuple[str, float]]]]) -> None:
@@ -137,15 +142,3 @@ def _write_json_lines(file: TextIO, rows: Iterator[tuple[str, list[tuple[str, fl
     for name, found in rows:
         classes = [{"class": label, "probability": round(share, 6)} for label, share in found]
         file.write(json.dumps({"file": name, "classes": classes}, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[TextIO]:
-    """A text file that takes its name once it is whole."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)  # of a table that was not finished

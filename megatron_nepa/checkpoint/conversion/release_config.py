@@ -142,6 +142,12 @@ def model_to_release(
     return values
 
 
+def names_of_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that a config.json names, by number; the inverse of :func:`label_names`."""
+    names = values.get("id2label") or {}
+    return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
+
+
 def label_names(classes: Sequence[str], count: int) -> dict[str, dict[str, Any]]:
     """ "id2label" and "label2id" of a classifier, as transformers reads them.
 

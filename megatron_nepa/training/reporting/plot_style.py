@@ -6,6 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from megatron_nepa.files import whole_or_absent
+
 BLUE, ORANGE, GREY = "#2563a8", "#d9730d", "#6b7280"
 STYLE = {
     "font.size": 10,
@@ -29,7 +31,6 @@ STYLE = {
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as a PNG file in one piece; returns ``path``."""
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", dpi=130)
-    beside.replace(path)
+    with whole_or_absent(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
     return path
