@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
+from megatron_nepa.checkpoint.format.renaming import block_names
 from megatron_nepa.config import ModelConfig
 
 _HEAD = ("fc_norm.weight", "fc_norm.bias", "classifier.weight", "classifier.bias")
@@ -41,16 +42,8 @@ def huggingface_names(config: ModelConfig, stored: Collection[str]) -> dict[str,
         "feed_forward.up": ["mlp.gate_proj", "mlp.up_proj"] if config.mlp == "swiglu" else ["mlp.up_proj"],
         "feed_forward.down": ["mlp.down_proj"],
     }
-    for i in range(config.num_layers):
-        ours, theirs = f"trunk.blocks.{i}.", f"nepa.layers.{i}."
-        for module, parts in modules.items():
-            for kind in ("weight", "bias"):
-                names[f"{ours}{module}.{kind}"] = [f"{theirs}{part}.{kind}" for part in parts]
-        if config.qk_norm == "affine":
-            for norm in ("q_norm", "k_norm"):
-                names[f"{ours}attention.{norm}"] = [f"{theirs}attention.{norm}.weight"]
-        if config.layer_scale_init is not None:
-            for scale in ("layer_scale1", "layer_scale2"):
-                names[f"{ours}{scale}"] = [f"{theirs}{scale}"]
+    single = {f"attention.{norm}": f"attention.{norm}.weight" for norm in ("q_norm", "k_norm")}
+    single |= {scale: scale for scale in ("layer_scale1", "layer_scale2")}
+    names |= block_names(config, "nepa.layers.{}.", modules, single)
     heads = [name for name in stored if name in _HEAD or name.startswith(DECODER)]
     return names | {name: [name] for name in heads}

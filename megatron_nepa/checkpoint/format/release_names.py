@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_nepa.checkpoint.format.renaming import rename, rename_back
+from megatron_nepa.checkpoint.format.renaming import block_names, rename, rename_back
 from megatron_nepa.config import ConfigError, ModelConfig
 
 _PREFIX = "vit_nepa."
@@ -40,17 +40,9 @@ def release_names(config: ModelConfig) -> dict[str, list[str]]:
         "feed_forward.up": up,
         "feed_forward.down": ["output.dense"],
     }
-    for i in range(config.num_layers):
-        ours, theirs = f"trunk.blocks.{i}.", f"encoder.layer.{i}."
-        for module, parts in modules.items():
-            for kind in ("weight", "bias"):
-                names[f"{ours}{module}.{kind}"] = [f"{theirs}{part}.{kind}" for part in parts]
-        if config.qk_norm == "affine":
-            names[f"{ours}attention.q_norm"] = [f"{theirs}attention.attention.q_norm.weight"]
-            names[f"{ours}attention.k_norm"] = [f"{theirs}attention.attention.k_norm.weight"]
-        if config.layer_scale_init is not None:
-            names[f"{ours}layer_scale1"] = [f"{theirs}layer_scale.lambda1"]
-            names[f"{ours}layer_scale2"] = [f"{theirs}output.layer_scale.lambda1"]
+    single = {f"attention.{norm}": f"attention.attention.{norm}.weight" for norm in ("q_norm", "k_norm")}
+    single |= {"layer_scale1": "layer_scale.lambda1", "layer_scale2": "output.layer_scale.lambda1"}
+    names |= block_names(config, "encoder.layer.{}.", modules, single)
     return {name: [_PREFIX + part for part in parts] for name, parts in names.items()}
 
 

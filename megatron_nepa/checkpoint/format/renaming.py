@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import ConfigError
+from megatron_nepa.config import ConfigError, ModelConfig
 
 # a name of ours to those of the other format; several mean that ours is their concatenation along dimension 0
 Names = Mapping[str, list[str]]
@@ -50,6 +50,30 @@ def rename_back(state: Mapping[str, Tensor], names: Names, misfit: str = _MISFIT
         name: state[parts[0]] if len(parts) == 1 else torch.cat([state[part] for part in parts])
         for name, parts in names.items()
     }
+
+
+def block_names(
+    config: ModelConfig, theirs: str, modules: Mapping[str, list[str]], single: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Our names of all blocks' parameters to the other format's.
+
+    Args:
+        config: the model's shape.
+        theirs: what a block's names begin with there, with ``{}`` for its number.
+        modules: of a block, which have a weight and a bias: ours to theirs, of which ours is the concatenation.
+        single: the parameters ``attention.q_norm``, ``attention.k_norm``, ``layer_scale1`` and ``layer_scale2``, which
+            not every model has.
+    """
+    names = {}
+    for i in range(config.num_layers):
+        own, other = f"trunk.blocks.{i}.", theirs.format(i)
+        for module, parts in modules.items():
+            for kind in ("weight", "bias"):
+                names[f"{own}{module}.{kind}"] = [f"{other}{part}.{kind}" for part in parts]
+        for name, part in single.items():
+            if config.qk_norm == "affine" if name.endswith("_norm") else config.layer_scale_init is not None:
+                names[f"{own}{name}"] = [f"{other}{part}"]
+    return names
 
 
 def _require_same(wanted: set[str], found: set[str], misfit: str) -> None:
