@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,16 +158,16 @@ class ParquetTable:
         return _Search(self.file, chunks)
 
 
-class Locator:
+class Locator(ABC):
     """Tells where the values of a column lie, batch by batch in their order."""
 
+    @abstractmethod
     def __call__(self, values: pa.Array) -> Ranges:
         """Offset in the file and size of each value, int64 [n]; a size of 0 where there is none.
 
         Raises:
             NotInPlaceError: they do not lie in the file as they are.
         """
-        raise NotImplementedError
 
 
 class _Addresses(Locator):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,21 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index.archives import CLASSES_FILE, sample_key
+from megatron_nepa.data.index.archives import sample_key
 from megatron_nepa.data.index.headers import UnreadableImageError, image_size
 from megatron_nepa.data.index.table_files import TableSet
 from megatron_nepa.data.index.table_values import open_table
 from megatron_nepa.data.index.tables import columns_of, rows_of
 from megatron_nepa.data.indexing.lock import claimed
-from megatron_nepa.data.indexing.write_shards import FACTS_FILE, scaled, write_shard
+from megatron_nepa.data.indexing.write_shards import (
+    FACTS_FILE,
+    check_sizes,
+    in_threads,
+    missing_shards,
+    scaled,
+    write_classes,
+    write_shard,
+)
 
 
 def unpack_tables(
@@ -48,10 +54,7 @@ def unpack_tables(
         ConfigError: a shard size or shorter side below 1, tables of image and mask pairs, a folder of other shards or
             that another process is writing, or a table that cannot be read.
     """
-    require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
-    require(
-        shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
-    )
+    check_sizes(shard_size, shorter_side)
     require(tables.rows is None, f"{tables.root} chooses some rows of compressed tables: save the set again.")
     ends, classes = _survey(tables)
     target = Path(folder)
@@ -62,30 +65,17 @@ def unpack_tables(
     }
     mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
     with claimed(target / FACTS_FILE, facts, mismatch):
-        if classes:
-            (target / CLASSES_FILE).write_text(json.dumps(classes))
-        else:
-            (target / CLASSES_FILE).unlink(missing_ok=True)
-        starts = range(0, int(ends[-1]), shard_size)
-        paths = [target / f"shard_{number:06d}.tar" for number in range(len(starts))]
-        missing = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
-        left = sum(min(shard_size, int(ends[-1]) - start) for start, _ in missing)
-        with (
-            ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
-            tqdm(total=int(ends[-1]), initial=int(ends[-1]) - left, unit=" images", disable=not progress) as bar,
-        ):
+        write_classes(target, classes)
+        count = int(ends[-1])
+        missing = missing_shards(target, count, shard_size)
+        done = count - sum(len(rows) for rows, _ in missing)
+        with tqdm(total=count, initial=done, unit=" images", disable=not progress) as bar:
 
-            def write(start: int, path: Path) -> None:
-                rows = _rows(tables, ends, start, min(start + shard_size, int(ends[-1])))
-                write_shard(path, _members(rows, start, shorter_side, bar.update))
+            def write(rows: range, path: Path) -> None:
+                content = _rows(tables, ends, rows.start, rows.stop)
+                write_shard(path, _members(content, rows.start, shorter_side, bar.update))
 
-            tasks = [pool.submit(write, start, path) for start, path in missing]
-            try:
-                for task in tasks:
-                    task.result()
-            finally:
-                for task in tasks:
-                    task.cancel()
+            in_threads(write, missing, workers or os.cpu_count() or 1)
 
 
 def _survey(tables: TableSet) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,10 +58,7 @@ def write_shards(
     facts = {"images": index.fingerprint(), "shard_size": shard_size, "shorter_side": shorter_side}
     mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
     with claimed(target / FACTS_FILE, facts, mismatch):
-        if index.classes:
-            (target / CLASSES_FILE).write_text(json.dumps(index.classes))
-        else:
-            (target / CLASSES_FILE).unlink(missing_ok=True)  # of shards that were here before
+        write_classes(target, index.classes)
         _write_missing(index, target, shard_size, shorter_side, workers or os.cpu_count() or 1, progress)
 
 
@@ -71,37 +68,74 @@ def check_shards(index: DatasetIndex, shard_size: int, shorter_side: int | None)
     Raises:
         ConfigError: a shard size or shorter side below 1, or an index of image and mask pairs.
     """
+    check_sizes(shard_size, shorter_side)
+    require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
+
+
+def check_sizes(shard_size: int, shorter_side: int | None) -> None:
+    """Refuse a shard size or shorter side below 1.
+
+    Raises:
+        ConfigError: naming it.
+    """
     require(shard_size >= 1, f"the shard size is {shard_size}; it must be at least 1.")
     require(
         shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
     )
-    require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
+
+
+def write_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Keep the classes' names beside the shards; none removes those of shards that were there before."""
+    if classes:
+        (folder / CLASSES_FILE).write_text(json.dumps(classes))
+    else:
+        (folder / CLASSES_FILE).unlink(missing_ok=True)
+
+
+def missing_shards(folder: Path, count: int, shard_size: int) -> list[tuple[range, Path]]:
+    """The rows and path of every shard that is not there yet, of ``count`` rows in all."""
+    starts = range(0, count, shard_size)
+    shards = [(start, folder / f"shard_{number:06d}.tar") for number, start in enumerate(starts)]
+    return [(range(start, min(start + shard_size, count)), path) for start, path in shards if not path.exists()]
+
+
+def in_threads(
+    write: Callable[[range, Path], None],
+    shards: Sequence[tuple[range, Path]],
+    workers: int,
+    done: Callable[[], object] | None = None,
+) -> None:
+    """Write shards in threads: reading, decoding, scaling and encoding all run outside Python's lock.
+
+    Args:
+        write: one shard, of the rows that it is given. Where it fails, those that were not begun are left out.
+        shards: rows and path of each.
+        workers: number of threads.
+        done: called in this thread for each shard that is written, in their order.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = [pool.submit(write, rows, path) for rows, path in shards]
+        try:
+            for task in tasks:
+                task.result()
+                if done is not None:
+                    done()
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 def _write_missing(
     index: DatasetIndex, target: Path, shard_size: int, shorter_side: int | None, workers: int, progress: bool
 ) -> None:
     store = ImageStore(index)
-    starts = range(0, len(index), shard_size)
-    paths = [target / f"shard_{number:06d}.tar" for number in range(len(starts))]
-    missing = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
 
-    def write(start: int, path: Path) -> int:
-        rows = range(start, min(start + shard_size, len(index)))
+    def write(rows: range, path: Path) -> None:
         write_shard(path, _members(index, store, rows, shorter_side))
-        return len(rows)
 
-    # threads: reading, decoding, scaling and encoding all run outside Python's lock
-    with ThreadPoolExecutor(workers) as pool:
-        tasks = [pool.submit(write, start, path) for start, path in missing]
-        with tqdm(total=len(tasks), unit=" shards", disable=not progress) as bar:
-            try:
-                for task in tasks:
-                    task.result()
-                    bar.update()
-            finally:
-                for task in tasks:
-                    task.cancel()
+    missing = missing_shards(target, len(index), shard_size)
+    with tqdm(total=len(missing), unit=" shards", disable=not progress) as bar:
+        in_threads(write, missing, workers, bar.update)
     store.close()
 
 
