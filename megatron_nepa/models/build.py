@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_nepa.config import ParallelConfig
+from megatron_nepa.config import ParallelConfig, RunConfig
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.parallel.topology import TensorGroup
 
@@ -25,3 +25,8 @@ class Build:
     tensor: TensorGroup = TensorGroup()
     kernels: Kernels = Kernels()
     seed: int = 0
+
+    @classmethod
+    def of(cls, run: RunConfig, tensor: TensorGroup, kernels: Kernels) -> Build:
+        """What a run's model is built with."""
+        return cls(run.parallel, tensor, kernels, run.seed)

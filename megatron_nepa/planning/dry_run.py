@@ -116,7 +116,7 @@ def join_fake_group(world_size: int) -> None:
 def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> NepaForPretraining:
     """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
     with torch.device("meta"):
-        return NepaForPretraining(run.model, run.objective, Build(run.parallel, tensor, fused_kernels(), run.seed))
+        return NepaForPretraining(run.model, run.objective, Build.of(run, tensor, fused_kernels()))
 
 
 def _give_fake_parameters(model: nn.Module) -> None:

@@ -66,7 +66,7 @@ class ClassificationTask(Task):
         """The model, drawn from the run's seed."""
         run = self.run
         tensor = self.topology.tensor
-        return Classifier(run.model, self.num_classes, run.head.pooling, Build(run.parallel, tensor, kernels, run.seed))
+        return Classifier(run.model, self.num_classes, run.head.pooling, Build.of(run, tensor, kernels))
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
         """This rank's augmented micro-batches from sample ``consumed_samples`` on."""

@@ -54,7 +54,7 @@ class PretrainingTask(Task):
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The model, drawn from the run's seed."""
         run = self.run
-        build = Build(run.parallel, self.topology.tensor, kernels, run.seed)
+        build = Build.of(run, self.topology.tensor, kernels)
         return NepaForPretraining(run.model, run.objective, build)
 
     def build_loader(

@@ -84,7 +84,7 @@ class ProbingTask(Task):
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The layer, drawn from the run's seed."""
         run, topology = self.run, self.topology
-        build = Build(run.parallel, topology.tensor, kernels, run.seed)
+        build = Build.of(run, topology.tensor, kernels)
         new_norm = partial(BatchNorm, group=topology.data_group)
         return LinearProbe(run.model.hidden_size, self.index.num_classes, build, new_norm)
 
@@ -179,7 +179,7 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
 
 
 def _frozen_features(run: ProbingConfig, topology: Topology, kernels: Kernels) -> tuple[TrunkFeatures, str]:
-    trunk = Trunk(run.model, Build(run.parallel, topology.tensor, kernels, run.seed))
+    trunk = Trunk(run.model, Build.of(run, topology.tensor, kernels))
     initialize_parameters(trunk, run.seed, run.model.init_std, topology.tensor)
     features = TrunkFeatures(trunk, run.trunk.block, run.trunk.pooling).requires_grad_(False).eval()
     features.to(topology.device, DTYPES[run.dtype])

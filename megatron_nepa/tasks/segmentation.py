@@ -72,7 +72,7 @@ class SegmentationTask(Task):
         # BatchNorm sees each sample of all replicas' micro-batches once
         shares = holds_whole_samples(run.micro_batch_size, topology.tensor, run.parallel.sequence_parallel)
         new_norm = partial(BatchNorm, group=torch.distributed.group.WORLD if shares else topology.data_group)
-        build = Build(run.parallel, topology.tensor, kernels, run.seed)
+        build = Build.of(run, topology.tensor, kernels)
         return Segmenter(run.model, run.masks.num_classes, build, new_norm)
 
     def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> SegmentationLoader:

@@ -81,7 +81,7 @@ class Case:
 
     def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
         """The model that is trained; other tasks' cases override it and :meth:`loss`."""
-        return NepaForPretraining(run.model, self.objective, Build(run.parallel, topology.tensor, kernels, run.seed))
+        return NepaForPretraining(run.model, self.objective, Build.of(run, topology.tensor, kernels))
 
     def loss(self, engine: TrainingEngine, images: Tensor, sample_index: Tensor) -> Tensor:
         """Loss of one micro-batch, equal on its tensor-parallel ranks."""

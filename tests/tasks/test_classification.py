@@ -53,7 +53,7 @@ class ClassificationCase(Case):
     pooling: Pooling = "mean"
 
     def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
-        model = Classifier(run.model, CLASSES, self.pooling, Build(run.parallel, topology.tensor, kernels, run.seed))
+        model = Classifier(run.model, CLASSES, self.pooling, Build.of(run, topology.tensor, kernels))
         generator = torch.Generator().manual_seed(SEED)  # at its initial 0 the trunk would get no gradient
         nn.init.normal_(model.classifier.weight, std=0.2, generator=generator)
         return model
