@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -167,14 +166,14 @@ def labelled_index(data: DataConfig, path: str | None, topology: Topology, flag:
     index = build_index(replace(data, path=path), verbose=topology.is_main)
     require(index is not None, f"synthetic images have no labels: give {flag} a labelled folder or index.")
     assert index is not None
-    label = np.asarray(index.label)
+    labels = index.found_labels
     require(
-        bool((label >= 0).all()),
+        bool((labels >= 0).all()),
         f"{index.root} has images without a label: classification takes a folder for each class, or an index with "
         "labels.",
     )
     require(
-        bool((label != label[0]).any()),
+        len(labels) > 1,
         f"all {counted(len(index), 'image')} of {index.root} are of one class: classification takes a folder "
         "for each of two classes or more.",
     )

@@ -43,16 +43,17 @@ def check_same_classes(train: DatasetIndex, validation: DatasetIndex) -> None:
             f"the classes of {names.root} have names ({', '.join(names.classes[:3])}, ...) and those of {numbers.root} "
             "only numbers, which may mean other classes: index both sets with class names, or both with numbers.",
         )
-        unseen = np.setdiff1d(validation.label, train.label)
+        known, asked = train.found_labels, validation.found_labels
+        unseen = np.setdiff1d(asked, known)
         require(
             not len(unseen) or bool(train.classes),
             f"the validation images in {validation.root} have label {unseen[0] if len(unseen) else 0}, but the "
-            f"training images in {train.root}, with labels {train.label.min()} to {train.label.max()}, have none of "
+            f"training images in {train.root}, with labels {known[0]} to {known[-1]}, have none of "
             "it: do both count classes from the same number?",
         )
         require(
-            not train.classes or int(validation.label.max()) < len(train.classes),
-            f"the validation images in {validation.root} have label {validation.label.max()}, but the training images "
+            not train.classes or int(asked[-1]) < len(train.classes),
+            f"the validation images in {validation.root} have label {asked[-1]}, but the training images "
             f"in {train.root} only labels up to {len(train.classes) - 1}.",
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +35,24 @@ class PackedNames:
         start = int(self.ends[i - 1]) if i else 0
         return os.fsdecode(self.text[start : int(self.ends[i])].tobytes())
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
     def select(self, rows: npt.NDArray[np.int64]) -> PackedNames:
         """The names at ``rows``, in that order."""
-        return PackedNames.pack(self[int(row)] for row in rows)
+        rows = np.asarray(rows)
+        stop = np.asarray(self.ends[rows])
+        start = np.where(rows > 0, np.asarray(self.ends[rows - 1]) if len(self) else stop, 0)
+        ends = np.cumsum(stop - start)
+        # of every byte of the result, its place in the text
+        place = np.repeat(stop - ends, stop - start) + np.arange(ends[-1] if len(ends) else 0)
+        return PackedNames(np.asarray(self.text[place]), ends)
+
+    def slice(self, start: int, stop: int) -> PackedNames:
+        """The names from number ``start`` to ``stop``."""
+        begin = int(self.ends[start - 1]) if start else 0
+        ends = np.asarray(self.ends[start:stop])
+        return PackedNames(np.asarray(self.text[begin : int(ends[-1]) if len(ends) else begin]), ends - begin)
 
 
 class Stamp(NamedTuple):
@@ -47,6 +63,41 @@ class Stamp(NamedTuple):
     time: int
     # hash of the first and last bytes
     edges: str
+
+
+@dataclass(frozen=True)
+class PackedStamps:
+    """The stamps of many shards, each as JSON text, of which one is read when it is asked for."""
+
+    text: PackedNames
+
+    @classmethod
+    def pack(cls, stamps: Iterable[Stamp]) -> PackedStamps:
+        """Pack ``stamps`` in their order."""
+        return cls(PackedNames.pack(json.dumps(stamp) for stamp in stamps))
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, i: int) -> Stamp:
+        return Stamp(*json.loads(self.text[i]))
+
+
+@dataclass(frozen=True)
+class PackedReasons:
+    """What was left out of a set, and why: pairs (name, reason)."""
+
+    names: PackedNames
+    reasons: PackedNames
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[str, str]:
+        return self.names[i], self.reasons[i]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return zip(self.names, self.reasons, strict=True)
 
 
 @dataclass(frozen=True)
@@ -68,7 +119,7 @@ class DatasetIndex:
     # class names, by number
     classes: tuple[str, ...] = ()
     # tar, Arrow or parquet files below root that hold the images; empty where every image is its own file
-    shards: tuple[str, ...] = ()
+    shards: Sequence[str] | PackedNames = ()
     # shard number, and the byte range of the image in it; [0] where every image is its own file
     shard: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     offset: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -79,11 +130,12 @@ class DatasetIndex:
     mask_offset: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     mask_size: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     # what was left out, and why: (name, reason)
-    quarantine: tuple[tuple[str, str], ...] = ()
-    # of each shard when the index was written; empty where that was not recorded
-    stamps: tuple[Stamp, ...] = ()
-    # the fingerprint that was computed when the index was written; "" where it has to be
+    quarantine: Sequence[tuple[str, str]] | PackedReasons = ()
+    # of each shard when it was indexed; empty where that was not recorded
+    stamps: Sequence[Stamp] | PackedStamps = ()
+    # what was computed of all rows when the index was written; "" and None where it has to be
     recorded_fingerprint: str = ""
+    recorded_labels: npt.NDArray[np.int32] | None = None
     # what was passed over, or taken to mean, when the images were listed: for the user to read, not kept on disk
     notes: tuple[str, ...] = ()
 
@@ -93,7 +145,12 @@ class DatasetIndex:
     @property
     def num_classes(self) -> int:
         """Classes by name, or else the numbers from 0 to the largest label; 0 where no image has one."""
-        return len(self.classes) or int(self.label.max(initial=-1)) + 1
+        return len(self.classes) or int(self.found_labels.max(initial=-1)) + 1
+
+    @property
+    def found_labels(self) -> npt.NDArray[np.int32]:
+        """The labels that occur, sorted, each once; -1 first where an image has none."""
+        return np.unique(self.label) if self.recorded_labels is None else self.recorded_labels
 
     def where(self, i: int) -> str:
         """Where image ``i`` is, for messages: its path, or shard path and member name."""
@@ -108,7 +165,16 @@ class DatasetIndex:
         picked: dict[str, Any] = {name: np.asarray(getattr(self, name)[rows]) for name in columns}
         if len(self.masks):
             picked["masks"] = self.masks.select(rows)
-        return replace(self, names=self.names.select(rows), recorded_fingerprint="", **picked)
+        names = self.names.select(rows)
+        return replace(self, names=names, recorded_fingerprint="", recorded_labels=None, **picked)
+
+    def slice(self, start: int, stop: int) -> DatasetIndex:
+        """The images from number ``start`` to ``stop``, as :meth:`select` gives them."""
+        columns = ("width", "height", "label", "shard", "offset", "size", "mask_offset", "mask_size")
+        picked: dict[str, Any] = {name: np.asarray(getattr(self, name)[start:stop]) for name in columns}
+        masks = self.masks.slice(start, stop) if len(self.masks) else self.masks
+        names = self.names.slice(start, stop)
+        return replace(self, names=names, masks=masks, recorded_fingerprint="", recorded_labels=None, **picked)
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and labels: equal indexes give equal runs, wherever their folder lies."""

@@ -1,8 +1,9 @@
 """An index on disk: a folder of plain numpy arrays, memory-mapped when it is opened, and one JSON file.
 
-    INDEX/index.json        version, root, classes, shards and their stamps, quarantine, fingerprint, sizes of arrays
-    INDEX/*.npy             names, their ends, width, height, label, and where there are any shard, offset, size, masks,
-                            mask_offset, mask_size
+    INDEX/index.json        version, root, classes, fingerprint, sizes of arrays
+    INDEX/*.npy             of images: names, their ends, width, height, label, and where there are any shard, offset,
+                            size, masks, mask_offset, mask_size
+                            of the set: shards and their stamps, what was left out and why, the labels that occur
 
 Ours rather than Arrow's or a database's: arrays of numpy are mapped by every rank of a node and need no library to
 read. Opening one reads none of its rows, however many it has, and ranks of a node share its pages: the fingerprint
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -23,20 +23,24 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames, Stamp
-from megatron_nepa.data.index.storage import shard_stamp
+from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames, PackedReasons, PackedStamps, Stamp
+from megatron_nepa.data.index.index_writer import (
+    COLUMNS,
+    JSON_FILE,
+    LABELS_FILE,
+    MASK_COLUMNS,
+    NAMES,
+    VERSION,
+    IndexWriter,
+    root_in_index,
+)
 
-VERSION = 1
-_JSON = "index.json"
 _LARGE = 2**26  # bytes of an array, of which a rank touches a few rows a batch
-_COLUMNS = ("width", "height", "label", "shard", "offset", "size")
-_MASK_COLUMNS = ("mask_offset", "mask_size")  # written where masks lie in shards
-_NAMES = ("names", "masks")
 
 
 def is_index(path: str | Path) -> bool:
     """Whether ``path`` is the folder of an index."""
-    return (Path(path) / _JSON).is_file()
+    return (Path(path) / JSON_FILE).is_file()
 
 
 def save_index(index: DatasetIndex, path: str | Path) -> None:
@@ -52,29 +56,12 @@ def save_index(index: DatasetIndex, path: str | Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f"{target.name}-{secrets.token_hex(4)}")  # mkdtemp would lock out others
-        beside.mkdir()
+        writer = IndexWriter(beside)
     except OSError as error:
         raise ConfigError(f"the index {target} cannot be written: {error.strerror}.") from error
     try:
-        for name in (*_COLUMNS, *(_MASK_COLUMNS if len(index.mask_offset) else ())):
-            np.save(beside / f"{name}.npy", getattr(index, name))
-        for name in _NAMES:
-            packed: PackedNames = getattr(index, name)
-            np.save(beside / f"{name}.npy", packed.text)
-            np.save(beside / f"{name}_ends.npy", packed.ends)
-        root, home = index.root.resolve(), target.parent.resolve()
-        facts = {
-            "version": VERSION,
-            "images": len(index),
-            "root": os.path.relpath(root, home) if root.is_relative_to(home) else str(root),
-            "classes": index.classes,
-            "shards": index.shards,
-            "stamps": [shard_stamp(index.root / shard) for shard in index.shards],
-            "quarantine": index.quarantine,
-            "fingerprint": index.fingerprint(),
-            "arrays": {file.name: file.stat().st_size for file in sorted(beside.iterdir())},
-        }
-        (beside / _JSON).write_text(json.dumps(facts, indent=1))
+        writer.append(index)
+        writer.finish(root_in_index(index.root, target), index.classes)
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -87,11 +74,11 @@ def load_index(path: str | Path) -> DatasetIndex:
         ConfigError: no index there, one of another version, or one that lost a file.
     """
     folder = Path(path)
-    require(is_index(folder), f"{folder} is no index: it has no {_JSON}.")
+    require(is_index(folder), f"{folder} is no index: it has no {JSON_FILE}.")
     try:
-        facts = json.loads((folder / _JSON).read_text())
+        facts = json.loads((folder / JSON_FILE).read_text())
         require(
-            facts["version"] == VERSION,
+            facts["version"] in (1, VERSION),
             f"{folder} is an index of version {facts['version']}, not {VERSION}: index the data again.",
         )
         for name, size in facts.get("arrays", {}).items():
@@ -99,27 +86,46 @@ def load_index(path: str | Path) -> DatasetIndex:
             require(
                 found == size, f"{folder / name} has {found} bytes where {size} were written: index the data again."
             )
-        in_shards = _MASK_COLUMNS if (folder / f"{_MASK_COLUMNS[0]}.npy").is_file() else ()
-        columns: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in (*_COLUMNS, *in_shards)}
-        names, masks = (
-            PackedNames(*(_mapped(folder / f"{name}{part}.npy") for part in ("", "_ends"))) for name in _NAMES
-        )
+        in_shards = MASK_COLUMNS if (folder / f"{MASK_COLUMNS[0]}.npy").is_file() else ()
+        columns: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, *in_shards)}
         return DatasetIndex(
             root=folder.resolve().parent / facts["root"],
-            names=names,
-            masks=masks,
             classes=tuple(facts["classes"]),
-            shards=tuple(facts["shards"]),
-            quarantine=tuple((name, reason) for name, reason in facts["quarantine"]),
-            stamps=tuple(Stamp(*stamp) for stamp in facts.get("stamps", ())),
             recorded_fingerprint=facts.get("fingerprint", ""),
             **columns,
+            **(_of_version_1(folder, facts) if facts["version"] == 1 else _packed(folder)),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ConfigError(f"the index {folder} is damaged ({reason}): index the data again.") from error
+
+
+def _packed(folder: Path) -> dict[str, Any]:
+    names = {name: _mapped_names(folder, name) for name in NAMES}
+    return {
+        "names": names["names"],
+        "masks": names["masks"],
+        "shards": names["shards"],
+        "stamps": PackedStamps(names["stamps"]),
+        "quarantine": PackedReasons(names["left_out"], names["reasons"]),
+        "recorded_labels": np.load(folder / LABELS_FILE),
+    }
+
+
+def _of_version_1(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "names": _mapped_names(folder, "names"),
+        "masks": _mapped_names(folder, "masks"),
+        "shards": tuple(facts["shards"]),
+        "stamps": tuple(Stamp(*stamp) for stamp in facts.get("stamps", ())),
+        "quarantine": tuple((name, reason) for name, reason in facts["quarantine"]),
+    }
+
+
+def _mapped_names(folder: Path, name: str) -> PackedNames:
+    return PackedNames(_mapped(folder / f"{name}.npy"), _mapped(folder / f"{name}_ends.npy"))
 
 
 def _mapped(file: Path) -> npt.NDArray[Any]:

@@ -52,11 +52,11 @@ class FinetuningLoader:
         num_classes: int,
         feed: Feed,
     ) -> None:
-        label, share = np.asarray(index.label), feed.share
-        require(bool((label >= 0).all()), f"{index.root} has images without a label: fine-tuning needs one for each.")
+        label, found, share = np.asarray(index.label), index.found_labels, feed.share
+        require(bool((found >= 0).all()), f"{index.root} has images without a label: fine-tuning needs one for each.")
         require(
-            int(label.max()) < num_classes,
-            f"{index.root} has label {int(label.max())}, but the classifier has {num_classes} classes.",
+            int(found[-1]) < num_classes,
+            f"{index.root} has label {int(found[-1])}, but the classifier has {num_classes} classes.",
         )
         check_mixing(augmentation, share)
         self._label, self._share, self._seed, self._num_classes = label, share, feed.seed, num_classes
