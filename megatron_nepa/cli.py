@@ -62,12 +62,12 @@ def parse_command_line(
     Raises:
         ConfigError: for an unknown recipe, an unknown flag, a value that cannot work or a flag that would be ignored.
     """
-    parser = _build_parser(description, recipes)
-    values = vars(parser.parse_args([_underscored(argument) for argument in arguments]))
-    recipe, ds_config = values.pop("recipe"), values.pop("ds_config")
+    arguments = [_underscored(argument) for argument in arguments]
+    recipe = _named_recipe(arguments, recipes)
+    values = vars(_build_parser(description, recipes, recipe).parse_args(arguments))
+    ds_config = values.pop("ds_config")
+    values.pop("recipe")
     values.pop("local_rank")
-    if recipe not in recipes:
-        raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, recipes)}; recipes: {', '.join(recipes)}.")
     given = {name: value for name, value in values.items() if value is not _NOT_GIVEN}
     start = recipes[recipe]()
     followed = {} if follow is None else follow(start, given)
@@ -86,10 +86,10 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
-def sections_of(run: type[RunConfig]) -> dict[str, type]:
+def sections_of(run: RunConfig) -> dict[str, type]:
     """The sections of a run's config by name: its fields that are dataclasses."""
-    types = typing.get_type_hints(run)
-    return {entry.name: types[entry.name] for entry in fields(run) if is_dataclass(types[entry.name])}
+    values = {entry.name: getattr(run, entry.name) for entry in fields(run)}
+    return {name: type(value) for name, value in values.items() if is_dataclass(value)}
 
 
 class _NotGiven:
@@ -111,7 +111,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.")
 
 
-def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentParser:
+def _named_recipe(arguments: Sequence[str], recipes: Recipes[Run]) -> str:
+    """The recipe whose defaults, and whose objective's flags, the command line is about."""
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=next(iter(recipes)))
+    recipe: str = first.parse_known_args(arguments)[0].recipe
+    if recipe not in recipes:
+        raise ConfigError(f"there is no recipe {recipe!r}{_closest(recipe, recipes)}; recipes: {', '.join(recipes)}.")
+    return recipe
+
+
+def _build_parser(description: str, recipes: Recipes[Run], recipe: str) -> argparse.ArgumentParser:
     parser = _Parser(
         description=description,
         usage="%(prog)s [--recipe NAME] [--ds_config FILE] [--flag VALUE ...]",
@@ -119,12 +129,12 @@ def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentP
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = next(iter(recipes))
     start = parser.add_argument_group(
-        "where to start", f"Defaults are those of --recipe {default}; other recipes differ."
+        "where to start", f"Defaults are those of --recipe {recipe}; other recipes differ."
     )
     start.add_argument(
-        "--recipe", default=default, help=f"the defaults of every other flag; listed at the end {_default(default)}"
+        "--recipe",
+        help=f"the defaults of every other flag; listed at the end {_default(next(iter(recipes)))}",
     )
     start.add_argument(
         "--ds_config",
@@ -132,8 +142,8 @@ def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentP
         help=f'DeepSpeed config; its "auto" values take the flags\' values {_default(None)}',
     )
     start.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    run = recipes[default]()
-    sections = sections_of(type(run))
+    run = recipes[recipe]()
+    sections = sections_of(run)
     group = parser.add_argument_group("run")
     for name, short in SHORT_NAMES.items():
         section = name.partition(".")[0]
@@ -146,7 +156,7 @@ def _build_parser(description: str, recipes: Recipes[Run]) -> argparse.ArgumentP
         summary = (inspect.getdoc(cls) or "").splitlines()[0]
         group = parser.add_argument_group(f"{section}: {summary}".rstrip("."))
         for entry in fields(cls):
-            if f"{section}.{entry.name}" not in SHORT_NAMES:
+            if entry.init and f"{section}.{entry.name}" not in SHORT_NAMES:
                 _add_field(group, getattr(run, section), f"{section}.{entry.name}", None)
     return parser
 

@@ -14,7 +14,7 @@ import pytest
 from megatron_nepa.cli import Recipes, parse_command_line, sections_of
 from megatron_nepa.config import ConfigError, ParallelConfig, RunConfig, override
 from megatron_nepa.kernels.qk_norm_rope.fused import HEAD_DIMS
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, PROBING_RECIPES, SEGMENTATION_RECIPES
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config, resolve
 
@@ -106,9 +106,9 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], recipes: 
         parse_command_line(["--help"], "", recipes)
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    run = type(next(iter(recipes.values()))())
+    run = next(iter(recipes.values()))()
     sections = sections_of(run)
-    names = [f"--{section}.{entry.name}" for section, cls in sections.items() for entry in fields(cls)]
+    names = [f"--{section}.{entry.name}" for section, cls in sections.items() for entry in fields(cls) if entry.init]
     names += [f"--{entry.name}" for entry in fields(run) if entry.name not in (*sections, "recipe")]
     lines = text.splitlines()
     for name in [*names, *recipes]:

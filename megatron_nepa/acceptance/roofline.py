@@ -13,7 +13,7 @@ from megatron_nepa.hardware import data_sheet
 from megatron_nepa.planning.cluster import A100, GPUS, H100, Gpu
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.plan import Plan, predict
-from megatron_nepa.training.reporting.flops import measure_matmul
+from megatron_nepa.training.reporting.device_peak import measure_matmul
 
 
 def planned(calls: Cuda, run: PretrainingConfig, micro_batch: int) -> Plan:

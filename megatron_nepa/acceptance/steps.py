@@ -17,7 +17,7 @@ from megatron_nepa.acceptance.device_calls import Cuda
 from megatron_nepa.config import ActivationCheckpointing, ModelConfig, ParallelConfig
 from megatron_nepa.kernels.dispatch import select_kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 
 LEARNING_RATE, CLIP, EMA_DECAY = 1e-4, 1.0, 0.9999
 WARMUP_STEPS = 3

@@ -18,6 +18,7 @@ from megatron_nepa.config.finetuning import (
 from megatron_nepa.config.flags import SHORT_NAMES, flag_of
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.config.modes import refuse_ignored
+from megatron_nepa.config.objectives import NepaObjective, ObjectiveConfig
 from megatron_nepa.config.pretraining import PretrainingConfig, ProbeConfig
 from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
 from megatron_nepa.config.run import Run, RunConfig, override
@@ -25,7 +26,6 @@ from megatron_nepa.config.sections import (
     ActivationCheckpointing,
     DataConfig,
     Decay,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
 )
@@ -55,6 +55,7 @@ __all__ = [
     "LayerDecayConfig",
     "MaskConfig",
     "ModelConfig",
+    "NepaObjective",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",

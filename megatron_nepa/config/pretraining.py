@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_nepa.config.checks import require
+from megatron_nepa.config.objectives import NepaObjective, ObjectiveConfig
 from megatron_nepa.config.run import RunConfig
-from megatron_nepa.config.sections import ObjectiveConfig
 
 NEIGHBOURS = 20  # that vote where no number is given, as in DINO
 
@@ -54,9 +54,9 @@ class ProbeConfig(FeatureConfig):
 
 @dataclass(frozen=True)
 class PretrainingConfig(RunConfig):
-    """Next-embedding pre-training (paper section 3.1)."""
+    """Pre-training of a trunk by one of the objectives, without labels."""
 
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=NepaObjective)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:

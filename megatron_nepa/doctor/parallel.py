@@ -15,7 +15,7 @@ from megatron_nepa.config import ModelConfig, OptimizerConfig, ParallelConfig, P
 from megatron_nepa.doctor.ranks import on_ranks
 from megatron_nepa.doctor.report import Row
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.parallel.topology import build_topology
 from megatron_nepa.training.engine.deepspeed_config import read_ds_config, resolve
 from megatron_nepa.training.engine.engine import TrainingEngine

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_nepa.config import IMAGE_CHANNELS, PretrainingConfig, require
 from megatron_nepa.kernels.dispatch import fused_kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.build import build_objective
+from megatron_nepa.objectives.objective import PretrainingModel
 from megatron_nepa.parallel.topology import TensorGroup, build_topology
 from megatron_nepa.planning.communication import Collective
 from megatron_nepa.planning.counting import Recorder, Traffic
@@ -113,10 +114,10 @@ def join_fake_group(world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
 
 
-def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> NepaForPretraining:
+def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> PretrainingModel:
     """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
     with torch.device("meta"):
-        return NepaForPretraining(run.model, run.objective, Build.of(run, tensor, fused_kernels()))
+        return build_objective(run, Build.of(run, tensor, fused_kernels()))
 
 
 def _give_fake_parameters(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.config import ConfigError, PretrainingConfig, require
 from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYLE
@@ -17,7 +17,7 @@ from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYL
 GPU_COUNTS = tuple(8 * 2**i for i in range(10))  # 8 to 4,096
 
 
-def scaling(run: RunConfig, gpu: Gpu) -> list[Plan]:
+def scaling(run: PretrainingConfig, gpu: Gpu) -> list[Plan]:
     """The best plan that fits for 8 to 4,096 GPUs; numbers for which there is none are left out."""
     best = []
     for count in GPU_COUNTS:
@@ -29,7 +29,7 @@ def scaling(run: RunConfig, gpu: Gpu) -> list[Plan]:
     return best
 
 
-def draw_scaling(run: RunConfig, gpu: Gpu, path: Path) -> None:
+def draw_scaling(run: PretrainingConfig, gpu: Gpu, path: Path) -> None:
     """Draw images/s and MFU of the best plans from 8 to 4,096 GPUs as a PNG.
 
     Raises:

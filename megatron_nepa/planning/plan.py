@@ -11,18 +11,18 @@ from megatron_nepa.config import (
     ActivationCheckpointing,
     ConfigError,
     ModelConfig,
-    RunConfig,
+    PretrainingConfig,
     divisors,
     multiples_around,
     one_of,
     require,
 )
+from megatron_nepa.objectives.flops import pretraining_flops
 from megatron_nepa.planning.cluster import GPUS_PER_NODE, Gpu
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, optimizer_seconds, outer_work
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BUCKET_NUMBERS, Memory, plan_memory
-from megatron_nepa.training.reporting.flops import train_flops
 
 LARGEST_MICRO_BATCH = 1024
 # Seconds that a block's kernels, about 50 forward and backward, take the host to launch at 10 us each: an assumption,
@@ -84,7 +84,7 @@ class Plan:
     collectives: list[tuple[Collective, float]]
 
 
-def predict(run: RunConfig, layout: Layout, gpu: Gpu) -> Plan:
+def predict(run: PretrainingConfig, layout: Layout, gpu: Gpu) -> Plan:
     """Memory and time of ``run`` under ``layout``.
 
     Raises:
@@ -112,7 +112,7 @@ def predict(run: RunConfig, layout: Layout, gpu: Gpu) -> Plan:
         fits=memory.total <= gpu.memory_bytes,
         time=time,
         images_per_second=rate,
-        mfu=rate * train_flops(run.model) / (layout.gpus * gpu.peak_flops),
+        mfu=rate * pretraining_flops(run) / (layout.gpus * gpu.peak_flops),
         host_bound=block_seconds < HOST_SECONDS_OF_A_BLOCK,
         collectives=collectives,
     )
@@ -173,7 +173,7 @@ def _recompute_seconds(block: list[Work], layout: Layout) -> float:
     return sum(shares.get(work.name, 0.0) * work.seconds for work in block if work.phase == "forward")
 
 
-def find_plans(run: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
+def find_plans(run: PretrainingConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     """Every layout of the grid, those that fit first and the fastest of them first.
 
     The grid: tensor-parallel sizes 1 to 8, with and without sequence parallelism; ZeRO 1 and 2; micro-batches that are
@@ -193,7 +193,7 @@ def find_plans(run: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     return sorted(plans, key=lambda plan: (not plan.fits, -plan.images_per_second if plan.fits else plan.memory.total))
 
 
-def _possible_gpus(run: RunConfig, gpus: int) -> str:
+def _possible_gpus(run: PretrainingConfig, gpus: int) -> str:
     """The numbers of GPUs next to the one asked for that some layout serves, one below and one above."""
     most = GPUS_PER_NODE * run.global_batch_size
 
@@ -203,7 +203,7 @@ def _possible_gpus(run: RunConfig, gpus: int) -> str:
     return one_of(first(range(min(gpus, most), 0, -1)) + first(range(gpus + 1, most + 1)))
 
 
-def layouts(run: RunConfig, gpus: int) -> Iterator[Layout]:
+def layouts(run: PretrainingConfig, gpus: int) -> Iterator[Layout]:
     """The grid of :func:`find_plans`."""
     for size in (1, 2, 4, 8):
         replicas, rest = divmod(gpus, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_nepa.config import ModelConfig, RunConfig
+from megatron_nepa.config import ModelConfig, PretrainingConfig
 from megatron_nepa.planning.cluster import GPUS
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.recipes import PRETRAINING_RECIPES
@@ -71,7 +71,7 @@ def validate() -> list[Anchor]:
     return found
 
 
-def _anchor(source: str, run: RunConfig, gpu: str, gpus: int, images_per_second: float) -> Anchor:
+def _anchor(source: str, run: PretrainingConfig, gpu: str, gpus: int, images_per_second: float) -> Anchor:
     return Anchor(source, gpu, gpus, images_per_second, find_plans(run, gpus, GPUS[gpu])[0])
 
 

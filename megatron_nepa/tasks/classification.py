@@ -23,13 +23,13 @@ from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.classifier import Classifier
+from megatron_nepa.models.flops import train_flops
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.topology import TensorGroup, Topology
 from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
-from megatron_nepa.training.reporting.flops import train_flops
 from megatron_nepa.training.task import Task
 
 

@@ -1,4 +1,4 @@
-"""NEPA pre-training as a task of the shared loop."""
+"""Pre-training as a task of the shared loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, Syn
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining, PretrainingOutput
 from megatron_nepa.models.trunk import DTYPES
+from megatron_nepa.objectives.build import build_objective
+from megatron_nepa.objectives.flops import pretraining_flops
+from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
-from megatron_nepa.training.reporting.flops import train_flops
-from megatron_nepa.training.reporting.health import embedding_health, read_health
+from megatron_nepa.training.reporting.health import embedding_health, health_size, read_health
 from megatron_nepa.training.task import Task
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class PretrainingTask(Task):
-    """Next-embedding prediction on unlabelled images.
+    """A trunk and its objective on unlabelled images.
 
     Args:
         run: the config.
@@ -43,7 +44,7 @@ class PretrainingTask(Task):
         self.index = build_index(run.data, verbose=topology.is_main)
         self.num_images = None if self.index is None else len(self.index)
         self.data_fingerprint = None if self.index is None else self.index.fingerprint()
-        self.flops_per_image = float(train_flops(run.model))
+        self.flops_per_image = float(pretraining_flops(run))
         self.evaluator: PretrainingProbe | None = None
         if run.probe.every > 0:
             from megatron_nepa.tasks.pretraining_probe import PretrainingProbe  # brings DALI and timm
@@ -53,9 +54,7 @@ class PretrainingTask(Task):
 
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The model, drawn from the run's seed."""
-        run = self.run
-        build = Build.of(run, self.topology.tensor, kernels)
-        return NepaForPretraining(run.model, run.objective, build)
+        return build_objective(self.run, Build.of(self.run, self.topology.tensor, kernels))
 
     def build_loader(
         self, consumed_samples: int, bad_image_log: Path, order: int
@@ -75,25 +74,24 @@ class PretrainingTask(Task):
         """Loss and metrics of one micro-batch."""
         output: PretrainingOutput = engine.forward(batch.images, batch.sample_index)
         self._output = output
-        _, prediction_norm, target_norm = output.health
-        norms = {"prediction_norm": prediction_norm, "target_norm": target_norm}
-        return output.loss, {"loss": output.loss.detach(), **norms}
+        return output.loss, {"loss": output.loss.detach(), **output.metrics}
 
     def health(self) -> Tensor | None:
-        """Spread of this rank's last targets and predictions: a collapse shows here, not in the loss."""
-        if self._output is None:
+        """Spread of this rank's last embeddings: a collapse shows here, not in the loss."""
+        if self._output is None or not self._output.embeddings:
             return None
-        prediction = self._output.prediction
-        target = self._output.target[: prediction.shape[0]]  # without the halo row
-        return torch.cat((embedding_health(target), embedding_health(prediction)))
+        return torch.cat([embedding_health(rows) for rows in self._output.embeddings.values()])
 
     def read_health(self, flat: Tensor) -> dict[str, float]:
         """The log's health figures from :meth:`health`'s tensor on the host."""
-        target, prediction = (read_health(half) for half in flat.chunk(2))
-        return {
-            "target_std": target.std,
-            "target_effective_rank": target.effective_rank,
-            "target_mean_direction": target.mean_direction,
-            "prediction_std": prediction.std,
-            "prediction_effective_rank": prediction.effective_rank,
-        }
+        assert self._output is not None
+        found: dict[str, float] = {}
+        for name, rows in self._output.embeddings.items():
+            own, flat = flat[: health_size(rows)], flat[health_size(rows) :]
+            spread = read_health(own)
+            found |= {
+                f"{name}_std": spread.std,
+                f"{name}_effective_rank": spread.effective_rank,
+                f"{name}_mean_direction": spread.mean_direction,
+            }
+        return found

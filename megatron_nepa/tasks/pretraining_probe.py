@@ -11,9 +11,9 @@ from megatron_nepa.config import EvaluationConfig, PretrainingConfig, require
 from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.evaluation import EvaluationLoader
-from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.models.probe import TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES
+from megatron_nepa.objectives.objective import PretrainingModel
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.classification import labelled_index
 from megatron_nepa.tasks.features import Features, extract_features, knn_accuracy, linear_accuracy
@@ -56,7 +56,7 @@ class PretrainingProbe:
 
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Accuracies as shares of 1."""
-        assert isinstance(model, NepaForPretraining)
+        assert isinstance(model, PretrainingModel)
         probe, topology = self.run.probe, self.topology
         features = TrunkFeatures(model.trunk, probe.block, probe.pooling)
         train = self._extract(features, self.train, interrupted)

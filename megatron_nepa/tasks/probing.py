@@ -20,6 +20,7 @@ from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
+from megatron_nepa.models.flops import forward_flops
 from megatron_nepa.models.probe import LinearProbe, ProbedTrunk, TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES, Trunk
 from megatron_nepa.parallel.batch_norm import BatchNorm
@@ -39,7 +40,6 @@ from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.evaluation import load_weights
-from megatron_nepa.training.reporting.flops import forward_flops
 from megatron_nepa.training.results import identify_weights, write_results
 from megatron_nepa.training.task import Task
 

@@ -20,6 +20,7 @@ from megatron_nepa.data.loaders.segmentation import SegmentationLoader
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
+from megatron_nepa.models.flops import train_flops
 from megatron_nepa.models.segmenter import Decoder, SegmentationOutput, Segmenter
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.batch_norm import BatchNorm
@@ -28,7 +29,6 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.segmentation_evaluation import SegmentationEvaluator
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
-from megatron_nepa.training.reporting.flops import train_flops
 from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.task import Task
 

@@ -18,7 +18,7 @@ from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.loop import TrainingLoop
 from megatron_nepa.training.reporting.announce import describe_end, describe_start
 from megatron_nepa.training.reporting.device_memory import reset_peak_memory
-from megatron_nepa.training.reporting.flops import device_peak_flops
+from megatron_nepa.training.reporting.device_peak import device_peak_flops
 from megatron_nepa.training.reporting.log import Log, RunLog, SilentLog
 from megatron_nepa.training.reporting.run_record import RunRecord
 from megatron_nepa.training.reporting.waiting import waiting_for

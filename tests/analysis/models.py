@@ -13,7 +13,7 @@ from megatron_nepa.checkpoint.reading.weights import Weights, write_state
 from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 
 MODEL = ModelConfig(
     image_size=56,

@@ -27,7 +27,7 @@ def test_maps_against_the_model(model: ModelConfig) -> None:
     with torch.no_grad():
         output = nepa(to_tensor(PIXELS), torch.zeros(1, dtype=torch.int64))
     bos = int(model.bos_token)
-    prediction, target = normalize(output.prediction), normalize(output.target[bos:])
+    prediction, target = normalize(output.embeddings["prediction"]), normalize(output.embeddings["target"][bos:])
 
     assert maps.grid == (ROWS, COLUMNS)
     assert maps.causal

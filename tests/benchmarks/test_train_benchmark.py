@@ -22,7 +22,7 @@ from megatron_nepa.benchmarks.train.peer import PeerModel
 from megatron_nepa.benchmarks.train.report import Contest, TrainReport
 from megatron_nepa.benchmarks.train.steps import PARTS, PartClock, TrainingSteps, build_setting
 from megatron_nepa.config import ConfigError, ModelConfig, OptimizerConfig
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from tests.distributed.cases import sample_images, spread_vectors
 from tests.distributed.ranks import run_ranks

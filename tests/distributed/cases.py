@@ -15,14 +15,14 @@ from megatron_nepa.checkpoint.format.state import collect_state
 from megatron_nepa.config import (
     ActivationCheckpointing,
     ModelConfig,
-    ObjectiveConfig,
+    NepaObjective,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
 )
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import Topology, build_topology
@@ -70,7 +70,7 @@ class Case:
 
     grid: Grid = Grid()
     model: ModelConfig = MODEL
-    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(mask_ratio=0.4))
+    objective: NepaObjective = field(default_factory=lambda: NepaObjective(mask_ratio=0.4))
     dtype: str = "fp32"
     steps: int = 3
     global_batch_size: int = 8

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_nepa.config import ObjectiveConfig
+from megatron_nepa.config import NepaObjective
 from tests.distributed.cases import MODEL, Case, Outcome, differences, train_case
 from tests.distributed.ranks import run_ranks
 
 SERIAL: dict[str, Any] = {"zero_stage": 0, "micro_batch_size": 8}
 PRIME = Case()  # T = 17
 EVEN = replace(PRIME, model=replace(MODEL, bos_token=False, qk_norm="plain", mlp="gelu"))  # T = 16
-NO_STOP_GRADIENT = replace(PRIME, objective=ObjectiveConfig(stop_gradient=False))
-NO_SHIFT = replace(PRIME, objective=ObjectiveConfig(shift=False))
+NO_STOP_GRADIENT = replace(PRIME, objective=NepaObjective(stop_gradient=False))
+NO_SHIFT = replace(PRIME, objective=NepaObjective(shift=False))
 CASES = {"prime": PRIME, "even": EVEN, "no_stop_gradient": NO_STOP_GRADIENT, "no_shift": NO_SHIFT}
 
 

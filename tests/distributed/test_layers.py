@@ -10,21 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_nepa.config import ModelConfig, NepaObjective, ParallelConfig
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.topology import TensorGroup
 from tests.distributed.cases import MODEL, SEED, sample_images, spread_vectors
 from tests.distributed.ranks import run_ranks
 
 EVEN = replace(MODEL, bos_token=False)
-Layout = tuple[ModelConfig, ObjectiveConfig, ParallelConfig, int]
+Layout = tuple[ModelConfig, NepaObjective, ParallelConfig, int]
 
 LAYOUTS: list[Layout] = [
     (
         model,
-        ObjectiveConfig(stop_gradient=stop_gradient, mask_ratio=0.4),
+        NepaObjective(stop_gradient=stop_gradient, mask_ratio=0.4),
         ParallelConfig(size, sequence_parallel),
         batch,
     )

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_nepa.config import ModelConfig, NepaObjective, ParallelConfig
 from megatron_nepa.kernels.attention.flash import flash_attention_2
 from megatron_nepa.kernels.dispatch import Kernels, select_kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from tests.kernels import flash_attn_stub
 
 PAPER = ModelConfig(
@@ -43,7 +43,7 @@ def step(model, dtype=torch.float32):
     output = model(images, torch.arange(2))
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return output.loss.detach(), output.health, gradients
+    return output.loss.detach(), tuple(output.metrics.values()), gradients
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -62,7 +62,7 @@ def test_triton_equals_reference(config, checkpointing):
 def test_triton_without_the_stop_gradient():
     def gradients(kernels):
         model = build(PAPER, kernels)
-        model.objective = ObjectiveConfig(stop_gradient=False)
+        model.objective = NepaObjective(stop_gradient=False)
         return step(model)[2]
 
     expected = gradients(Kernels())

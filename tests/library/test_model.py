@@ -15,7 +15,7 @@ from megatron_nepa.checkpoint.reading.modules import at_image_size
 from megatron_nepa.checkpoint.reading.weights import Weights, write_weights
 from megatron_nepa.config import ConfigError
 from megatron_nepa.library.model import NepaModel
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from tests.export.models import EXAMPLES, difference, expected, random_weights, some_images
 
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_nepa.config import ActivationCheckpointing, ParallelConfig
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from tests.distributed.cases import MODEL, sample_images, spread_vectors
 
 

@@ -8,8 +8,8 @@ import torch
 from skimage import data as photographs
 from torch import Tensor
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.config import ModelConfig, NepaObjective
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.training.reporting.health import EmbeddingHealth, embedding_health, read_health
 
 MODEL = ModelConfig(
@@ -37,7 +37,7 @@ def photograph_crops(count: int, step: int) -> Tensor:
 @cache
 def train(stop_gradient: bool) -> tuple[list[float], EmbeddingHealth]:
     torch.manual_seed(0)
-    objective = ObjectiveConfig(stop_gradient=stop_gradient)
+    objective = NepaObjective(stop_gradient=stop_gradient)
     model = NepaForPretraining(MODEL, objective)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
     losses = []
@@ -50,7 +50,9 @@ def train(stop_gradient: bool) -> tuple[list[float], EmbeddingHealth]:
         losses.append(output.loss.item())
     with torch.no_grad():
         output = model.eval()(photograph_crops(64, STEPS), torch.arange(64))
-    patches = output.target.view(64, -1, MODEL.hidden_size)[:, 1:].flatten(0, 1)  # BOS is no embedding of an image
+    patches = (
+        output.embeddings["target"].view(64, -1, MODEL.hidden_size)[:, 1:].flatten(0, 1)
+    )  # BOS is no embedding of an image
     return losses, read_health(embedding_health(patches))
 
 
@@ -73,7 +75,7 @@ def test_a_causal_model_cannot_see_ahead() -> None:
     images = photograph_crops(1, 0)
     changed = images.clone()
     changed[:, :, 28:] = 0  # the last two of four rows of patches
-    before, after = (model(x, torch.zeros(1, dtype=torch.long)).prediction for x in (images, changed))
+    before, after = (model(x, torch.zeros(1, dtype=torch.long)).embeddings["prediction"] for x in (images, changed))
     first_changed = 1 + 8
     assert torch.equal(before[:first_changed], after[:first_changed])
     assert not torch.allclose(before[first_changed:], after[first_changed:])
@@ -81,12 +83,14 @@ def test_a_causal_model_cannot_see_ahead() -> None:
 
 def test_the_target_is_the_next_patch_without_positions_or_mask() -> None:
     config = ModelConfig(**{**MODEL.__dict__, "position_embedding": "learned"})
-    masked = NepaForPretraining(config, ObjectiveConfig(mask_ratio=0.6))
+    masked = NepaForPretraining(config, NepaObjective(mask_ratio=0.6))
     plain = NepaForPretraining(config)
     images, index = photograph_crops(2, 0), torch.arange(2)
-    assert torch.equal(masked(images, index).target, plain(images, index).target)
-    assert not torch.equal(masked(images, index).prediction, plain(images, index).prediction)
+    assert torch.equal(masked(images, index).embeddings["target"], plain(images, index).embeddings["target"])
+    assert not torch.equal(
+        masked(images, index).embeddings["prediction"], plain(images, index).embeddings["prediction"]
+    )
     output = plain(images, index)
-    y, z = (rows.view(2, -1, 64) for rows in (output.prediction, output.target))
+    y, z = (rows.view(2, -1, 64) for rows in (output.embeddings["prediction"], output.embeddings["target"]))
     expected = -torch.nn.functional.cosine_similarity(y[:, :-1], z[:, 1:], dim=-1).mean()
     torch.testing.assert_close(output.loss, expected)

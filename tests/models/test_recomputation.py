@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nepa.config import ActivationCheckpointing, ParallelConfig
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.nepa import NepaForPretraining
 from megatron_nepa.models.recomputation import recomputed
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from tests.distributed.cases import MODEL, sample_images
 
 

@@ -15,7 +15,7 @@ from megatron_nepa.checkpoint.conversion.release_folder import read_release, wri
 from megatron_nepa.checkpoint.format.release_names import from_release, to_release
 from megatron_nepa.checkpoint.reading.weights import read_weights, write_weights
 from megatron_nepa.config import ConfigError, ModelConfig
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 
 FOLDER = Path(os.environ.get("NEPA_PARITY_DIR", Path(__file__).parents[2] / "../shared/parity"))
 CASES = ["pretrain_gelu_qkaffine_causal", "pretrain_swiglu_qkplain_causal"]
@@ -49,9 +49,11 @@ def test_forward_and_backward_reproduce_the_release(name: str) -> None:
     assert len(streams) == config.num_layers
     for i, stream in enumerate(streams):
         torch.testing.assert_close(stream.view(2, period, -1), golden[f"out.hidden_{i}"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.target.view(2, period, -1), golden["out.input_embedding"], atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        output.prediction.view(2, period, -1), golden["out.last_hidden_state"], atol=1e-5, rtol=0
+        output.embeddings["target"].view(2, period, -1), golden["out.input_embedding"], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        output.embeddings["prediction"].view(2, period, -1), golden["out.last_hidden_state"], atol=1e-5, rtol=0
     )
     assert abs(output.loss.item() - golden["out.loss"].item()) <= 1e-7
 

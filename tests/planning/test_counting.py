@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_nepa.config import ObjectiveConfig, PretrainingConfig
+from megatron_nepa.config import NepaObjective, PretrainingConfig
 from megatron_nepa.models.transformer import Block
 from megatron_nepa.parallel.topology import build_topology
 from megatron_nepa.planning.communication import plan_collectives
@@ -150,7 +150,7 @@ def count_real_step(case: Case) -> Traffic:
 
 
 def test_ranks_that_exist_call_the_same() -> None:
-    case = Case(objective=ObjectiveConfig(), dtype="bf16", global_batch_size=4).on(
+    case = Case(objective=NepaObjective(), dtype="bf16", global_batch_size=4).on(
         tensor_size=2, sequence_parallel=True, micro_batch_size=1
     )
     layout = Layout(2, 2, True, micro_batch_size=1)

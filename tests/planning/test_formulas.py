@@ -12,6 +12,7 @@ import torch
 from megatron_nepa.config import ActivationCheckpointing, ConfigError, ModelConfig, ParallelConfig
 from megatron_nepa.kernels.proofs.cases import model_cases
 from megatron_nepa.models.build import Build
+from megatron_nepa.models.flops import forward_flops
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.planning.cluster import GPUS, ring_of
@@ -22,7 +23,6 @@ from megatron_nepa.planning.plan import find_plans, predict
 from megatron_nepa.planning.requirements import IMAGES_PER_CORE, requirements
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
 from megatron_nepa.recipes import PRETRAINING_RECIPES
-from megatron_nepa.training.reporting.flops import forward_flops
 
 H100 = GPUS["h100"]
 

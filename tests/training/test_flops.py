@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.hardware import data_sheet
-from megatron_nepa.models.nepa import NepaForPretraining
-from megatron_nepa.training.reporting.flops import device_peak_flops, forward_flops, train_flops
+from megatron_nepa.models.flops import forward_flops, train_flops
+from megatron_nepa.objectives.nepa import NepaForPretraining
+from megatron_nepa.training.reporting.device_peak import device_peak_flops
 
 SMALL = ModelConfig(image_size=32, patch_size=8, hidden_size=48, num_layers=3, num_heads=4, mlp_hidden_size=64)
 GELU = dataclasses.replace(

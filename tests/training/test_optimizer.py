@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.config import ModelConfig, NepaObjective, OptimizerConfig, RunConfig
+from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.training.engine.ema import ExponentialMovingAverage
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.engine.optimizer import build_optimizer, optimizer_extensions
@@ -18,7 +18,7 @@ from tests.distributed.cases import MODEL
 
 
 def grouped_names(model_config: ModelConfig, config: OptimizerConfig) -> dict[str, set[str]]:
-    objective = ObjectiveConfig(mask_ratio=0.4)
+    objective = NepaObjective(mask_ratio=0.4)
     model = NepaForPretraining(model_config, objective)
     name_of = {id(param): name for name, param in model.named_parameters()}
     groups = LearningRates(RunConfig(model=model_config, optimizer=config, steps=1), total_steps=1).groups(model)

@@ -26,7 +26,7 @@ from megatron_nepa.config import ModelConfig
 from megatron_nepa.doctor.installation import DALI, REQUIRED, check_installation, installed
 from megatron_nepa.doctor.operations import KERNELS_REMEDY, check_attention, judge
 from megatron_nepa.kernels.operations import OPERATIONS
-from megatron_nepa.training.reporting.flops import measure_matmul
+from megatron_nepa.training.reporting.device_peak import measure_matmul
 
 # what the other parts do without
 NEEDED_BY = {

@@ -23,7 +23,7 @@ from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.hardware import data_sheet
 from megatron_nepa.kernels.attention.backends import Attention, attention_candidates, attention_sdpa
 from megatron_nepa.kernels.launching.timing import milliseconds
-from megatron_nepa.training.reporting.flops import train_flops
+from megatron_nepa.models.flops import train_flops
 
 LEAST_COPY_SHARE = 0.75  # of the data sheet's bandwidth
 MOST_OF_ONE_TOKEN = 1.5  # times as long with a token more

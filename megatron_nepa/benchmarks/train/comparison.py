@@ -26,8 +26,9 @@ from megatron_nepa.benchmarks.train.report import Contest, TrainReport
 from megatron_nepa.benchmarks.train.steps import TrainingSteps, build_setting
 from megatron_nepa.config import require
 from megatron_nepa.files import replace_text
+from megatron_nepa.models.flops import train_flops
 from megatron_nepa.models.trunk import DTYPES
-from megatron_nepa.training.reporting.flops import measure_matmul, train_flops
+from megatron_nepa.training.reporting.device_peak import measure_matmul
 
 WARMUP_STEPS = 2  # the first allocates moments and compiles
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}

@@ -18,7 +18,7 @@ from megatron_nepa.checkpoint.reading.modules import build_module
 from megatron_nepa.checkpoint.reading.weights import Choice, Weights, read_consolidated, read_weights
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.data.index.builtin import photograph_files
-from megatron_nepa.models.nepa import NepaForPretraining
+from megatron_nepa.objectives.nepa import NepaForPretraining
 
 _NUM_IMAGES = 4
 
@@ -155,7 +155,7 @@ def _run(weights: Weights, images: Tensor) -> tuple[Tensor, float]:
     trunk = {name: value for name, value in weights.tensors.items() if name.startswith("trunk.") and name != MASK_TOKEN}
     model.load_state_dict(trunk)
     output = model(images, torch.arange(images.shape[0]))
-    return output.prediction.unflatten(0, (images.shape[0], -1)), output.loss.item()
+    return output.embeddings["prediction"].unflatten(0, (images.shape[0], -1)), output.loss.item()
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Names and layout of the authors' released tensors against ours.
 
-Ours are the parameters of :class:`~megatron_nepa.models.nepa.NepaForPretraining`; a classifier's head keeps the
+Ours are the parameters of :class:`~megatron_nepa.objectives.nepa.NepaForPretraining`; a classifier's head keeps the
 release's names (``fc_norm.*``, ``classifier.*``).
 """
 

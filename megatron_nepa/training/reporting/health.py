@@ -50,6 +50,11 @@ def embedding_health(rows: Tensor) -> Tensor:
     return torch.cat((torch.stack((std, mean.square().sum())), (unit @ unit.T).flatten())).float()
 
 
+def health_size(rows: Tensor) -> int:
+    """Elements of what :func:`embedding_health` returns."""
+    return 2 + min(rows.shape[0], MAX_ROWS) ** 2
+
+
 def read_health(flat: Tensor) -> EmbeddingHealth:
     """The measures from a host copy of :func:`embedding_health`'s tensor; nan where an embedding was not finite."""
     std, mean_direction = flat[:2].tolist()

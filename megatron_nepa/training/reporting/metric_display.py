@@ -89,6 +89,7 @@ METRICS = (
     Metric("target_std", "0 = collapsed, 1 = isotropic", panel="Spread of directions", curve="target"),
     Metric("prediction_std", "0 = collapsed, 1 = isotropic", panel="Spread of directions", curve="prediction"),
     Metric("target_mean_direction", "0 = directions cancel, 1 = all are the same"),
+    Metric("prediction_mean_direction", "0 = directions cancel, 1 = all are the same"),
     Metric("target_norm", "mean L2 norm", panel="Embedding norm", curve="target"),
     Metric("prediction_norm", "mean L2 norm", panel="Embedding norm", curve="prediction"),
     *_of_both("val_top1", "share of the images", "Top-1 accuracy", "top-1"),

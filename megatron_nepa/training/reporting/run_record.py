@@ -213,6 +213,8 @@ def numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
             flat[key] = value
     if "trunk.dtype" in flat:  # of a probe before --dtype meant its trunk's
         flat["dtype"] = flat.pop("trunk.dtype")
+    if "objective" in run:
+        flat.setdefault("objective.name", "nepa")  # the only one there was
     return {key: value for key, value in flat.items() if key not in _FREE_FIELDS}
 
 

@@ -1,36 +1,19 @@
-"""NEPA pre-training: the trunk and its next-embedding objective (paper section 3.1)."""
+"""NEPA: the trunk predicts the embedding of the next patch by its direction (paper section 3.1)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_nepa.config import ModelConfig, ObjectiveConfig
+from megatron_nepa.config import ModelConfig, NepaObjective
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.objectives.objective import PretrainingModel, PretrainingOutput
 from megatron_nepa.parallel.collectives import reduce_from_group
 from megatron_nepa.parallel.parameters import initialize_parameters
 
 
-class PretrainingOutput(NamedTuple):
-    """Result of one micro-batch.
-
-    Attributes:
-        loss: mean negative cosine over the replica's pairs, fp32 scalar, equal on its tensor-parallel ranks.
-        health: means over the same pairs, fp32 [3]: cosine, norm of the prediction, norm of the target.
-        prediction: this rank's predicted embeddings, detached, [n, D].
-        target: this rank's input embeddings, detached, [n, D] or one halo row more.
-    """
-
-    loss: Tensor
-    health: Tensor
-    prediction: Tensor
-    target: Tensor
-
-
-class NepaForPretraining(nn.Module):
+class NepaForPretraining(PretrainingModel):
     """Predict the embedding of the next patch.
 
     Args:
@@ -39,16 +22,14 @@ class NepaForPretraining(nn.Module):
         build: ranks, kernels and seed.
     """
 
-    def __init__(
-        self, config: ModelConfig, objective: ObjectiveConfig = ObjectiveConfig(), build: Build = Build()
-    ) -> None:
+    def __init__(self, config: ModelConfig, objective: NepaObjective = NepaObjective(), build: Build = Build()) -> None:
         super().__init__()
         self.objective = objective
         self.trunk = Trunk(config, build, objective.mask_ratio)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
     def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
-        """Loss of a micro-batch; the arguments are those of :meth:`Trunk.forward`."""
+        """Loss of a micro-batch: the mean negative cosine of its pairs."""
         trunk = self.trunk
         output = trunk(images, sample_index)
         embedding, prediction, rows = output.embedding, output.output, output.rows
@@ -62,4 +43,10 @@ class NepaForPretraining(nn.Module):
         if trunk.sequence_parallel:
             loss_and_health = reduce_from_group(torch.cat((share[None], health)), trunk.tensor)
             share, health = loss_and_health[0], loss_and_health[1:].detach()
-        return PretrainingOutput(share, health, prediction.detach(), embedding.detach())
+        _, prediction_norm, target_norm = health
+        return PretrainingOutput(
+            share,
+            metrics={"prediction_norm": prediction_norm, "target_norm": target_norm},
+            # without the halo row
+            embeddings={"target": embedding.detach()[: prediction.shape[0]], "prediction": prediction.detach()},
+        )

@@ -1,0 +1,1 @@
+"""What a trunk is pre-trained to do: one file an objective."""

@@ -1,0 +1,15 @@
+"""From a run's config to the model that its objective trains."""
+
+from __future__ import annotations
+
+from megatron_nepa.config import NepaObjective, PretrainingConfig
+from megatron_nepa.models.build import Build
+from megatron_nepa.objectives.nepa import NepaForPretraining
+from megatron_nepa.objectives.objective import PretrainingModel
+
+
+def build_objective(run: PretrainingConfig, build: Build) -> PretrainingModel:
+    """The freshly initialised model of ``run.objective``."""
+    match run.objective:
+        case NepaObjective():
+            return NepaForPretraining(run.model, run.objective, build)

@@ -1,0 +1,45 @@
+"""What pre-training asks of an objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from megatron_nepa.models.trunk import Trunk
+
+
+class PretrainingOutput(NamedTuple):
+    """Result of one micro-batch.
+
+    Attributes:
+        loss: mean over what the replica's micro-batch predicts, fp32 scalar, equal on its tensor-parallel ranks.
+        metrics: what the log shows besides, by name: means over the same, detached fp32 scalars.
+        embeddings: this rank's rows of which the log shows the spread, by name, detached, each [m, D]: a collapse shows
+            there, not in the loss.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    embeddings: dict[str, Tensor]
+
+
+class PretrainingModel(nn.Module, ABC):
+    """A trunk and what an objective adds to it.
+
+    Whatever it draws is a function of the run's seed and the sample's number, and its loss is a mean over the samples:
+    results then do not depend on ranks, micro-batches or restarts. Its own parameters are made by
+    :func:`~megatron_nepa.parallel.parameters.parameter` or the layers of :mod:`megatron_nepa.parallel`, and drawn by
+    :func:`~megatron_nepa.parallel.parameters.initialize_parameters`. They are the run's alone: fine-tuning, probes and
+    exports take the trunk and leave them.
+
+    Attributes:
+        trunk: what is pre-trained.
+    """
+
+    trunk: Trunk
+
+    @abstractmethod
+    def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
+        """Loss of a micro-batch; the arguments are those of :meth:`~megatron_nepa.models.trunk.Trunk.forward`."""
