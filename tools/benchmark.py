@@ -3,6 +3,7 @@
 python tools/benchmark.py kernels [--recipe nepa_b] [--operations swiglu,attention] [--json]
 python tools/benchmark.py data [--data DIR] [--threads 2] [--rounds 9] [--json]
 python tools/benchmark.py order [--batch 256] [--json]
+python tools/benchmark.py index [--batches 10000] [--json]
 python tools/benchmark.py train [--recipe nepa_b_release] [--micro_batch_size 8] [--baseline] [--json FILE]
 python tools/benchmark.py suite [--only cpu_b,cpu_data]
 """
@@ -18,7 +19,8 @@ from megatron_nepa.terminal import tool
 SUBJECTS = {
     "kernels": ("kernels", "time the fused operations against their contenders"),
     "data": ("data", "time the decoding of images"),
-    "order": ("order", "time which images a batch shows, and where they lie"),
+    "order": ("order", "time which images a batch shows"),
+    "index": ("index", "time the opening of an index and the images that it serves"),
     "train": ("train.comparison", "time training steps"),
     "suite": ("suite", "time what tools/RESULTS.md reports"),
 }

@@ -15,6 +15,7 @@ An interrupted run continues when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,15 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.labels import with_labels
-from megatron_nepa.data.index.sources import list_source, tables_in
+from megatron_nepa.data.index.listing import Known, Source
+from megatron_nepa.data.index.sources import open_source, tables_in
 from megatron_nepa.data.index.table_values import NotInPlaceError
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.unpack_tables import unpack_tables
-from megatron_nepa.data.indexing.write_shards import check_shards, write_shards
+from megatron_nepa.data.indexing.write_shards import check_sizes, require_no_masks, write_shards
 from megatron_nepa.terminal import counted, tool
+
+ROWS = 1 << 20  # that are looked at at once
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +83,7 @@ def main() -> None:
             "--devkit_meta explains the numbers of --labels: give both, or drop it.",
         )
         if args.to_shards is None:
-            index = build_and_save_index(list_images_of(args), args.out, args.verify, args.device, args.workers)
+            index = build_and_save_index(source_of(args), args.out, args.verify, args.device, args.workers)
         else:
             index = pack(args)
     except (ConfigError, UnreadableImageError) as error:
@@ -97,33 +101,42 @@ def main() -> None:
     )
 
 
-def list_images_of(args: argparse.Namespace) -> DatasetIndex:
+def source_of(args: argparse.Namespace) -> Source:
     """The images of the source, with the labels of --labels where that is given."""
     require(not is_index(args.source), f"{args.source} is an index already: give --to_shards to pack its images.")
-    listing = list_source(args.source, args.split)
-    return listing if args.labels is None else with_labels(listing, args.labels, args.devkit_meta)
+    source = open_source(args.source, args.split)
+    return source if args.labels is None else Known(with_labels(source.listing(), args.labels, args.devkit_meta))
 
 
 def pack(args: argparse.Namespace) -> DatasetIndex:
     """Index the source (unless it is an index), write its shards, and index those."""
+    check_sizes(args.shard_size, args.resize)  # indexing may take hours
     if is_index(args.source):
         index = load_index(args.source)
     else:
         try:
-            listing = list_images_of(args)
+            source = source_of(args)
         except NotInPlaceError:
             return unpack(args)
-        check_shards(listing, args.shard_size, args.resize)  # indexing may take hours
-        index = build_and_save_index(listing, f"{args.out}.source", args.verify, args.device, args.workers)
+        require_no_masks(source.has_masks)
+        index = build_and_save_index(source, f"{args.out}.source", args.verify, args.device, args.workers)
     write_shards(index, args.to_shards, args.shard_size, args.resize, args.workers)
-    shards = list_source(args.to_shards)
-    require(
-        bool(np.array_equal(shards.label, index.label)) and shards.classes == index.classes,
-        f"the tar files of {args.to_shards} do not hold the images and labels that were packed, so others lie among "
-        "them: move those away, or choose another folder.",
-    )
-    packed = build_and_save_index(shards, args.out, "header", args.device, args.workers)
+    packed = build_and_save_index(open_source(args.to_shards), args.out, "header", args.device, args.workers)
+    if not (same_labels(packed, index) and packed.classes == index.classes):
+        shutil.rmtree(args.out)
+        raise ConfigError(
+            f"the tar files of {args.to_shards} do not hold the images and labels that were packed, so others lie "
+            "among them: move those away, or choose another folder."
+        )
     return replace(packed, notes=index.notes)
+
+
+def same_labels(one: DatasetIndex, other: DatasetIndex) -> bool:
+    """Whether two indexes have the same labels, row by row."""
+    starts = range(0, len(one), ROWS)
+    return len(one) == len(other) and all(
+        np.array_equal(one.label[start : start + ROWS], other.label[start : start + ROWS]) for start in starts
+    )
 
 
 def unpack(args: argparse.Namespace) -> DatasetIndex:
@@ -132,9 +145,8 @@ def unpack(args: argparse.Namespace) -> DatasetIndex:
     tables = tables_in(Path(args.source), args.split)
     print(f"{args.source} holds compressed images, which are unpacked into {args.to_shards}")
     unpack_tables(tables, args.to_shards, args.shard_size, args.resize, args.workers)
-    listing = list_source(args.to_shards)
-    index = build_and_save_index(listing, args.out, args.verify, args.device, args.workers)
-    return replace(index, notes=(*tables.notes, *listing.notes))
+    index = build_and_save_index(open_source(args.to_shards), args.out, args.verify, args.device, args.workers)
+    return replace(index, notes=(*tables.notes, *index.notes))
 
 
 if __name__ == "__main__":

@@ -131,8 +131,17 @@ def describe_data(report: Mapping[str, Any]) -> str:
 def describe_order(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py order --json``."""
     return "; ".join(
-        f"{timing['images']:,} images: {timing['microseconds']:.0f} us a batch, {timing['peak_mb']:.2g} MB at most; "
-        f"index opened in {timing['open_ms']:.3g} ms, rows of a batch {timing['rows_ms']:.2g} ms, "
-        f"{timing['resident_mb']:.0f} MB of its pages touched"
+        f"{timing['images']:,} images: {timing['microseconds']:.0f} us a batch, {timing['peak_mb']:.2g} MB at most"
+        for timing in report["timings"]
+    )
+
+
+def describe_index(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py index --json``."""
+    return "; ".join(
+        f"{timing['images']:,} images: opened in {timing['open_ms']:.3g} ms, first batch after "
+        f"{timing['first_ms']:.3g} ms, {timing['images_per_second']:,.0f} images/s "
+        f"({timing['mb_per_second']:.0f} MB/s); process of {timing['settled_mb']:.0f} MB after "
+        f"{timing['batches'] // 20:,} batches, {timing['peak_mb']:.0f} MB at most up to {timing['batches']:,}"
         for timing in report["timings"]
     )

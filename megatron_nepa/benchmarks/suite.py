@@ -15,6 +15,7 @@ from megatron_nepa.benchmarks.results_page import (
     Entry,
     Result,
     describe_data,
+    describe_index,
     describe_kernels,
     describe_order,
     describe_train,
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
     import torch
 
 TOOLS = Path(__file__).parents[2] / "tools"
-DESCRIBE = {"train": describe_train, "kernels": describe_kernels, "data": describe_data, "order": describe_order}
+DESCRIBE = {
+    "train": describe_train,
+    "kernels": describe_kernels,
+    "data": describe_data,
+    "order": describe_order,
+    "index": describe_index,
+}
 ZERO2 = ("--ds_config", "ds_configs/zero2.json")
 
 
@@ -48,7 +55,8 @@ ENTRIES = (
     ),
     _train("cpu_quickstart", "quickstart, fp32, batch 32", "cpu", "--recipe", "quickstart", "--baseline"),
     Entry("cpu_data", "pre-training input", "cpu", ("data",)),
-    Entry("cpu_order", "order of the images and index of sparse files, batches of 256", "cpu", ("order",)),
+    Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
+    Entry("cpu_index", "encoded images served from an index of sparse files, batches of 256", "cpu", ("index",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",
            "--recipe", "nepa_b_release", "--micro_batch_size", "128", "--compile", "--baseline"),
     _train("gpu_b", "NEPA-B", "cuda", "--recipe", "nepa_b"),

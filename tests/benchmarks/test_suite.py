@@ -14,6 +14,7 @@ from megatron_nepa.benchmarks import suite
 from megatron_nepa.benchmarks.results_page import (
     Entry,
     describe_data,
+    describe_index,
     describe_kernels,
     describe_order,
     read_results,
@@ -112,13 +113,25 @@ def test_kernels_and_data_have_figures() -> None:
                 "images": 10**9,
                 "microseconds": 95.6,
                 "peak_mb": 0.031,
-                "open_ms": 9.96,
-                "rows_ms": 4.0,
-                "resident_mb": 61.7,
             }
         ]
     }
-    assert describe_order(report) == (
-        "1,000,000,000 images: 96 us a batch, 0.031 MB at most; index opened in 9.96 ms, rows of a batch 4 ms, 62 MB "
-        "of its pages touched"
+    assert describe_order(report) == "1,000,000,000 images: 96 us a batch, 0.031 MB at most"
+    report = {
+        "timings": [
+            {
+                "images": 10**9,
+                "open_ms": 9.96,
+                "first_ms": 21.5,
+                "images_per_second": 20123.4,
+                "mb_per_second": 402.1,
+                "batches": 10_000,
+                "settled_mb": 211.6,
+                "peak_mb": 213.2,
+            }
+        ]
+    }
+    assert describe_index(report) == (
+        "1,000,000,000 images: opened in 9.96 ms, first batch after 21.5 ms, 20,123 images/s (402 MB/s); process of "
+        "212 MB after 500 batches, 213 MB at most up to 10,000"
     )

@@ -24,7 +24,7 @@ from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.headers import MAX_PIXELS, UnreadableImageError, image_size
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.sources import open_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import write_shards
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
@@ -168,7 +168,7 @@ def test_the_largest_images_train(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "large"
     folder.mkdir()
     Image.new("L", (2**14, 2**14), 90).save(folder / f"image.{kind.lower()}")
-    index = build_and_save_index(list_source(folder), tmp_path / "index", "full", workers=1, progress=False)
+    index = build_and_save_index(open_source(folder), tmp_path / "index", "full", workers=1, progress=False)
     assert len(index) == 1
     loader = PretrainingLoader(
         index, DataConfig(), 32, Feed(Share(2, 2, 1, 0, 1, 0, 1), 0, OPTIONS.device, torch.float32)

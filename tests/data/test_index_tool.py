@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import crashing_worker
@@ -16,10 +17,10 @@ import pytest
 from index_tool import TOOL, run_tool
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import load_index, save_index
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.listing import Known
+from megatron_nepa.data.index.sources import list_source, open_source
 from megatron_nepa.data.indexing import build as indexing
 from megatron_nepa.data.indexing import verify
 from megatron_nepa.data.indexing.build import build_and_save_index
@@ -32,7 +33,7 @@ def test_full_verification_decodes_every_pixel(photographs: Path, tmp_path: Path
     shutil.copytree(photographs, folder)
     victim = folder / "bee" / "01.jpg"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    listing = list_source(folder)
+    listing = open_source(folder)
     header = build_and_save_index(listing, tmp_path / "header", "header", workers=1, progress=False)
     assert len(header) == 37
     result = run_tool(folder, "--out", tmp_path / "full", "--verify", "full", "--workers", 1)
@@ -46,7 +47,8 @@ def test_an_image_that_kills_the_decoder_costs_itself_alone(photographs: Path, m
     listing = list_source(photographs)
     monkeypatch.setattr(verify, "_check", crashing_worker.check)
     rows = np.arange(len(listing))
-    found = list(verify.check_images(listing, list(np.array_split(rows, 4)), "header", "cpu", 2))
+    chunks = [verify.Chunk(0, part, listing.select(part)) for part in np.array_split(rows, 4)]
+    found = [checked for _, checked in verify.check_images(iter(chunks), "header", "cpu", 2)]
     assert sorted(np.concatenate([checked.rows for checked in found]).tolist()) == rows.tolist()
     reasons = {row: reason for checked in found for row, reason in checked.reasons.items()}
     assert reasons == dict.fromkeys(crashing_worker.FATAL_ROWS, "crashes the decoder")
@@ -56,11 +58,11 @@ def test_an_image_that_kills_the_decoder_costs_itself_alone(photographs: Path, m
 def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished chunks are not checked again; another listing is refused."""
     monkeypatch.setattr("megatron_nepa.data.indexing.build._CHUNK", 10)
-    listing = list_source(photographs)
+    listing = Known(list_source(photographs))
     real = verify.check_images
 
     def stopped(*arguments: object) -> object:
-        yield next(iter(real(*arguments)))  # type: ignore[arg-type]
+        yield next(real(*arguments))  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -69,12 +71,13 @@ def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monke
             build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
     assert not (tmp_path / "index").exists()
     with pytest.raises(ConfigError, match="begun with other images"):
-        build_and_save_index(list_source(photographs / "ant"), tmp_path / "index", workers=1, progress=False)
+        build_and_save_index(open_source(photographs / "ant"), tmp_path / "index", workers=1, progress=False)
     asked: list[int] = []
 
-    def counted(images: DatasetIndex, chunks: list[np.ndarray], *rest: object) -> object:
-        asked.extend(len(chunk) for chunk in chunks)
-        return real(images, chunks, *rest)  # type: ignore[arg-type]
+    def counted(chunks: Iterator[verify.Chunk], *rest: object) -> object:
+        for chunk, checked in real(chunks, *rest):  # type: ignore[arg-type]
+            asked.append(len(chunk.rows))
+            yield chunk, checked
 
     monkeypatch.setattr("megatron_nepa.data.indexing.build.check_images", counted)
     index = build_and_save_index(listing, tmp_path / "index", workers=1, progress=False)
@@ -84,7 +87,7 @@ def test_an_interrupted_index_continues(photographs: Path, tmp_path: Path, monke
 
 
 def test_two_commands_do_not_write_the_same_index(photographs: Path, tmp_path: Path) -> None:
-    listing = list_source(photographs)
+    listing = open_source(photographs)
     facts = indexing._identity(listing, "header")
     with (
         claimed(tmp_path / "index.partial/listing.json", facts, ""),

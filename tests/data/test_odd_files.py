@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline
 from megatron_nepa.data.decoding.pipelines import DecoderOptions
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.sources import open_source
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.build import build_and_save_index
 
@@ -69,7 +69,7 @@ def test_odd_files(odd: dict[str, bytes], tmp_path: Path) -> None:
     folder.mkdir()
     for name, content in odd.items():
         (folder / name).write_bytes(content)
-    index = build_and_save_index(list_source(folder), tmp_path / "index", "full", workers=1, progress=False)
+    index = build_and_save_index(open_source(folder), tmp_path / "index", "full", workers=1, progress=False)
     kept = [index.names[i] for i in range(len(index))]
     left_out = {name for name, _ in index.quarantine}
     assert left_out | set(kept) == set(odd)

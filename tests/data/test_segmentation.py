@@ -22,7 +22,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.pairs import class_names, pair_index
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.sources import open_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.loaders import segmentation as module
 from megatron_nepa.data.loaders.pretraining import Batch
@@ -51,7 +51,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
         Image.fromarray(labels).save(root / "annotations" / "training" / f"{number:02d}.png")
         picture = Image.fromarray(COLOURS[labels])
         picture.save(root / "images" / "training" / f"{number:02d}.jpg", quality=95, subsampling=0)
-    return build_and_save_index(list_source(root), root / "index", "header", workers=1, progress=False)
+    return build_and_save_index(open_source(root), root / "index", "header", workers=1, progress=False)
 
 
 def take(

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.index_file import let_go
 from megatron_nepa.data.sampling.order import ORDER_VERSION, IntArray, image_of_sample
 
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few images says anything
@@ -102,6 +103,7 @@ class SampleReader(Generic[T]):
             ConfigError: a bad image under on_bad_image "fail", or too many.
         """
         parts = self._read_ahead(micro_batch)
+        let_go(self._index)  # the next micro-batch's rows are others
         images = np.array([image for _, shown in parts for image in shown])
         if micro_batch > self._newest:  # it is asked for again where the decoder refuses an image of it
             self._newest, self._num_samples = micro_batch, self._num_samples + len(images)

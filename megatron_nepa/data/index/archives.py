@@ -10,19 +10,21 @@ import json
 import os
 import posixpath
 import tarfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
-from megatron_nepa.data.index.label_values import decode_text, number_classes, read_label
-from megatron_nepa.data.index.walk import ARCHIVES, example, is_hidden, is_image, passed_over_note
+from megatron_nepa.data.index.label_values import Label, Tally, decode_text, number_classes, read_label
+from megatron_nepa.data.index.listing import Facts, Kind, Listed, Numbering, Source
+from megatron_nepa.data.index.storage import shard_stamp
+from megatron_nepa.data.index.walk import ARCHIVES, PassedOver, example, is_hidden, is_image
 from megatron_nepa.terminal import counted
 
 CLASSES_FILE = "classes.json"  # beside tar shards: the class names, by number
@@ -37,8 +39,8 @@ def sample_key(name: str) -> tuple[str, str]:
     return posixpath.join(folder, stem), extension.lower()
 
 
-def list_tars(root: Path, tars: list[str]) -> DatasetIndex:
-    """The images of tar files, sizes not known yet (0).
+class TarSource(Source):
+    """The images of tar files.
 
     The label of an image is that of its WebDataset key (``key.cls``, ``key.cls.txt``, or ``"label"`` in ``key.json``),
     or of the file that differs from the image's in its extension alone (``a.v1.cls`` of ``a.v1.jpg``). Where no image
@@ -47,52 +49,128 @@ def list_tars(root: Path, tars: list[str]) -> DatasetIndex:
     Args:
         root: their folder, which may hold ``classes.json``.
         tars: their names.
+        notes: what the user should know of the choice of them.
 
     Raises:
-        ConfigError: no image in them, one that is damaged or cannot be read in place, or labels that contradict.
+        ConfigError: one of them is no plain tar file.
     """
-    found = _Found()
-    for number, name in enumerate(tars):
-        _require_plain(name)
+
+    def __init__(self, root: Path, tars: Sequence[str], notes: tuple[str, ...] = ()) -> None:
+        self.root, self.units, self._notes = root, tars, notes
+        for name in tars:
+            _require_plain(name)
+
+    def list(self, number: int) -> Listed:
+        """The images of one tar file; what tells an image's class is its label, tar inside the tar and folder."""
+        name = self.units[number]
+        path = self.root / name
+        stamp, found = shard_stamp(path), _Found()
         try:
-            with open(root / name, "rb") as file:
-                before = len(found.images)
-                _read_tar(file, str(root / name), 0, os.path.getsize(root / name), "", found)
+            with open(path, "rb") as file:
+                _read_tar(file, str(path), 0, os.path.getsize(path), "", found)
         except OSError as error:
-            raise ConfigError(f"{root / name} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-        found.shard += [number] * (len(found.images) - before)
-    images = found.images
-    require(
-        bool(images), f"the tar files of {root} ({example(tars)}) hold no images ({', '.join(sorted(EXTENSIONS))})."
-    )
-    values = [image.label for image in images]
-    if all(value is None for value in values):
-        values = _folder_classes(root, images)
-    known = _read_classes(root / CLASSES_FILE) if (root / CLASSES_FILE).is_file() else None
-    labels, classes, notes = number_classes(
-        values, lambda i: f"the label of {images[i].name}", f"the tar files of {root}", known
-    )
-    if found.shared_keys:
-        shared = counted(found.shared_keys, "image")
-        notes += (f"{shared} with the key, and so the label, of another in the tar file",)
-    if found.json_without_label:
-        notes += (f"{counted(found.json_without_label, 'JSON file')} without a label",)
-    if found.labels_without_image:
-        notes += (f"{counted(found.labels_without_image, 'label file')} without an image",)
-    unknown = np.zeros(len(images), np.int32)
-    return DatasetIndex(
-        root,
-        PackedNames.pack(image.name for image in images),
-        unknown,
-        unknown,
-        labels,
-        classes,
-        shards=tuple(tars),
-        shard=np.array(found.shard, np.int32),
-        offset=np.array([image.offset for image in images], np.int64),
-        size=np.array([image.size for image in images], np.int64),
-        notes=(*passed_over_note(found.passed_over), *notes),
-    )
+            raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+        images = found.images
+        kinds: dict[tuple[Label, str, str | None], int] = {}
+        code = np.array([kinds.setdefault(image.kind, len(kinds)) for image in images], np.int32)
+        _, firsts, counts = np.unique(code, return_index=True, return_counts=True)
+        unknown = np.zeros(len(images), np.int32)
+        listed = DatasetIndex(
+            self.root,
+            PackedNames.pack(image.name for image in images),
+            unknown,
+            unknown,
+            code,
+            shards=(name,),
+            shard=unknown,
+            offset=np.array([image.offset for image in images], np.int64),
+            size=np.array([image.size for image in images], np.int64),
+            stamps=(stamp,),
+        )
+        told = tuple(Kind(kind, int(counts[i]), f"the label of {images[firsts[i]].name}") for kind, i in kinds.items())
+        return Listed(listed, Facts(len(images), told, found.passed_over, found.counters))
+
+    def number(self, facts: Iterable[Facts]) -> Numbering:
+        """Classes are the labels; without any, the tars inside the tars or the folders."""
+        passed_over, counters, labels, places = PassedOver(), Counter[str](), Tally(), _Places()
+        for unit in facts:
+            passed_over.merge(unit.passed_over)
+            counters.update(unit.counters)
+            for kind in unit.kinds or ():
+                label, group, folder = kind.what
+                labels.add(label, kind.first, kind.images)
+                places.add(group, folder, kind.first, kind.images)
+            if any(label is not None for label in labels.count):
+                places = _Places()  # they tell nothing then
+        where = f"the tar files of {self.root}"
+        require(
+            bool(labels.count),
+            f"{where} ({example(list(self.units))}) hold no images ({', '.join(sorted(EXTENSIONS))}).",
+        )
+        known = _read_classes(self.root / CLASSES_FILE) if (self.root / CLASSES_FILE).is_file() else None
+        by_label = any(label is not None for label in labels.count)
+        class_of = places.classes(self.root) if not by_label else None
+        numbers, classes, notes = number_classes(labels if class_of is None else places.tally(class_of), where, known)
+        for counter, (singular, rest) in _SAID.items():
+            if counters[counter]:
+                notes += (f"{counted(counters[counter], singular)} {rest}",)
+
+        def number(what: tuple[Any, ...]) -> int:
+            label, group, folder = what
+            return numbers[label if class_of is None else class_of(group, folder)]
+
+        return Numbering(classes, (*self._notes, *passed_over.note(), *notes), number)
+
+
+_SAID = {
+    "shared_keys": ("image", "with the key, and so the label, of another in the tar file"),
+    "json_without_label": ("JSON file", "without a label"),
+    "labels_without_image": ("label file", "without an image"),
+}
+
+
+class _Places:
+    """The tars inside tars, and the folders, that images lie in; in the order of first images."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str | None], tuple[int, str]] = {}
+
+    def add(self, group: str, folder: str | None, first: str, images: int) -> None:
+        before, first = self._found.get((group, folder), (0, first))
+        self._found[group, folder] = before + images, first
+
+    def tally(self, class_of: Callable[[str, str | None], str | None]) -> Tally:
+        """How many images each class has."""
+        tally = Tally()
+        for (group, folder), (images, first) in self._found.items():
+            tally.add(class_of(group, folder), first, images)
+        return tally
+
+    def classes(self, root: Path) -> Callable[[str, str | None], str | None]:
+        """What tells the class of an image from its place: the tar inside a tar, or the first folder that differs."""
+        if any(group for group, _ in self._found):
+            return lambda group, folder: group or None
+        parents = [_parts(folder) for _, folder in self._found]
+        shared = 0  # folders that all have in common
+        while parents and all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
+            shared += 1
+
+        def class_of(group: str, folder: str | None) -> str | None:
+            parts = _parts(folder)
+            return parts[shared] if len(parts) > shared else None
+
+        tally = self.tally(class_of)
+        loose, grouped = tally.count.get(None, 0), next((name for name in tally.count if name is not None), None)
+        require(
+            not loose or grouped is None,
+            f"the tar files of {root} hold {counted(loose, 'image')} beside class folders ({grouped}, ...) and no "
+            "labels: keep every image in a class folder, or none.",
+        )
+        return class_of
+
+
+def _parts(folder: str | None) -> list[str]:
+    return [] if folder is None else folder.split("/")
 
 
 @dataclass(frozen=True)
@@ -103,19 +181,21 @@ class _Member:
     offset: int
     size: int
     group: str = ""  # name of the tar inside the tar
-    label: int | str | None = None
+    label: Label = None
+
+    @property
+    def kind(self) -> tuple[Label, str, str | None]:
+        """What may tell the class of an image: its label, tar inside the tar, and folder."""
+        return self.label, self.group, posixpath.dirname(self.name) if "/" in self.name else None
 
 
 @dataclass
 class _Found:
-    """What the tar files hold."""
+    """What a tar file holds."""
 
     images: list[_Member] = field(default_factory=list)
-    shard: list[int] = field(default_factory=list)
-    shared_keys: int = 0
-    json_without_label: int = 0
-    labels_without_image: int = 0
-    passed_over: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    counters: Counter[str] = field(default_factory=Counter)
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
 
 def _read_tar(file: BinaryIO, path: str, start: int, end: int, group: str, found: _Found) -> None:
@@ -129,16 +209,16 @@ def _read_tar(file: BinaryIO, path: str, start: int, end: int, group: str, found
             _read_tar(file, f"{path}/{member.name}", member.offset, member.offset + member.size, inner, found)
         elif is_image(member.name):
             if images.pop(member.name, None) is not None:  # as tar itself: the last one counts
-                found.passed_over["members that a later one of the same name replaces"].append(member.name)
+                found.passed_over.add("members that a later one of the same name replaces", member.name)
             images[member.name] = member
         else:
             file.seek(member.offset)
             labels.add(member.name, file.read(member.size))
     keys = [sample_key(name)[0] for name in images]
-    found.shared_keys += len(keys) - len(set(keys))
+    found.counters["shared_keys"] += len(keys) - len(set(keys))
     found.images += [replace(image, group=group, label=labels.of(name)) for name, image in images.items()]
-    found.json_without_label += labels.empty
-    found.labels_without_image += labels.unused()
+    found.counters["json_without_label"] += labels.empty
+    found.counters["labels_without_image"] += labels.unused()
 
 
 class _Labels:
@@ -218,19 +298,19 @@ def _wanted(file: BinaryIO, path: str, start: int, end: int, found: _Found) -> l
         if member.isdir():
             continue
         if is_hidden(name):
-            found.passed_over["hidden entries"].append(name)
+            found.passed_over.add("hidden entries", name)
             continue
         if name.lower().endswith(ARCHIVES):
             _require_plain(f"{path}/{name}")
         elif not (is_image(name) or _is_label(name)):
-            found.passed_over["files of other kinds"].append(name)
+            found.passed_over.add("files of other kinds", name)
             continue
         if member.issym() or member.islnk():
             folder = posixpath.dirname(name) if member.issym() else ""
             links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
             wanted.append(_Member(name, -1, 0))
         elif not member.isfile():
-            found.passed_over["entries that are neither file nor folder"].append(name)
+            found.passed_over.add("entries that are neither file nor folder", name)
         elif member.issparse():
             raise ConfigError(f"{path} holds {name} as a sparse file, which cannot be read in place: pack it again.")
         else:
@@ -300,24 +380,6 @@ def _require_plain(path: str) -> None:
         path.lower().endswith(".tar"),
         f"{path} is no plain tar file: images are read from tar files in place, so unpack it, or move it away.",
     )
-
-
-def _folder_classes(root: Path, images: list[_Member]) -> list[int | str | None]:
-    """The class of every image by the tar inside a tar that holds it, or by its folder."""
-    if any(image.group for image in images):
-        return [image.group or None for image in images]
-    parents = [posixpath.dirname(image.name).split("/") if "/" in image.name else [] for image in images]
-    shared = 0  # folders that all have in common
-    while all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
-        shared += 1
-    groups = [parts[shared] if len(parts) > shared else None for parts in parents]
-    loose, grouped = groups.count(None), next((group for group in groups if group is not None), None)
-    require(
-        not loose or grouped is None,
-        f"the tar files of {root} hold {counted(loose, 'image')} beside class folders ({grouped}, ...) and no "
-        "labels: keep every image in a class folder, or none.",
-    )
-    return list(groups)
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:

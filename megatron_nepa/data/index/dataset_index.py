@@ -48,6 +48,13 @@ class PackedNames:
         place = np.repeat(stop - ends, stop - start) + np.arange(ends[-1] if len(ends) else 0)
         return PackedNames(np.asarray(self.text[place]), ends)
 
+    @classmethod
+    def join(cls, parts: Sequence[PackedNames]) -> PackedNames:
+        """The names of several, one behind the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])
+        ends = [np.asarray(part.ends) + start for part, start in zip(parts, starts, strict=False)]
+        return cls(np.concatenate([part.text for part in parts]), np.concatenate(ends))
+
     def slice(self, start: int, stop: int) -> PackedNames:
         """The names from number ``start`` to ``stop``."""
         begin = int(self.ends[start - 1]) if start else 0

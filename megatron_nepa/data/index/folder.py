@@ -5,6 +5,7 @@ Files are sorted by name, so every rank that looks gets the same index.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy as np
 from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS, InaccessibleImageError, UnreadableImageError
+from megatron_nepa.data.index.listing import Facts, Listed, Numbering, Source
 from megatron_nepa.data.index.storage import ImageStore
-from megatron_nepa.data.index.walk import Walked, walk
+from megatron_nepa.data.index.walk import Walked, images_in, walk
 from megatron_nepa.terminal import counted
 
 # the usual names of the parts of a data set
@@ -70,29 +72,55 @@ def read_sizes(listing: DatasetIndex) -> DatasetIndex:
 
 def list_folder(root: Path) -> DatasetIndex:
     """The images of a tree or folder by their extension, their sizes not known yet (0)."""
-    return folder_listing(root, walked_folder(root))
+    return FolderSource(root, walked_folder(root)).listing()
 
 
-def folder_listing(root: Path, walked: Walked) -> DatasetIndex:
-    """The images that were found below ``root``, their sizes not known yet (0).
+class FolderSource(Source):
+    """The images that were found below a folder, listed class by class.
+
+    Args:
+        root: the folder.
+        walked: what was found.
 
     Raises:
-        ConfigError: none, or both beside and inside class folders.
+        ConfigError: no images, or both beside and inside class folders.
     """
-    names, labels, classes = _classified(root, walked)
-    unknown = np.zeros(len(names), np.int32)
-    notes = walked.notes()
-    if len(classes) > 1 and _SPLITS.issuperset(name.lower() for name in classes):
-        notes += (f"its classes are {', '.join(classes)}: if these are the parts of a data set, give one of them",)
-    lowered = {name.lower() for name in classes}
-    if len(classes) == 2 and lowered & _IMAGES and lowered & _MASKS:
-        notes += (
-            f"its classes are {', '.join(classes)}: if these are images and their masks, call the folders images "
-            "and annotations",
-        )
-    return DatasetIndex(
-        root, PackedNames.pack(names), unknown, unknown, np.array(labels, np.int32), classes, notes=notes
-    )
+
+    unit = "folders"
+
+    def __init__(self, root: Path, walked: Walked) -> None:
+        self.root, self._walked = root, walked
+        self.units: tuple[str, ...] = _classes(root, walked) or ("",)
+        self._folders: dict[str, list[str]] = {name: [] for name in self.units}
+        for folder in walked.folders:
+            self._folders[folder.split("/", 1)[0]].append(folder)
+
+    def list(self, number: int) -> Listed:
+        """The images of one class, by path; of a flat folder all."""
+        name = self.units[number]
+        found = (image for folder in self._folders[name] for image in images_in(self.root, folder))
+        names = PackedNames.pack(sorted(found))
+        unknown = np.zeros(len(names), np.int32)
+        label = np.full(len(names), number if name else -1, np.int32)
+        return Listed(DatasetIndex(self.root, names, unknown, unknown, label), Facts(len(names)))
+
+    def is_current(self, number: int, images: DatasetIndex) -> bool:
+        """Whether the folders hold the same names."""
+        now = self.list(number).images.names
+        return np.array_equal(now.text, images.names.text) and np.array_equal(now.ends, images.names.ends)
+
+    def number(self, facts: Iterable[Facts]) -> Numbering:
+        """Classes are the folders, by name."""
+        classes, notes = self.units if self.units != ("",) else (), self._walked.passed_over.note()
+        if len(classes) > 1 and _SPLITS.issuperset(name.lower() for name in classes):
+            notes += (f"its classes are {', '.join(classes)}: if these are the parts of a data set, give one of them",)
+        lowered = {name.lower() for name in classes}
+        if len(classes) == 2 and lowered & _IMAGES and lowered & _MASKS:
+            notes += (
+                f"its classes are {', '.join(classes)}: if these are images and their masks, call the folders images "
+                "and annotations",
+            )
+        return Numbering(classes, notes)
 
 
 def walked_folder(root: Path) -> Walked:
@@ -107,29 +135,25 @@ def walked_folder(root: Path) -> Walked:
     return walk(root)
 
 
-def _classified(root: Path, walked: Walked) -> tuple[list[str], list[int], tuple[str, ...]]:
-    loose = [name for name in walked.images if "/" not in name]
-    classes = tuple(sorted({name.split("/", 1)[0] for name in walked.images if "/" in name}))
+def _classes(root: Path, walked: Walked) -> tuple[str, ...]:
+    """The class folders; none where images lie right inside."""
+    loose = walked.folders.get("", 0)
+    classes = tuple(sorted({folder.split("/", 1)[0] for folder in walked.folders if folder}))
     if loose and classes:
         raise ConfigError(
-            f"{root} holds {counted(len(loose), 'image')} beside class folders ({classes[0]}, ...): an "
+            f"{root} holds {counted(loose, 'image')} beside class folders ({classes[0]}, ...): an "
             "ImageFolder tree keeps every image in a class folder and a flat folder has no subfolders with images; "
             "move one kind away."
         )
-    if not walked.images and any(name.lower().endswith(".tar") for name in walked.archives()):
+    if not walked.images and any(name.lower().endswith(".tar") for name in walked.archives):
         raise ConfigError(
             f"{root} holds tar shards: index them with tools/index_dataset.py and give the index as --data."
         )
-    if not walked.images and walked.tables():
+    if not walked.images and walked.tables:
         raise ConfigError(
             f"{root} holds Arrow or parquet files: index them with tools/index_dataset.py and give the index as --data."
         )
     if not walked.images:
-        passed_over = "".join(f"; {note}" for note in walked.notes())
+        passed_over = "".join(f"; {note}" for note in walked.passed_over.note())
         raise ConfigError(f"the data folder {root} holds no images ({', '.join(sorted(EXTENSIONS))}){passed_over}.")
-    if loose:
-        return loose, [-1] * len(loose), ()
-    number = {name: i for i, name in enumerate(classes)}
-    # by class, then by path: "a b/1.jpg" would sort before "a/1.jpg"
-    names = sorted(walked.images, key=lambda name: (number[name.split("/", 1)[0]], name))
-    return names, [number[name.split("/", 1)[0]] for name in names], classes
+    return classes

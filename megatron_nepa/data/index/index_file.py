@@ -60,7 +60,8 @@ def save_index(index: DatasetIndex, path: str | Path) -> None:
     except OSError as error:
         raise ConfigError(f"the index {target} cannot be written: {error.strerror}.") from error
     try:
-        writer.append(index)
+        writer.append(index, writer.add_shards(index))
+        writer.leave_out(index.quarantine)
         writer.finish(root_in_index(index.root, target), index.classes)
         beside.rename(target)
     finally:
@@ -131,7 +132,27 @@ def _mapped_names(folder: Path, name: str) -> PackedNames:
 def _mapped(file: Path) -> npt.NDArray[Any]:
     """An array on disk, of which pages come into memory as they are touched."""
     array: npt.NDArray[Any] = np.load(file, mmap_mode="r")
-    if array.nbytes > _LARGE and isinstance(array.base, mmap.mmap):
+    if mapping := _large_mapping(array):
         # rows are touched in random order: what the system would read ahead fills memory and is never looked at
-        array.base.madvise(mmap.MADV_RANDOM)
+        mapping.madvise(mmap.MADV_RANDOM)
     return array
+
+
+def let_go(index: DatasetIndex) -> None:
+    """Hand the pages of a large index that this process looked at back to the system, which keeps them in its cache.
+
+    Without it a rank that draws from all over the index comes to hold all of it, page by page.
+    """
+    columns = (*COLUMNS, *MASK_COLUMNS)
+    names = (index.names.text, index.names.ends, index.masks.text, index.masks.ends)
+    for array in (*(getattr(index, name) for name in columns), *names):
+        if mapping := _large_mapping(array):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _large_mapping(array: npt.NDArray[Any]) -> mmap.mmap | None:
+    """The mapping that a large array lies in; None where it is small, or in memory."""
+    base: Any = array if array.nbytes > _LARGE else None
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None

@@ -34,6 +34,9 @@ class IndexWriter:
 
     Args:
         folder: where they are written; made, and absent before.
+
+    Attributes:
+        first_left_out: the first name and reason of :meth:`leave_out`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,17 +45,30 @@ class IndexWriter:
         self._columns = {name: _Column(folder / f"{name}.npy", kind) for name, kind in COLUMNS.items()}
         self._names = {name: _Names(folder, name) for name in NAMES}
         self._labels = np.zeros(0, np.int32)
+        self.first_left_out: tuple[str, str] | None = None
 
-    def append(self, images: DatasetIndex) -> None:
-        """Add images, the shards that they lie in, and what was left out beside them.
+    def add_shards(self, images: DatasetIndex) -> int:
+        """Add the shards that images lie in; those without stamps are stamped as they are now.
+
+        Returns:
+            The number of the first.
+        """
+        first = len(self._names["shards"])
+        stamps = images.stamps or [shard_stamp(images.root / shard) for shard in images.shards]
+        self._names["shards"].append(PackedNames.pack(images.shards))
+        self._names["stamps"].append(PackedStamps.pack(stamps[i] for i in range(len(stamps))).text)
+        return first
+
+    def append(self, images: DatasetIndex, first_shard: int) -> None:
+        """Add images.
 
         Args:
-            images: shards are numbered from 0; those without stamps are stamped as they are now.
+            images: their shards are numbered from 0.
+            first_shard: number of the first of them, from :meth:`add_shards`.
         """
-        shards = self._names["shards"]
         for name in COLUMNS:
             values = getattr(images, name)
-            self._columns[name].append(values + len(shards) if name == "shard" else values)
+            self._columns[name].append(values + first_shard if name == "shard" else values)
         if len(images.mask_offset):
             for name in MASK_COLUMNS:
                 if name not in self._columns:
@@ -61,14 +77,11 @@ class IndexWriter:
         self._names["names"].append(images.names)
         self._names["masks"].append(images.masks)
         self._labels = np.union1d(self._labels, images.label).astype(np.int32)
-        stamps = images.stamps or [shard_stamp(images.root / shard) for shard in images.shards]
-        self._names["shards"].append(PackedNames.pack(images.shards))
-        self._names["stamps"].append(PackedStamps.pack(stamps[i] for i in range(len(stamps))).text)
-        self.leave_out(images.quarantine)
 
     def leave_out(self, reasons: Iterable[tuple[str, str]]) -> None:
         """Note what cannot be used, and why."""
         reasons = list(reasons)
+        self.first_left_out = self.first_left_out or next(iter(reasons), None)
         for name, part in (("left_out", 0), ("reasons", 1)):
             self._names[name].append(PackedNames.pack(pair[part] for pair in reasons))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.terminal import counted
+
+Label = int | str | None
 
 # 7, 007, +7, 7.0, .5, 7.000e+00; "1e3" is as likely a name
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-][0-9]+)?")
@@ -56,60 +55,75 @@ def read_label(text: str, where: str) -> int | str:
     return int(number)
 
 
+@dataclass
+class Tally:
+    """How many images have each label, and which has it first; in the order of first images."""
+
+    count: dict[Label, int] = field(default_factory=dict)
+    first: dict[Label, str] = field(default_factory=dict)
+
+    def add(self, label: Label, first: str, count: int = 1) -> None:
+        """Note images with a label.
+
+        Args:
+            label: None where they have none.
+            first: what holds the label of the first of them, for messages.
+            count: how many.
+        """
+        self.count[label] = self.count.get(label, 0) + count
+        self.first.setdefault(label, first)
+
+
 def number_classes(
-    values: Sequence[int | str | None],
-    where: Callable[[int], str],
-    source: str,
-    known: tuple[str, ...] | None = None,
-) -> tuple[npt.NDArray[np.int32], tuple[str, ...], tuple[str, ...]]:
+    tally: Tally, source: str, known: tuple[str, ...] | None = None
+) -> tuple[dict[Label, int], tuple[str, ...], tuple[str, ...]]:
     """Class numbers of labels: numbers stay what they are, names are numbered as ``known`` says or in sorted order.
 
     Args:
-        values: of every image; None where it has no label.
-        where: what holds the label of image i, for messages.
-        source: what holds all labels.
+        tally: of the labels of all images.
+        source: what holds them.
         known: class names, by number.
 
     Returns:
-        Labels [n] (-1 where there is none), class names by number (none where labels are numbers without ``known``),
-        and what the user should know.
+        Each label's class number (-1 for none), class names by number (none where labels are numbers without
+        ``known``), and what the user should know.
 
     Raises:
         ConfigError: numbers among names, or a label that ``known`` does not hold.
     """
-    number = next((i for i, value in enumerate(values) if isinstance(value, int)), None)
-    name = next((i for i, value in enumerate(values) if isinstance(value, str)), None)
+    number = next((label for label in tally.count if isinstance(label, int)), None)
+    name = next((label for label in tally.count if isinstance(label, str)), None)
     if number is not None and name is not None:
         raise ConfigError(
-            f"{source} mixes numbers and names: {where(number)} holds {values[number]} and {where(name)} "
-            f"{values[name]!r}; write all labels as class numbers, or all as class names."
+            f"{source} mixes numbers and names: {tally.first[number]} holds {number} and {tally.first[name]} "
+            f"{name!r}; write all labels as class numbers, or all as class names."
         )
     if name is not None:
-        classes = known or tuple(sorted({value for value in values if isinstance(value, str)}))
+        classes = known or tuple(sorted(label for label in tally.count if isinstance(label, str)))
         place = {value: i for i, value in enumerate(classes)}
-        other = next((i for i, value in enumerate(values) if isinstance(value, str) and value not in place), None)
+        other = next((label for label in tally.count if label is not None and label not in place), None)
         if other is not None:
-            raise ConfigError(f"{where(other)} holds {values[other]!r}, which is none of the {len(classes)} classes.")
-        labels = np.array([place[value] if isinstance(value, str) else -1 for value in values], np.int32)
+            raise ConfigError(f"{tally.first[other]} holds {other!r}, which is none of the {len(classes)} classes.")
+        numbers = {label: place[label] if isinstance(label, str) else -1 for label in tally.count}
     else:
         classes = known or ()
-        labels = np.array([-1 if value is None else value for value in values], np.int32)
-    found = np.unique(labels[labels >= 0])
+        numbers = {label: label if isinstance(label, int) else -1 for label in tally.count}
+    found = sorted({value for value in numbers.values() if value >= 0})
     require(
-        not classes or not len(found) or int(found[-1]) < len(classes),
-        f"{source} holds the label {found[-1] if len(found) else 0}, but there are {len(classes)} class names, from 0.",
+        not classes or not found or found[-1] < len(classes),
+        f"{source} holds the label {found[-1] if found else 0}, but there are {len(classes)} class names, from 0.",
     )
-    return labels, classes, _notes(labels, found, bool(classes))
+    return numbers, classes, _notes(tally, found, bool(classes))
 
 
-def _notes(labels: npt.NDArray[np.int32], found: npt.NDArray[np.int32], named: bool) -> tuple[str, ...]:
+def _notes(tally: Tally, found: list[int], named: bool) -> tuple[str, ...]:
     notes = []
-    without = int((labels < 0).sum())
-    if len(found) and without:
+    without, images = tally.count.get(None, 0), sum(tally.count.values())
+    if found and without:
         notes.append(f"{counted(without, 'image')} without a label")
-    if len(found) and not named and (missing := int(found[-1]) + 1 - len(found)):
-        first = int(np.flatnonzero(np.append(found, -1) != np.arange(len(found) + 1))[0])
+    if found and not named and (missing := found[-1] + 1 - len(found)):
+        first = next(i for i, value in enumerate([*found, -1]) if value != i)
         notes.append(f"labels go up to {found[-1]}, and no image has {missing} of them (such as {first})")
-    if len(found) == len(labels) > 2:
+    if len(found) == images > 2:
         notes.append("every image has a label of its own: are these class labels?")
     return tuple(notes)

@@ -10,9 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.label_values import decode_text, number_classes, read_label
+from megatron_nepa.data.index.label_values import Tally, decode_text, number_classes, read_label
 from megatron_nepa.data.index.walk import example, is_image
 from megatron_nepa.terminal import counted
 
@@ -59,7 +61,11 @@ def with_labels(listing: DatasetIndex, labels: str | Path, devkit_meta: str | Pa
         require({str(value) for value in values} <= set(wnids), f"{file} holds numbers {devkit_meta} does not explain.")
         values = [wnids[str(value)] for value in values]
         known = tuple(sorted(wnids.values()))
-    label, classes, more = number_classes(values, lambda i: f"line {found[i].number}", str(file), known)
+    tally = Tally()
+    for line, value in zip(found, values, strict=True):
+        tally.add(value, f"line {line.number}")
+    numbers, classes, more = number_classes(tally, str(file), known)
+    label = np.array([numbers[value] for value in values], np.int32)
     return replace(listing, label=label, classes=classes, notes=(*listing.notes, *notes, *more))
 
 

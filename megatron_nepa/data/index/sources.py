@@ -6,23 +6,28 @@ A listing is a :class:`~megatron_nepa.data.index.dataset_index.DatasetIndex` who
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_nepa.config import require
-from megatron_nepa.data.index.archives import list_tars
+from megatron_nepa.data.index.archives import TarSource
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.folder import folder_listing, walked_folder
+from megatron_nepa.data.index.folder import FolderSource, walked_folder
+from megatron_nepa.data.index.listing import Known, Source
 from megatron_nepa.data.index.pair_layouts import list_pairs, pair_layout
 from megatron_nepa.data.index.splits import choose_split
 from megatron_nepa.data.index.table_files import TABLES, TableSet, is_saved, loose_tables, saved_tables
-from megatron_nepa.data.index.tables import list_tables
+from megatron_nepa.data.index.tables import table_source
 from megatron_nepa.data.index.walk import ARCHIVES, example
 from megatron_nepa.terminal import counted
 
 
 def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
-    """List the images of ``source``, whose layout is told from what is there.
+    """The images of :func:`open_source`, listed in memory."""
+    return open_source(source, split).listing()
+
+
+def open_source(source: str | Path, split: str = "training") -> Source:
+    """The images of ``source``, whose layout is told from what is there, to be listed.
 
     * a folder that Hugging Face's ``datasets`` saved (``save_to_disk``), a parquet or Arrow file, or a folder of them
       as on the hub: their rows, of one ``split`` where there are several
@@ -43,25 +48,23 @@ def list_source(source: str | Path, split: str = "training") -> DatasetIndex:
     """
     path = Path(source)
     if path.is_file() and path.name.lower().endswith(ARCHIVES):
-        return list_tars(path.parent, [path.name])
+        return TarSource(path.parent, (path.name,))
     if (path.is_file() and path.suffix in TABLES) or is_saved(path):
-        return list_tables(tables_in(path, split))
+        return table_source(tables_in(path, split))
     if layout := pair_layout(path):
-        return list_pairs(path, layout, split)
+        return Known(list_pairs(path, layout, split))
     walked = walked_folder(path)
-    archives = walked.archives()
+    archives = walked.archives
     if archives and not walked.images:
-        chosen, notes = choose_split(archives, split, str(path))
-        listing = list_tars(path, chosen)
-        return replace(listing, notes=(*notes, *listing.notes))
-    if not walked.images and (names := walked.tables()):
-        return list_tables(loose_tables(path, names, split))
+        return TarSource(path, *choose_split(archives, split, str(path)))
+    if not walked.images and walked.tables:
+        return table_source(loose_tables(path, walked.tables, split))
     require(
-        not archives or len(archives) < len(walked.images),
+        not archives or len(archives) < walked.images,
         f"{path} holds {counted(len(archives), 'archive')} ({example(archives)}) beside "
-        f"{counted(len(walked.images), 'image')}: move one kind away.",
+        f"{counted(walked.images, 'image')}: move one kind away.",
     )
-    return folder_listing(path, walked)
+    return FolderSource(path, walked)
 
 
 def tables_in(path: Path, split: str) -> TableSet:
@@ -72,4 +75,4 @@ def tables_in(path: Path, split: str) -> TableSet:
     """
     if path.is_file():
         return loose_tables(path.parent, [path.name], split)
-    return saved_tables(path, split) if is_saved(path) else loose_tables(path, walked_folder(path).tables(), split)
+    return saved_tables(path, split) if is_saved(path) else loose_tables(path, walked_folder(path).tables, split)

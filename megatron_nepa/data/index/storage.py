@@ -107,6 +107,14 @@ def shard_stamp(path: Path) -> Stamp:
         raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
 
 
+def is_as_stamped(path: Path, stamp: Stamp) -> bool:
+    """Whether a shard is what it was, or a copy of it; not where it is gone."""
+    try:
+        return _Shard(path).is_as(stamp)
+    except OSError:
+        return False
+
+
 def _opened(index: DatasetIndex, number: int) -> _Shard:
     """A shard of an index, the same as when it was indexed."""
     shard = _Shard(index.root / index.shards[number])

@@ -36,6 +36,10 @@ class NotInPlaceError(ConfigError):
             f"the images in {file} {reason}, so they cannot be read where they lie: give --to_shards DIR, which "
             "unpacks them once."
         )
+        self._file, self._reason = file, reason
+
+    def __reduce__(self) -> tuple[type[NotInPlaceError], tuple[Path, str]]:
+        return type(self), (self._file, self._reason)  # a worker process hands it on
 
 
 def require_pyarrow(file: Path) -> None:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import extension_of
-from megatron_nepa.data.index.label_values import number_classes, read_label
+from megatron_nepa.data.index.label_values import Label, Tally, number_classes, read_label
+from megatron_nepa.data.index.listing import Facts, Kind, Known, Listed, Numbering, Source
+from megatron_nepa.data.index.storage import shard_stamp
 from megatron_nepa.data.index.table_columns import Columns, choose_columns
 from megatron_nepa.data.index.table_files import TableSet
 from megatron_nepa.data.index.table_values import Locator, open_table
@@ -28,12 +31,11 @@ if TYPE_CHECKING:
 
 _NO_IMAGE = "the row holds no image"
 _FIRST_BYTES = 16  # enough to tell an image's format
+_IN_PLACE = "its images are read where they lie, in {} files"
 
-Label = int | str | None
 
-
-def list_tables(tables: TableSet) -> DatasetIndex:
-    """The images of a set of tables, sizes not known yet (0).
+def table_source(tables: TableSet) -> Source:
+    """The images of a set of tables.
 
     Args:
         tables: from :func:`~megatron_nepa.data.index.table_files.saved_tables` or ``loose_tables``.
@@ -42,39 +44,116 @@ def list_tables(tables: TableSet) -> DatasetIndex:
         NotInPlaceError: images that are compressed.
         ConfigError: a damaged file, no images in it, or columns that do not tell what they are.
     """
+    columns = None
     for name in tables.files:  # before the first is read to its end
         with open_table(tables.root / name) as table:
-            table.locate(columns_of(tables, table.schema, name).image)
+            found = columns_of(tables, table.schema, name)
+            table.locate(found.image)
+        columns = columns or found
+        require(
+            replace(found, notes=()) == replace(columns, notes=()),
+            f"the tables of {tables.root} differ in their columns or classes, {tables.files[0]} and {name}: give the "
+            "files of one set.",
+        )
+    assert columns is not None
+    if tables.rows is not None or _holds_paths(tables, columns):
+        return Known(_list_at_once(tables, columns))
+    return TableSource(tables, columns)
+
+
+class TableSource(Source):
+    """Images that lie in tables, listed file by file.
+
+    Args:
+        tables: the files.
+        columns: of every one of them.
+    """
+
+    unit = "files"
+
+    def __init__(self, tables: TableSet, columns: Columns) -> None:
+        self.root, self.units, self._tables, self._columns = tables.root, tables.files, tables, columns
+        self.has_masks = columns.mask is not None
+
+    def list(self, number: int) -> Listed:
+        """The images of one file."""
+        name = self.units[number]
+        stamp, found = shard_stamp(self.root / name), _Found()
+        _read_table(self._tables, number, name, self._columns, found)
+        kinds: dict[Label, int] = {}
+        code = np.array([kinds.setdefault(label, len(kinds)) for label in found.labels], np.int32)
+        _, firsts, counts = np.unique(code, return_index=True, return_counts=True)
+        told = tuple(Kind((label,), int(counts[i]), str(firsts[i])) for label, i in kinds.items())
+        index = _with_ranges(_plain(self._tables, found, code), name, found)
+        index = replace(index, shards=(name,), stamps=(stamp,), shard=np.zeros(len(code), np.int32))
+        empty = len(code) - int(np.count_nonzero(index.size))
+        return Listed(_without_empty(index), Facts(len(code), told, counters={"empty": empty}))
+
+    def number(self, facts: Iterable[Facts]) -> Numbering:
+        """Classes are the labels."""
+        tally, rows, empty = Tally(), 0, 0
+        for unit in facts:
+            for kind in unit.kinds or ():
+                tally.add(kind.what[0], f"row {rows + int(kind.first)} of its tables", kind.images)
+            rows, empty = rows + unit.images, empty + unit.counters["empty"]
+        require(rows > 0, f"{self.root} holds no images: its tables have no rows.")
+        require(rows > empty, f"{self.root} holds no images: all of its rows are empty.")
+        numbers, classes, notes = number_classes(tally, f"the tables of {self.root}", self._columns.classes)
+        told = (*self._tables.notes, *self._columns.notes, *notes, _IN_PLACE.format(len(self.units)))
+        return Numbering(classes, told, lambda what: numbers[what[0]])
+
+
+def _list_at_once(tables: TableSet, columns: Columns) -> DatasetIndex:
+    """The images of tables of which some rows are chosen, or which hold only paths."""
     found = _Found()
     for number, name in enumerate(tables.files):
-        _read_table(tables, number, name, found)
+        _read_table(tables, number, name, columns, found)
     require(bool(found.names), f"{tables.root} holds no images: its tables have no rows.")
-    columns = found.columns
-    assert columns is not None
-    labels, classes, notes = number_classes(
-        found.labels, lambda i: f"row {i} of its tables", f"the tables of {tables.root}", columns.classes
-    )
-    unknown = np.zeros(len(found.names), np.int32)
-    index = DatasetIndex(
-        tables.root,
-        PackedNames.pack(found.names),
-        unknown,
-        unknown,
-        labels,
-        classes,
-        notes=(*tables.notes, *columns.notes, *notes),
-    )
-    index = _with_files(index, found) if all(found.paths) else _with_ranges(index, tables, found)
+    tally = Tally()
+    for i, label in enumerate(found.labels):
+        tally.add(label, f"row {i} of its tables")
+    numbers, classes, notes = number_classes(tally, f"the tables of {tables.root}", columns.classes)
+    index = _plain(tables, found, np.array([numbers[label] for label in found.labels], np.int32))
+    index = replace(index, classes=classes, notes=(*tables.notes, *columns.notes, *notes))
+    if all(found.paths):
+        index = _with_files(index, found)
+    else:
+        index = replace(_with_ranges(index, "", found), shards=tables.files, shard=np.array(found.shard, np.int32))
+        index = replace(index, notes=(*index.notes, _IN_PLACE.format(len(tables.files))))
     if tables.rows is not None:
         inside = tables.rows < len(index)
         require(bool(inside.all()), f"{tables.root} chooses row {tables.rows.max()} of {len(index)}: save it again.")
         index = index.select(tables.rows)
-    empty = np.zeros(len(index), bool) if not index.shards else index.size == 0
-    if empty.any():
-        quarantine = tuple((index.names[i], _NO_IMAGE) for i in np.flatnonzero(empty).tolist())
-        require(not empty.all(), f"{tables.root} holds no images: all of its rows are empty.")
-        index = replace(index.select(np.flatnonzero(~empty)), quarantine=quarantine)
+    index = _without_empty(index)
+    require(len(index) > 0, f"{tables.root} holds no images: all of its rows are empty.")
     return index
+
+
+def _plain(tables: TableSet, found: _Found, label: npt.NDArray[np.int32]) -> DatasetIndex:
+    """The rows without what tells where their bytes lie."""
+    unknown = np.zeros(len(found.names), np.int32)
+    return DatasetIndex(tables.root, PackedNames.pack(found.names), unknown, unknown, label)
+
+
+def _without_empty(index: DatasetIndex) -> DatasetIndex:
+    """The rows that hold an image; the others are in ``quarantine``."""
+    empty = np.flatnonzero(index.size == 0) if index.shards else np.zeros(0, np.int64)
+    if not len(empty):
+        return index
+    quarantine = tuple((index.names[i], _NO_IMAGE) for i in empty.tolist())
+    return replace(index.select(np.flatnonzero(index.size)), quarantine=quarantine)
+
+
+def _holds_paths(tables: TableSet, columns: Columns) -> bool:
+    """Whether the first row that holds anything holds a path alone."""
+    for name in tables.files:
+        with open_table(tables.root / name) as table:
+            for batch in table.batches([columns.image]):
+                values, paths = _values_and_paths(batch.column(columns.image))
+                for value, path in zip(values, paths, strict=True):
+                    if path or value.as_py():
+                        return not value.as_py()
+    return False
 
 
 def columns_of(tables: TableSet, schema: pa.Schema, name: str) -> Columns:
@@ -99,7 +178,6 @@ def rows_of(tables: TableSet, name: str, start: int) -> Iterator[tuple[str, byte
 class _Found:
     """What the tables hold, row by row."""
 
-    columns: Columns | None = None
     names: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     paths: list[str | None] = field(default_factory=list)  # of rows that hold a path alone
@@ -110,17 +188,9 @@ class _Found:
     mask_size: list[int] = field(default_factory=list)
 
 
-def _read_table(tables: TableSet, number: int, name: str, found: _Found) -> None:
+def _read_table(tables: TableSet, number: int, name: str, columns: Columns, found: _Found) -> None:
     file = tables.root / name
     with open_table(file) as table, open(file, "rb", buffering=0) as raw:
-        columns = columns_of(tables, table.schema, name)
-        if found.columns is None:
-            found.columns = columns
-        require(
-            replace(columns, notes=()) == replace(found.columns, notes=()),
-            f"the tables of {tables.root} differ in their columns or classes, {tables.files[0]} and {name}: give the "
-            "files of one set.",
-        )
         locate = table.locate(columns.image)
         locate_mask = None if columns.mask is None else table.locate(columns.mask)
         row = 0
@@ -146,25 +216,19 @@ def _add_masks(column: pa.Array, locate: Locator, found: _Found) -> None:
     found.mask_size += size.tolist()
 
 
-def _with_ranges(index: DatasetIndex, tables: TableSet, found: _Found) -> DatasetIndex:
+def _with_ranges(index: DatasetIndex, name: str, found: _Found) -> DatasetIndex:
+    """The rows, and where their bytes lie in the file ``name`` below the index's root; "" stands for several."""
     lone = next((i for i, path in enumerate(found.paths) if path), None)
     require(
         lone is None,
-        f"row {lone} of {tables.root} holds only a path ({found.paths[lone or 0]}) where others hold the image itself: "
-        "save the set again with save_to_disk of a newer datasets, which puts every image in.",
+        f"row {lone} of {index.root / name} holds only a path ({found.paths[lone or 0 :][:1]}) where others "
+        "hold the image itself: save the set again with save_to_disk of a newer datasets, which puts every image in.",
     )
-    index = replace(
-        index,
-        shards=tables.files,
-        shard=np.array(found.shard, np.int32),
-        offset=np.array(found.offset, np.int64),
-        size=np.array(found.size, np.int64),
-        notes=(*index.notes, f"its images are read where they lie, in {len(tables.files)} files"),
-    )
+    index = replace(index, offset=np.array(found.offset, np.int64), size=np.array(found.size, np.int64))
     if not found.mask_offset:
         return index
     missing = next((i for i, size in enumerate(found.mask_size) if not size and found.size[i]), None)
-    require(missing is None, f"row {missing} of {tables.root} holds an image without a mask: drop it.")
+    require(missing is None, f"row {missing} of {index.root / name} holds an image without a mask: drop it.")
     return replace(
         index,
         masks=PackedNames.pack(f"mask of {name}" for name in found.names),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import defaultdict, deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_nepa.config import ConfigError
@@ -17,29 +17,45 @@ ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", "
 
 
 @dataclass
+class PassedOver:
+    """What was found and is no image of the set: by kind, how many, and the first by name."""
+
+    found: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        """Note ``count`` things of a kind, the first of which is ``name``."""
+        before, first = self.found.get(kind, (0, name))
+        self.found[kind] = (before + count, min(first, name))
+
+    def merge(self, other: PassedOver) -> None:
+        """Note what was noted elsewhere."""
+        for kind, (count, first) in other.found.items():
+            self.add(kind, first, count)
+
+    def note(self) -> tuple[str, ...]:
+        """The number and an example of every kind, in one phrase; nothing where nothing was passed over."""
+        found = [
+            f"{kind} {count} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in self.found.items()
+        ]
+        return (f"passed over: {', '.join(found)}",) if found else ()
+
+
+@dataclass
 class Walked:
     """What lies below a folder; every path is relative to it."""
 
-    images: list[str]  # by extension, sorted
-    passed_over: dict[str, list[str]]  # kind -> what is of that kind
+    # how many images, by extension, lie in each folder; those without are left out, and "" is the folder itself
+    folders: dict[str, int]
+    passed_over: PassedOver
+    # archives directly in the folder, sorted
+    archives: list[str]
+    # Arrow and parquet files anywhere below the folder, sorted
+    tables: list[str]
 
-    def notes(self) -> tuple[str, ...]:
-        """What was passed over, in one phrase."""
-        return passed_over_note(self.passed_over)
-
-    def archives(self) -> list[str]:
-        """Archives directly in the folder, sorted."""
-        return sorted(name for name in self.passed_over.get("archives", ()) if "/" not in name)
-
-    def tables(self) -> list[str]:
-        """Arrow and parquet files anywhere below the folder, sorted."""
-        return sorted(name for name in self.passed_over.get(_OTHER, ()) if name.endswith((".parquet", ".arrow")))
-
-
-def passed_over_note(passed_over: dict[str, list[str]]) -> tuple[str, ...]:
-    """The number and an example of every kind, in one phrase; nothing where nothing was passed over."""
-    found = [f"{kind} {len(names)} ({example(sorted(names))})" for kind, names in passed_over.items() if names]
-    return (f"passed over: {', '.join(found)}",) if found else ()
+    @property
+    def images(self) -> int:
+        """Images in all folders."""
+        return sum(self.folders.values())
 
 
 def example(names: list[str]) -> str:
@@ -58,7 +74,7 @@ def is_image(name: str) -> bool:
 
 
 def walk(root: Path) -> Walked:
-    """Every image below ``root``, and what was passed over.
+    """The folders below ``root`` that hold images, and what was passed over.
 
     Hidden entries, what is neither a file nor a folder, and links that lead nowhere are passed over. A link to a folder
     is followed unless that folder is listed anyway, through its own place or an earlier link, or holds the link.
@@ -73,15 +89,26 @@ def walk(root: Path) -> Walked:
         name, target = walker.links.popleft()
         place = os.path.realpath(os.path.dirname(os.path.join(root, name)))
         if target in walker.listed or _holds(target, place) or _holds(target, home):
-            walker.passed_over[_LISTED].append(name)
+            walker.passed_over.add(_LISTED, name)
         else:
             walker.tree(name, target)
-    filled = {name.split("/", 1)[0] for name in walker.images if "/" in name}
-    walker.passed_over["folders without images"] += sorted(walker.folders - filled)
-    return Walked(sorted(walker.images), walker.passed_over)
+    filled = {folder.split("/", 1)[0] for folder in walker.images}
+    for name in sorted(walker.folders - filled):
+        walker.passed_over.add("folders without images", name)
+    return Walked(walker.images, walker.passed_over, sorted(walker.archives), sorted(walker.tables))
 
 
-_OTHER = "files of other kinds"
+def images_in(root: Path, folder: str) -> Iterator[str]:
+    """The images of one of the folders of :class:`Walked`, paths below ``root``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    for entry in _entries(root / folder):
+        if is_image(entry.name) and not is_hidden(entry.name) and _is_file(_mode(entry)):
+            yield os.path.join(folder, entry.name)
+
+
 _LISTED = "links to folders that are listed already or hold them"
 
 
@@ -90,11 +117,13 @@ class _Walker:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.images: list[str] = []
+        self.images: dict[str, int] = {}  # folder -> images in it
+        self.archives: list[str] = []  # directly below root
+        self.tables: list[str] = []
         self.folders: set[str] = set()  # directly below root
         self.listed: set[str] = set()  # real paths
         self.links: deque[tuple[str, str]] = deque()  # to folders: path below root, real path of the target
-        self.passed_over: defaultdict[str, list[str]] = defaultdict(list)
+        self.passed_over = PassedOver()
 
     def tree(self, top: str, real: str) -> None:
         """List the folder ``top`` below root, which really is ``real``, and what lies below it without links."""
@@ -102,7 +131,7 @@ class _Walker:
         while waiting:
             folder, real = waiting.pop()
             if real in self.listed:  # a link led into a tree of which a part was linked before
-                self.passed_over[_LISTED].append(folder)
+                self.passed_over.add(_LISTED, folder)
                 continue
             self.listed.add(real)
             if folder and "/" not in folder:
@@ -122,14 +151,19 @@ class _Walker:
             kind = "hidden entries"
         elif mode is None:
             kind = "links that lead nowhere"
-        elif not stat.S_ISREG(mode):
+        elif not _is_file(mode):
             kind = "entries that are neither file nor folder"
         elif is_image(name):
-            self.images.append(name)
+            folder = os.path.dirname(name)
+            self.images[folder] = self.images.get(folder, 0) + 1
             return
+        elif name.lower().endswith(ARCHIVES):
+            kind = "archives"
+            self.archives += [] if "/" in name else [name]
         else:
-            kind = "archives" if name.lower().endswith(ARCHIVES) else _OTHER
-        self.passed_over[kind].append(name)
+            kind = "files of other kinds"
+            self.tables += [name] if name.endswith((".parquet", ".arrow")) else []
+        self.passed_over.add(kind, name)
 
 
 def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:
@@ -154,6 +188,10 @@ def _mode(entry: os.DirEntry[str]) -> int | None:
         if entry.is_symlink() and error.errno in (errno.ELOOP, errno.ENOTDIR):
             return None
         raise _unreadable(entry.path, error) from error
+
+
+def _is_file(mode: int | None) -> bool:
+    return mode is not None and stat.S_ISREG(mode)
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,24 +22,30 @@ from megatron_nepa.data.workers import SPAWN, worker_pool
 Verify = Literal["header", "full"]
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some images of one unit of a set."""
+
+    unit: int
+    rows: npt.NDArray[np.int64]  # of the unit, one behind the other
+    images: DatasetIndex
+
+
 @dataclass
 class Checked:
-    """What was found about a slice of a listing."""
+    """What was found about a chunk."""
 
-    rows: npt.NDArray[np.int64]  # of the whole listing
+    rows: npt.NDArray[np.int64]  # of the unit
     width: npt.NDArray[np.int32]  # 0 where the image cannot be used
     height: npt.NDArray[np.int32]
     reasons: dict[int, str]  # row -> why it cannot be used
 
 
-def check_images(
-    listing: DatasetIndex, chunks: list[npt.NDArray[np.int64]], verify: Verify, device: str, workers: int
-) -> Iterator[Checked]:
-    """Check the images of ``chunks``, which are rows of ``listing``, yielding each chunk as it is done, in any order.
+def check_images(chunks: Iterator[Chunk], verify: Verify, device: str, workers: int) -> Iterator[tuple[Chunk, Checked]]:
+    """Check images, yielding each chunk as it is done, in any order.
 
     Args:
-        listing: the images.
-        chunks: rows to check, a few hundred each.
+        chunks: a few hundred images each; the next ones are asked for as workers become free.
         verify: "header" parses headers, "full" decodes every pixel with the decoder that training uses.
         device: "cpu" or "cuda", where "full" decodes.
         workers: processes.
@@ -48,34 +53,35 @@ def check_images(
     Raises:
         ConfigError: the system does not give the bytes of an image or mask.
     """
-    waiting = deque(chunks)
-    while waiting:
-        suspects: list[npt.NDArray[np.int64]] = []
+    chunk = next(chunks, None)
+    while chunk is not None:
+        suspects: list[Chunk] = []
         with worker_pool(workers) as pool:
-            running: dict[Future[Checked], npt.NDArray[np.int64]] = {}
-            while running or (waiting and not suspects):
-                while waiting and not suspects and len(running) < 2 * workers:
-                    rows = waiting.popleft()
-                    running[pool.submit(_check, listing.select(rows), rows, verify, device)] = rows
+            running: dict[Future[Checked], Chunk] = {}
+            while running or (chunk is not None and not suspects):
+                while chunk is not None and not suspects and len(running) < 2 * workers:
+                    running[pool.submit(_check, chunk.images, chunk.rows, verify, device)] = chunk
+                    chunk = next(chunks, None)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    rows = running.pop(future)
+                    done = running.pop(future)
                     try:
-                        yield future.result()
+                        yield done, future.result()
                     except BrokenProcessPool:  # a worker died, and with it every chunk that was under way
-                        suspects.append(rows)
-        for rows in suspects:
-            yield _corner(listing, rows, verify, device)
+                        suspects.append(done)
+        for suspect in suspects:
+            yield suspect, _corner(suspect, verify, device)
 
 
-def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, device: str) -> Checked:
-    """Check ``rows`` in a process of their own, again without the image under way each time that it dies."""
+def _corner(chunk: Chunk, verify: Verify, device: str) -> Checked:
+    """Check a chunk in a process of its own, again without the image under way each time that it dies."""
     fatal: list[int] = []
     while True:
-        rest = rows[~np.isin(rows, fatal)]
+        left = ~np.isin(chunk.rows, fatal)
+        rest, images = chunk.rows[left], chunk.images.select(np.flatnonzero(left))
         under_way = SPAWN.Value("q", -1, lock=False)
         try:
             with worker_pool(1, _report_to, under_way) as pool:
-                checked = pool.submit(_check, listing.select(rest), rest, verify, device).result()
+                checked = pool.submit(_check, images, rest, verify, device).result()
         except BrokenProcessPool:
             if under_way.value < 0:  # it did not come as far as an image
                 raise ConfigError(
@@ -84,13 +90,9 @@ def _corner(listing: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, 
                 ) from None
             fatal.append(under_way.value)
             continue
-        nothing = np.zeros(len(fatal), np.int32)
-        return Checked(
-            np.concatenate([checked.rows, np.array(fatal, np.int64)]),
-            np.concatenate([checked.width, nothing]),
-            np.concatenate([checked.height, nothing]),
-            checked.reasons | dict.fromkeys(fatal, "crashes the decoder"),
-        )
+        width, height = np.zeros(len(chunk.rows), np.int32), np.zeros(len(chunk.rows), np.int32)
+        width[left], height[left] = checked.width, checked.height
+        return Checked(chunk.rows, width, height, checked.reasons | dict.fromkeys(fatal, "crashes the decoder"))
 
 
 _under_way: ctypes.c_longlong | None = None  # in a worker of _corner: the row that it is checking
@@ -108,7 +110,7 @@ def mark(row: int) -> None:
 
 
 def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, device: str) -> Checked:
-    """In a worker: check every image of a slice of the listing."""
+    """In a worker: check every image of a chunk."""
     store = ImageStore(images)
     width, height = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
     reasons: dict[int, str] = {}

@@ -53,23 +53,14 @@ def write_shards(
         ConfigError: a shard size or shorter side below 1, an index of image and mask pairs, a folder of other shards or
             that another process is writing, or an image that cannot be read or scaled, by name.
     """
-    check_shards(index, shard_size, shorter_side)
+    check_sizes(shard_size, shorter_side)
+    require_no_masks(len(index.masks) > 0)
     target = Path(folder)
     facts = {"images": index.fingerprint(), "shard_size": shard_size, "shorter_side": shorter_side}
     mismatch = f"{target} holds shards of other images or another size: remove them, or choose another folder."
     with claimed(target / FACTS_FILE, facts, mismatch):
         write_classes(target, index.classes)
         _write_missing(index, target, shard_size, shorter_side, workers or os.cpu_count() or 1, progress)
-
-
-def check_shards(index: DatasetIndex, shard_size: int, shorter_side: int | None) -> None:
-    """Refuse, before any work, what :func:`write_shards` cannot do.
-
-    Raises:
-        ConfigError: a shard size or shorter side below 1, or an index of image and mask pairs.
-    """
-    check_sizes(shard_size, shorter_side)
-    require(not len(index.masks), "image and mask pairs stay in their folders: shards hold images and labels only.")
 
 
 def check_sizes(shard_size: int, shorter_side: int | None) -> None:
@@ -82,6 +73,15 @@ def check_sizes(shard_size: int, shorter_side: int | None) -> None:
     require(
         shorter_side is None or shorter_side >= 1, f"the shorter side is {shorter_side}; it must be at least 1 pixel."
     )
+
+
+def require_no_masks(has_masks: bool) -> None:
+    """Refuse pairs of image and mask.
+
+    Raises:
+        ConfigError: they are.
+    """
+    require(not has_masks, "image and mask pairs stay in their folders: shards hold images and labels only.")
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
