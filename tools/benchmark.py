@@ -2,6 +2,7 @@
 
 python tools/benchmark.py kernels [--recipe nepa_b] [--operations swiglu,attention] [--json]
 python tools/benchmark.py data [--data DIR] [--threads 2] [--rounds 9] [--json]
+python tools/benchmark.py forms [--threads 2] [--rounds 15] [--json]
 python tools/benchmark.py order [--batch 256] [--json]
 python tools/benchmark.py index [--batches 10000] [--json]
 python tools/benchmark.py train [--recipe nepa_b_release] [--micro_batch_size 8] [--baseline] [--json FILE]
@@ -19,6 +20,7 @@ from megatron_nepa.terminal import tool
 SUBJECTS = {
     "kernels": ("kernels", "time the fused operations against their contenders"),
     "data": ("data", "time the decoding of images"),
+    "forms": ("forms", "time the decoding of the same images in tar, Arrow and parquet files"),
     "order": ("order", "time which images a batch shows"),
     "index": ("index", "time the opening of an index and the images that it serves"),
     "train": ("train.comparison", "time training steps"),

@@ -73,12 +73,12 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     """Time every contender in ``rounds`` interleaved rounds of ``batches`` batches of ``batch`` images."""
     index = build_index(DataConfig(path=str(folder)))
     assert index is not None
-    loader, crops = _loader(index, batch, threads), _crops(index, batch, threads)
+    loader, decoded = _loader(index, batch, threads), crops(index, batch, threads)
     contenders: dict[str, NextBatch] = {
         LOADER: lambda: next(loader).images,
         TORCHVISION: _torchvision(index, batch, threads, normalised=True),
         TORCHVISION_UINT8: _torchvision(index, batch, threads, normalised=False),
-        CROPS: lambda: next(crops)[0],
+        CROPS: lambda: next(decoded)[0],
         DALI_READER: _dali_reader(folder, batch, threads),
     }
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -86,11 +86,11 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             time.sleep(SETTLE_SECONDS)
-            speed = _images_per_second(contenders[name], batch, batches, queued=2 * threads + PREFETCH)
+            speed = images_per_second(contenders[name], batch, batches, queued=2 * threads + PREFETCH)
             if number:  # the first round fills caches and starts threads
                 speeds[name].append(speed)
     loader.close()
-    crops.close()
+    decoded.close()
     median = {name: statistics.median(values) for name, values in speeds.items()}
     per_core = median[CROPS] / threads
     return DataReport(
@@ -107,7 +107,8 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     )
 
 
-def _images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: int) -> float:
+def images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: int) -> float:
+    """Images/s of some batches, behind those that were queued before."""
     for _ in range(queued):  # decoded while others were timed: not this round's work
         next_batch()
     start = time.perf_counter()
@@ -121,7 +122,8 @@ def _loader(index: DatasetIndex, batch: int, threads: int) -> PretrainingLoader:
     return PretrainingLoader(index, config, IMAGE_SIZE, _whole(batch))
 
 
-def _crops(index: DatasetIndex, batch: int, threads: int) -> CropStream:
+def crops(index: DatasetIndex, batch: int, threads: int) -> CropStream:
+    """The decoded random crops of one rank that loads everything."""
     config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
     options = DecoderOptions.of(config, index, torch.device("cpu"))
     return CropStream(index, config, IMAGE_SIZE, _whole(batch), options)

@@ -145,3 +145,9 @@ def describe_index(report: Mapping[str, Any]) -> str:
         f"{timing['batches'] // 20:,} batches, {timing['peak_mb']:.0f} MB at most up to {timing['batches']:,}"
         for timing in report["timings"]
     )
+
+
+def describe_forms(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py forms --json``."""
+    ratios = ", ".join(f"{name} {ratio:.3f}x" for name, ratio in report["ratio"].items())
+    return f"tar shards {report['images_per_second']['tar shards']:.0f} images/s; of that {ratios}"

@@ -15,6 +15,7 @@ from megatron_nepa.benchmarks.results_page import (
     Entry,
     Result,
     describe_data,
+    describe_forms,
     describe_index,
     describe_kernels,
     describe_order,
@@ -36,6 +37,7 @@ DESCRIBE = {
     "data": describe_data,
     "order": describe_order,
     "index": describe_index,
+    "forms": describe_forms,
 }
 ZERO2 = ("--ds_config", "ds_configs/zero2.json")
 
@@ -55,6 +57,7 @@ ENTRIES = (
     ),
     _train("cpu_quickstart", "quickstart, fp32, batch 32", "cpu", "--recipe", "quickstart", "--baseline"),
     Entry("cpu_data", "pre-training input", "cpu", ("data",)),
+    Entry("cpu_forms", "pre-training input over the same images in several forms", "cpu", ("forms",)),
     Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
     Entry("cpu_index", "encoded images served from an index of sparse files, batches of 256", "cpu", ("index",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",

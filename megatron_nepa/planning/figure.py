@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from megatron_nepa.config import ConfigError, PretrainingConfig, require
+from megatron_nepa.files import whole_or_absent
 from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.plan import Plan, find_plans
 from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYLE
@@ -65,10 +65,8 @@ def draw_scaling(run: PretrainingConfig, gpu: Gpu, path: Path) -> None:
         bottom.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         bottom.set_xticks(counts, [f"{count:,}" for count in counts])
         bottom.xaxis.set_minor_locator(NullLocator())
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            figure.savefig(partial, format="png", dpi=150)
-            partial.replace(path)
+            with whole_or_absent(path) as partial:
+                figure.savefig(partial, format="png", dpi=150)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise ConfigError(f"--plot {path} cannot be written: {error.strerror or error}.") from error

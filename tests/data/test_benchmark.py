@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nepa.benchmarks import forms
 from megatron_nepa.benchmarks.data import PAIRS, benchmark, lines
 
 
@@ -23,3 +24,14 @@ def test_data_benchmark(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert report.cores_per_h100 == pytest.approx(3000 / report.images_per_second_per_core)
     text = "\n".join(lines(report, 1))
     assert all(name in text for name in speed)
+
+
+def test_forms_benchmark(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short round; that every form shows the same crops is asked for in it."""
+    monkeypatch.setattr("megatron_nepa.benchmarks.forms.SETTLE_SECONDS", 0.0)
+    report = forms.benchmark(photographs, batch=16, threads=1, rounds=1, batches=2)
+    speed = report.images_per_second
+    assert set(speed) == {"files", "tar shards", "Arrow", "parquet"}
+    assert report.ratio == {
+        name: pytest.approx(speed[name] / speed["tar shards"]) for name in speed if name != forms.TAR
+    }

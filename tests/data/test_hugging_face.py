@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from torch import Tensor
 
-from megatron_nepa.config import ConfigError, DataConfig, MaskConfig
+from megatron_nepa.config import ConfigError, MaskConfig
 from megatron_nepa.data.decoding.masks import load_mask
 from megatron_nepa.data.index import table_values
 from megatron_nepa.data.index.dataset_index import DatasetIndex
@@ -35,9 +33,8 @@ from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.index.splits import split_of
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.index.table_values import NotInPlaceError
-from megatron_nepa.data.loaders.pretraining import PretrainingLoader
-from megatron_nepa.data.sampling.feed import Feed
-from megatron_nepa.data.sampling.rank_share import Share
+from megatron_nepa.data.sampling.order import crop_boxes
+from tests.data.grids import GLOBAL, GRIDS, SEED, Grid, seen_on
 from tests.data.index_tool import run_tool
 from tests.data.test_folders_and_archives import write_tar
 
@@ -380,27 +377,24 @@ def test_image_and_mask_pairs(form: str, tmp_path: Path) -> None:
             assert np.array_equal(found, np.asarray(mask))
 
 
-def take(index: DatasetIndex, steps: int, consumed: int = 0, ranks: int = 1, rank: int = 0) -> Tensor:
-    share = Share(8 // ranks, 8, 1, rank, ranks, 0, 1)
-    feed = Feed(share, 5, torch.device("cpu"), torch.float32, consumed)
-    loader = PretrainingLoader(index, DataConfig(horizontal_flip=True), 32, feed)
-    images = torch.cat([batch.images for batch in islice(loader, steps)])
-    loader.close()
-    return images
-
-
-@pytest.mark.parametrize("write", [many_batches, parquet])
+@pytest.mark.parametrize("write", [many_batches, large_offsets, parquet])
 def test_training_sees_what_it_sees_in_the_folder(
     write: Callable[[dict[str, list[Any]], Path], Path], photographs: Path, tmp_path: Path
 ) -> None:
-    """The same samples, boxes and pixels as from the files, on two ranks and after a restart too."""
-    expected = take(scan_folder(photographs), 8)
+    """The same samples, boxes and pixels as from the files, on every grid, and from there on after a restart."""
+    folder = scan_folder(photographs)
+    pixels, images = seen_on(Grid(), folder, 8)
     save_index(read_sizes(list_source(write(rows_of(photographs), tmp_path / "set"))), tmp_path / "index")
     index = load_index(tmp_path / "index")
-    assert torch.equal(take(index, 8), expected)
-    assert torch.equal(take(index, 5, consumed=24), expected[24:])
-    halves = [take(index, 8, ranks=2, rank=rank).view(8, 4, 3, 32, 32) for rank in range(2)]
-    assert torch.equal(torch.cat(halves, 1).flatten(0, 1), expected)
+    samples = np.arange(len(images))
+    boxes = [crop_boxes(SEED, samples, found.width[images], found.height[images], 0.2) for found in (folder, index)]
+    assert np.array_equal(*boxes)
+    for number, grid in enumerate(GRIDS):
+        consumed = number % 4 * GLOBAL
+        found_pixels, found_images = seen_on(grid, index, 5, consumed)
+        expected = slice(consumed, consumed + 5 * GLOBAL)
+        assert np.array_equal(found_images, images[expected])
+        assert torch.equal(found_pixels, pixels[expected])
 
 
 def test_packing_what_is_read_in_place(tmp_path: Path) -> None:
