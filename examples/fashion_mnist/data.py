@@ -1,8 +1,10 @@
 """Fashion-MNIST as JPEG files and indexes: 60,000 training and 10,000 test photographs, and fractions of the labels.
 
     FOLDER/train/T-shirt/00017.jpg ...   FOLDER/test/...
-    FOLDER/train.index   FOLDER/train_10.index   FOLDER/train_1.index   FOLDER/test.index
+    FOLDER/train.index   FOLDER/train_10.index   FOLDER/train_1.index   FOLDER/held_out.index   FOLDER/test.index
 
+``held_out.index`` names the last 500 training photographs of every class, which no smaller fraction holds: choices are
+made on them, not on the test photographs.
 The data set (Xiao et al. 2017, MIT licence) is Debian's package ``dataset-fashion-mnist``
 (``apt-get install dataset-fashion-mnist``); elsewhere give the folder with its four idx files.
 """
@@ -30,6 +32,7 @@ CLASSES = (
 )
 SPLITS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 PERCENTS = (1, 10, 100)  # of the training labels
+HELD_OUT = 500  # of each class, at the end of the training photographs
 SIDE = 28
 _JPEG_QUALITY = 95
 
@@ -62,6 +65,7 @@ def prepare(source: Path, folder: Path) -> None:
             for percent in PERCENTS:
                 name = "train.index" if percent == 100 else f"train_{percent}.index"
                 save_index(index.select(first_of_each_class(labels, percent)), beside / name)
+            save_index(index.select(last_of_each_class(labels, HELD_OUT)), beside / "held_out.index")
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -72,6 +76,11 @@ def first_of_each_class(labels: npt.NDArray[np.uint8], percent: int) -> npt.NDAr
     """The first ``percent`` per cent of every class, in the order of the data set, int64."""
     rows = [np.flatnonzero(labels == label) for label in range(len(CLASSES))]
     return np.sort(np.concatenate([row[: len(row) * percent // 100] for row in rows]))
+
+
+def last_of_each_class(labels: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int64]:
+    """The last ``count`` of every class, in the order of the data set, int64."""
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[-count:] for label in range(len(CLASSES))]))
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,120 @@
+"""What the study trains: pre-trainings, and the accuracies that are measured from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from examples.fashion_mnist.run import (
+    FINETUNING,
+    FROM_PRETRAINED,
+    FROM_SCRATCH,
+    GLOBAL_BATCH_SIZE,
+    NETWORK,
+    PRETRAINING,
+)
+
+Flags = dict[str, object]
+Split = Literal["test", "held_out"]  # the 10,000 test photographs; 5,000 training photographs without use otherwise
+FINETUNING_BATCH_SIZE = 64
+FINETUNING_RATE = 12e-3  # before scaling by the batch; so are those of pre-training
+PRETRAINING_RATE = 4e-3
+
+# what each objective adds to the network of examples/fashion_mnist, which is the same for all
+OBJECTIVES: dict[str, Flags] = {"nepa": {}}
+
+
+def frozen(flags: Flags) -> tuple[tuple[str, object], ...]:
+    """Flags as a value that can be compared and hashed."""
+    return tuple(sorted(flags.items()))
+
+
+def key_of(value: object) -> str:
+    """Twelve characters that name settings: equal for equal ones, on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One pre-training on the 60,000 photographs without their labels.
+
+    Attributes:
+        objective: a key of OBJECTIVES.
+        changes: flags that differ from the study's.
+        steps: of 128 photographs.
+        seed: of weights, order and draws.
+    """
+
+    objective: str
+    changes: tuple[tuple[str, object], ...]
+    steps: int
+    seed: int
+
+    @property
+    def flags(self) -> Flags:
+        """All flags but those that say where its data and output lie."""
+        return {
+            **NETWORK,
+            **PRETRAINING,
+            **OBJECTIVES[self.objective],
+            "log_every": 1,
+            "save_every": 1000,
+            "micro_batch_size": GLOBAL_BATCH_SIZE,
+            **dict(self.changes),
+            "steps": self.steps,
+            "seed": self.seed,
+        }
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return key_of(self.flags)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One accuracy: a fine-tuning with 10 % of the labels, from a pre-training or from scratch.
+
+    Attributes:
+        start: the pre-training, or None: from scratch.
+        steps: of fine-tuning, of 64 photographs.
+        seed: of the head's weights, order and draws.
+        changes: flags that differ from the study's fine-tuning.
+        split: photographs that are classified at the end.
+        percent: of the training labels.
+    """
+
+    start: Pretraining | None
+    steps: int
+    seed: int
+    changes: tuple[tuple[str, object], ...] = field(default=())
+    split: Split = "test"
+    percent: int = 10
+
+    @property
+    def flags(self) -> Flags:
+        """All flags but those that say where its data, weights and output lie."""
+        flags = {**NETWORK, **FINETUNING}
+        if self.start is not None:  # the checkpoint says what its network is
+            flags = {name: value for name, value in flags.items() if name not in NETWORK or "model." not in name}
+            flags |= {"model.causal": "false", "model.drop_path": 0}
+        return {
+            **flags,
+            **(FROM_PRETRAINED if self.start is not None else FROM_SCRATCH),
+            **dict(self.changes),
+            "steps": self.steps,
+            "seed": self.seed,
+        }
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        start = self.start.key if self.start is not None else None
+        return key_of([start, self.flags, self.split, self.percent])
+
+    def data(self, folder: Path) -> Flags:
+        """The flags that say where its data lies."""
+        return {"data": folder / f"train_{self.percent}.index", "validation_data": folder / f"{self.split}.index"}

@@ -1,0 +1,111 @@
+"""RESULTS.md and its figures, from what the trainings logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from examples.ablations.cells import Cell
+from examples.ablations.comparison import Comparison
+from examples.ablations.figures import draw_figures
+from examples.ablations.judge import STANDARD_ERRORS, compare, deviation
+from examples.ablations.results import Results
+from examples.ablations.study import NEEDED_GAIN, Study
+from examples.ablations.tables import Claim, Table
+from megatron_nepa.files import replace_text
+
+COMMAND = "python examples/ablations/run.py"
+
+
+def write_report(study: Study, tables: Sequence[Table], comparison: Comparison | None, path: Path) -> None:
+    """Write the report and, beside it, its figures.
+
+    Args:
+        study: with the results of all cells.
+        tables: of the paper, that were trained.
+        comparison: of the objectives, or None where it was not trained.
+        path: of the Markdown file.
+    """
+    sections = [_head(study.results), _noise(study)]
+    sections += [_table(study, table) for table in tables]
+    if comparison is not None:
+        sections.append(comparison.describe())
+    figures = draw_figures(study, path.parent)
+    sections += [f"## {title}\n\n![{title}]({name})" for title, name in figures]
+    replace_text(path, "\n\n".join(sections) + "\n")
+
+
+def _head(results: Results) -> str:
+    hours, machines, dates = results.cost()
+    return (
+        "# The paper's ablations on Fashion-MNIST\n\n"
+        f"Written by `{COMMAND}` from the trainings' own logs: {len(results.pretrainings)} pre-trainings and "
+        f"{len(results.cells)} fine-tunings, {hours:.1f} core-hours on {', '.join(machines)}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n\n"
+        "The paper's accuracies are of ImageNet and ViT-B or larger after 50,000 steps and more; here a network of "
+        "0.4 million parameters sees 28 x 28 pixels. What can agree is the direction of a difference, not its size."
+    )
+
+
+def _noise(study: Study) -> str:
+    plan = study.results.plan
+    assert plan is not None
+    lines = [
+        "## Noise, and the steps that it chose",
+        "",
+        "| pre-training | accuracy, % |",
+        "|---|---|",
+        f"| none | {100 * plan['scratch'][0]:.2f} ± {100 * plan['scratch'][1]:.2f} |",
+        *(f"| {steps:,} steps | {100 * mean:.2f} ± {100 * sd:.2f} |" for steps, mean, sd in plan["candidates"]),
+        "",
+        f"Mean and standard deviation of {len(study.scale.noise_seeds)} seeds; {plan['percent']} % of the labels, "
+        f"{plan['finetuning_steps']:,} steps of fine-tuning, 10,000 test photographs. The steps of every cell below "
+        f"were fixed from this table on {plan['date']}, before the others ran: {plan['steps']:,}, the fewest at which "
+        f"pre-training is worth {NEEDED_GAIN:.0f} standard deviations (the most, where none is). With "
+        f"{len(study.scale.seeds)} seeds each, two variants differ by more than noise (beyond {STANDARD_ERRORS:.0f} "
+        f"standard errors) from {100 * plan['detectable']:.2f} points on.",
+    ]
+    return "\n".join(lines)
+
+
+def _table(study: Study, table: Table) -> str:
+    cells = study.cells_of(table)
+    lines = [
+        f"## Table {table.name}: {table.title}",
+        "",
+        "| | paper, % | here, % | last loss | effective rank of the targets |",
+        "|---|---|---|---|---|",
+    ]
+    for row in table.rows:
+        lines.append(
+            f"| {row.label} | {row.paper} | {spread(study, cells[row.label])} | {_health(study, cells[row.label])} |"
+        )
+    lines += ["", *(f"- {judged(study, claim, cells)}" for claim in table.claims)]
+    return "\n".join(lines)
+
+
+def spread(study: Study, cells: Sequence[Cell]) -> str:
+    """Mean and deviation of cells in per cent, and how many of them failed."""
+    found = study.accuracies(cells)
+    failed = sum(study.results.accuracy(cell) is None for cell in cells)
+    note = f" ({failed} of {len(cells)} failed)" if failed else ""
+    return f"{100 * np.mean(found):.2f} ± {100 * deviation(found):.2f}{note}"
+
+
+def judged(study: Study, claim: Claim, cells: dict[str, list[Cell]]) -> str:
+    """A claim, whether it holds here, and the difference."""
+    better, worse = (study.accuracies(cells[label]) for label in (claim.better, claim.worse))
+    difference = 100 * (float(np.mean(better)) - float(np.mean(worse)))
+    return f"{claim.sentence} **{compare(better, worse, study.noise)}**: {difference:+.2f} points."
+
+
+def _health(study: Study, cells: Sequence[Cell]) -> str:
+    losses, ranks = [], []
+    for cell in cells:
+        assert cell.start is not None
+        last = study.results.pretraining(cell.start)["last"]
+        losses.append(last.get("loss", float("nan")))
+        ranks.append(last.get("target_effective_rank", float("nan")))
+    return f"{np.mean(losses):.4f} | {np.mean(ranks):.1f}"

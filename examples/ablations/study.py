@@ -1,0 +1,199 @@
+"""The study's order: the noise first, then the learning rates, then the tables; each from what came before."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from examples.ablations.cells import FINETUNING_RATE, PRETRAINING_RATE, Cell, Pretraining, frozen
+from examples.ablations.judge import STANDARD_ERRORS, deviation, standard_error
+from examples.ablations.results import Results, today
+from examples.ablations.tables import Row, Table
+from examples.ablations.worker import Outcome, Task, begin, carry_out
+from megatron_nepa.config import ConfigError
+
+NEEDED_GAIN = 4.0  # standard deviations of the baseline, that pre-training must be worth over training from scratch
+SWEEP = (0.5, 1.0, 2.0)  # factors of the learning rate
+SCRATCH = "from scratch"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long the study trains.
+
+    Attributes:
+        candidates: steps of pre-training of which one is chosen, rising.
+        finetuning: steps of fine-tuning and of training from scratch.
+        seeds: of every cell.
+        noise_seeds: of the baseline.
+        percent: of the labels that fine-tuning sees.
+    """
+
+    candidates: tuple[int, ...] = (500, 1000, 2000)
+    finetuning: int = 1000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    noise_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    percent: int = 10
+
+
+QUICK = Scale(candidates=(8,), finetuning=8, seeds=(0,), noise_seeds=(0, 1), percent=1)
+
+
+class Study:
+    """Trains what is missing and remembers everything.
+
+    Args:
+        results: what is known.
+        scale: how long to train.
+        data: folder of the prepared photographs.
+        folder: of runs that are under way.
+        jobs: processes, one core each.
+    """
+
+    def __init__(self, results: Results, scale: Scale, data: Path, folder: Path, jobs: int) -> None:
+        self.results, self.scale = results, scale
+        self.data, self.folder = data, folder
+        context = multiprocessing.get_context("spawn")
+        # a process starts anew now and then: what trainings leave behind in one does not pile up
+        self._pool = ProcessPoolExecutor(jobs, context, begin, (folder / "logs",), max_tasks_per_child=20)
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the processes; what they train at an error is left for the next start."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def measure_noise(self) -> None:
+        """Train the baseline with all its seeds; choose the steps of every other cell and write them down.
+
+        The steps are the fewest candidates at which pre-training gains NEEDED_GAIN standard deviations over training
+        from scratch, else the most.
+        """
+        scale = self.scale
+        scratch = [self.from_scratch(seed) for seed in scale.noise_seeds]
+        starts = {steps: [self.baseline(seed, steps) for seed in scale.noise_seeds] for steps in scale.candidates}
+        self.run([*scratch, *(cell for cells in starts.values() for cell in cells)], "noise")
+        if self.results.plan is not None:
+            return
+        floor = self.accuracies(scratch)
+        tried = []
+        for steps, cells in starts.items():
+            found = self.accuracies(cells)
+            tried.append((steps, float(np.mean(found)), deviation(found)))
+        enough = [t for t in tried if t[1] - np.mean(floor) >= NEEDED_GAIN * max(t[2], deviation(floor))]
+        steps, _, noise = enough[0] if enough else tried[-1]
+        seeds = [0.0] * len(scale.seeds)
+        self.results.plan = {
+            "steps": steps,
+            "noise": noise,
+            "detectable": STANDARD_ERRORS * standard_error(seeds, seeds, noise),
+            "candidates": [list(t) for t in tried],
+            "scratch": [float(np.mean(floor)), deviation(floor)],
+            "finetuning_steps": scale.finetuning,
+            "percent": scale.percent,
+            "date": today(),
+        }
+        self.results.save()
+
+    @property
+    def steps(self) -> int:
+        """Of pre-training, as the noise chose them."""
+        assert self.results.plan is not None
+        return int(self.results.plan["steps"])
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the baseline's accuracy over its seeds."""
+        assert self.results.plan is not None
+        return float(self.results.plan["noise"])
+
+    def baseline(self, seed: int, steps: int) -> Cell:
+        """NEPA as the study trains it."""
+        return self.cell(Row("", ""), seed, steps)
+
+    def from_scratch(self, seed: int) -> Cell:
+        """The network trained on the labels alone."""
+        return Cell(None, self.scale.finetuning, seed, percent=self.scale.percent)
+
+    def cell(self, row: Row, seed: int, steps: int | None = None, objective: str = "nepa") -> Cell:
+        """A row's cell of one seed."""
+        start = Pretraining(objective, frozen(row.pretraining), steps or self.steps, seed)
+        return Cell(start, self.scale.finetuning, seed, frozen(row.finetuning), percent=self.scale.percent)
+
+    def cells_of(self, table: Table) -> dict[str, list[Cell]]:
+        """A table's cells by the label of their row."""
+        return {row.label: [self.cell(row, seed) for seed in self.scale.seeds] for row in table.rows}
+
+    def sweep(self, objectives: Sequence[str]) -> dict[str, list[Cell]]:
+        """The cells that choose each objective's learning rate, on photographs that are not the test's."""
+        cells = {
+            objective: [
+                replace(
+                    self.cell(Row("", "", {"optimizer.base_lr": PRETRAINING_RATE * factor}), 0, objective=objective),
+                    split="held_out",
+                )
+                for factor in SWEEP
+            ]
+            for objective in objectives
+        }
+        cells[SCRATCH] = [
+            replace(
+                self.from_scratch(0), changes=frozen({"optimizer.base_lr": FINETUNING_RATE * factor}), split="held_out"
+            )
+            for factor in SWEEP
+        ]
+        return cells
+
+    def best_factor(self, cells: Sequence[Cell]) -> float:
+        """The factor of the learning rate with the highest accuracy; a failed training counts as 0."""
+        found = [self.results.accuracy(cell) or 0.0 for cell in cells]
+        return SWEEP[int(np.argmax(found))]
+
+    def accuracies(self, cells: Iterable[Cell]) -> list[float]:
+        """Of cells that were trained; a failed one counts as 0.1, the accuracy of a guess."""
+        return [0.1 if value is None else value for value in map(self.results.accuracy, cells)]
+
+    def run(self, cells: Iterable[Cell], title: str) -> None:
+        """Train those of the cells that no one has trained, with a progress bar in steps.
+
+        Raises:
+            ConfigError: where a training refuses its settings, or was stopped.
+        """
+        tasks = self._tasks(cells)
+        if not tasks:
+            return
+        with tqdm(total=sum(map(_steps, tasks)), desc=title, unit=" steps") as bar:
+            running = {self._pool.submit(carry_out, task): task for task in tasks}
+            for done in as_completed(running):
+                outcome: Outcome = done.result()
+                self.results.add(outcome.pretraining, outcome.cells)
+                if outcome.stopped is not None:
+                    raise ConfigError(f"stopped; the same command goes on ({outcome.stopped})")
+                bar.update(_steps(running[done]))
+
+    def _tasks(self, cells: Iterable[Cell]) -> list[Task]:
+        """Missing cells, those of one pre-training together, long ones first."""
+        missing: dict[Pretraining | None, dict[str, Cell]] = {}
+        for cell in cells:
+            if cell.key not in self.results.cells:
+                missing.setdefault(cell.start, {})[cell.key] = cell
+        tasks = []
+        for start, found in missing.items():
+            is_known = start is not None and start.key in self.results.pretrainings
+            if start is not None:
+                tasks.append(Task(start, tuple(found.values()), self.data, self.folder, is_known))
+            else:
+                tasks += [Task(None, (cell,), self.data, self.folder, False) for cell in found.values()]
+        return sorted(tasks, key=_steps, reverse=True)
+
+
+def _steps(task: Task) -> int:
+    """Of a task, counted in pre-training's of 128 photographs."""
+    return (task.start.steps if task.start is not None else 0) + sum(cell.steps for cell in task.cells) // 2

@@ -1,0 +1,148 @@
+"""The paper's tables: what each row changes, what the paper found, and what it claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from examples.ablations.cells import Flags
+
+NEPA = "NEPA"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        label: in the report.
+        paper: accuracy on ImageNet in the paper, per cent, or "fail"; "" where the paper has no such row.
+        pretraining: flags that differ from the study's NEPA.
+        finetuning: flags that differ from the study's fine-tuning.
+    """
+
+    label: str
+    paper: str
+    pretraining: Flags = field(default_factory=dict)
+    finetuning: Flags = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, as an order of two rows."""
+
+    sentence: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One of the paper's tables."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+
+
+def _baseline(paper: str) -> Row:
+    return Row(NEPA, paper)
+
+
+SHIFT = Table(
+    "1a",
+    "shift, causal mask and stop-gradient",
+    (
+        _baseline("76.8"),
+        Row("without the shift", "fail", {"objective.shift": "false"}),
+        Row("without the causal mask", "73.6", {"model.causal": "false"}),
+        Row("without the stop-gradient", "fail", {"objective.stop_gradient": "false"}),
+    ),
+    (
+        Claim("The shift is needed.", NEPA, "without the shift"),
+        Claim("The causal mask helps.", NEPA, "without the causal mask"),
+        Claim("The stop-gradient is needed.", NEPA, "without the stop-gradient"),
+    ),
+)
+MASKING = Table(
+    "1c",
+    "masked input patches",
+    (
+        Row("0 %", "78.2"),
+        Row("40 %", "76.4", {"objective.mask_ratio": 0.4}),
+        Row("60 %", "75.7", {"objective.mask_ratio": 0.6}),
+    ),
+    (
+        Claim("Masking 40 % of the input costs accuracy.", "0 %", "40 %"),
+        Claim("Masking 60 % costs more than 40 %.", "40 %", "60 %"),
+    ),
+)
+ATTENTION = Table(
+    "1e",
+    "attention in fine-tuning",
+    (
+        Row("bidirectional", "82.5"),
+        Row("causal", "81.3", finetuning={"model.causal": "true"}),
+    ),
+    (Claim("Fine-tuning with bidirectional attention is better.", "bidirectional", "causal"),),
+)
+FEED_FORWARD = Table(
+    "9",
+    "feed-forward layers",
+    (
+        Row("SwiGLU", "83.8"),
+        # the width of equal parameters: two matrices instead of three
+        Row("GELU", "83.6", {"model.mlp": "gelu", "model.mlp_hidden_size": 384}),
+    ),
+    (Claim("SwiGLU is a little better than GELU, which is not essential.", "SwiGLU", "GELU"),),
+)
+COMPONENTS = Table(
+    "1b",
+    "components, one added to the other",
+    tuple(
+        Row(
+            label,
+            paper,
+            {
+                "model.layer_scale_init": 0.1 if scale else "none",
+                "model.rope": str(rope).lower(),
+                "model.qk_norm": "plain" if norm else "none",
+                **({} if gated else {"model.mlp": "gelu", "model.mlp_hidden_size": 384}),
+            },
+        )
+        for label, paper, scale, rope, norm, gated in (
+            ("plain ViT", "78.2", False, False, False, False),
+            ("LayerScale", "77.4", True, False, False, False),
+            ("LayerScale, RoPE", "80.2", True, True, False, False),
+            ("LayerScale, RoPE, SwiGLU", "fail", True, True, False, True),
+            ("LayerScale, RoPE, QK-norm", "81.1", True, True, True, False),
+            ("LayerScale, RoPE, QK-norm, SwiGLU", "81.3", True, True, True, True),
+        )
+    ),
+    (
+        Claim("LayerScale costs a little accuracy.", "plain ViT", "LayerScale"),
+        Claim("RoPE helps.", "LayerScale, RoPE", "LayerScale"),
+        Claim("QK-norm helps.", "LayerScale, RoPE, QK-norm", "LayerScale, RoPE"),
+        Claim("SwiGLU without QK-norm is unstable.", "LayerScale, RoPE, QK-norm, SwiGLU", "LayerScale, RoPE, SwiGLU"),
+    ),
+)
+PATCH_EMBEDDING = Table(
+    "1d",
+    "patch embedding in fine-tuning",
+    (
+        Row("trained", "73.1", {"model.layer_scale_init": 0.1}),
+        Row("frozen", "77.4", {"model.layer_scale_init": 0.1}, {"model.freeze_patch_embedding": "true"}),
+    ),
+    (Claim("Freezing the patch embedding helps.", "frozen", "trained"),),
+)
+LAYER_DECAY = Table(
+    "8",
+    "layer-wise decay of the learning rate in fine-tuning",
+    (
+        Row("0.65", "83.0", finetuning={"layer_decay.rate": 0.65}),
+        Row("0.35 to 1", "83.8", finetuning={"layer_decay.rate": 0.35, "layer_decay.rate_end": 1}),
+    ),
+    (Claim("A rate that rises from 0.35 to 1 is better.", "0.35 to 1", "0.65"),),
+)
+FIRST = (SHIFT, MASKING, ATTENTION, FEED_FORWARD)
+SECOND = (COMPONENTS, PATCH_EMBEDDING, LAYER_DECAY)
