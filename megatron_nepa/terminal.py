@@ -15,6 +15,7 @@ _EXTRAS = {
     "nvidia": "cuda13 or cuda12",
     "flash_attn": "gpu",
     "transformers": "benchmark",
+    **dict.fromkeys(("fsspec", "aiohttp", "s3fs", "gcsfs"), "remote"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
 }
 _REQUIRED = frozenset(

@@ -31,7 +31,7 @@ ROOMS = {
         ),
         "proofs",
     ),
-    "data": ("workers", "transfer", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
+    "data": ("workers", "transfer", "remote", "index", "sampling", "decoding", "augmentation", "indexing", "loaders"),
     "checkpoint": ("format", "saving", "reading", "conversion", "described", "following", "initial"),
     "training": (
         "stopping",

@@ -117,7 +117,7 @@ def _bytes(index: DatasetIndex) -> Numbers:
     sizes = []
     for row in _spread(len(index), _MOST_FILES).tolist():
         try:
-            sizes.append(os.stat(index.root / index.names[row]).st_size)
+            sizes.append(os.stat(index.folder / index.names[row]).st_size)
         except OSError:
             continue
     return np.array(sizes or [0], np.int64)

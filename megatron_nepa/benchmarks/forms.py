@@ -81,7 +81,7 @@ def forms(index: DatasetIndex, folder: Path) -> dict[str, DatasetIndex]:
 
     write_shards(index, folder / "shards", _ROWS, progress=False)
     images = [
-        {"bytes": (index.root / name).read_bytes(), "path": os.path.basename(name)} for name in index.names
+        {"bytes": (index.folder / name).read_bytes(), "path": os.path.basename(name)} for name in index.names
     ]  # as datasets lays them out
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(images, kind), "label": pa.array(np.asarray(index.label))})

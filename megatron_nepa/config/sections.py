@@ -53,7 +53,8 @@ class ParallelConfig:
 class DataConfig:
     """Where images come from and how they are augmented."""
 
-    # an ImageFolder tree, a flat folder of images or an index; synthetic needs no files; none uses built-in photographs
+    # an ImageFolder tree, a flat folder of images or an index (of shards behind URLs, too); synthetic needs no files;
+    # none uses built-in photographs
     path: str | None = None
     # least share of the image's area that a random crop keeps
     crop_scale_min: float = 0.08
@@ -67,6 +68,12 @@ class DataConfig:
     on_bad_image: Literal["skip", "fail"] = "skip"
     # share of the images that may be bad, ten more aside, before skip ends the run too
     max_bad_share: float = 0.01
+    # seconds for which a read from a bucket or web server is tried again; then the run saves a checkpoint and ends
+    remote_patience: float = 300.0
+    # folder of this machine that keeps what is read from a bucket or web server, for later epochs and other ranks
+    remote_cache: str | None = None
+    # size that the cache is held to, in GB
+    remote_cache_gb: float = 100.0
 
     def __post_init__(self) -> None:
         require(self.path != "", "data is empty; give a folder (an unset shell variable?).")
@@ -86,6 +93,10 @@ class DataConfig:
             0.0 <= self.max_bad_share <= 1.0,
             f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1].",
         )
+        require_finite(self, "data.")
+        require(self.remote_patience > 0, f"data.remote_patience is {self.remote_patience}; it must be positive.")
+        require(self.remote_cache_gb > 0, f"data.remote_cache_gb is {self.remote_cache_gb}; it must be positive.")
+        require(self.remote_cache != "", "data.remote_cache is empty; give a folder (an unset shell variable?).")
 
 
 Decay = Literal["cosine", "linear"]  # shape of a learning rate's fall

@@ -51,7 +51,7 @@ class ClassificationTask(Task):
         if not run.evaluation.only:
             check_mixing(run.augmentation, Share.of(run, topology))  # before images are listed and a model is built
         index, validation = labelled_sets(run, topology)
-        self.index = index
+        self.index, self.reads_remote = index, index.is_remote
         self.classes = index.classes
         self.num_classes = run.head.num_classes or index.num_classes
         self.num_images = len(index)

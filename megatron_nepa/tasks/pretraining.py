@@ -44,6 +44,7 @@ class PretrainingTask(Task):
         self.index = build_index(run.data, verbose=topology.is_main)
         self.num_images = None if self.index is None else len(self.index)
         self.data_fingerprint = None if self.index is None else self.index.fingerprint()
+        self.reads_remote = self.index is not None and self.index.is_remote
         self.flops_per_image = float(pretraining_flops(run))
         self.evaluator: PretrainingProbe | None = None
         if run.probe.every > 0:

@@ -74,6 +74,7 @@ class ProbingTask(Task):
         self.classes = self.index.classes
         self.num_images = len(self.index)
         self.data_fingerprint = self.index.fingerprint()
+        self.reads_remote = self.index.is_remote
         self.flops_per_image = float(forward_flops(run.model))
         self.features, self.origin = _frozen_features(self.run, topology, kernels)
         self.evaluator = None

@@ -135,7 +135,7 @@ def _pairs(
         f"of model.patch_size {run.model.patch_size}: take it out.",
     )
     with waiting_for(f"checking the values of some {split} masks", topology.is_main):
-        said = check_masks(index, run.masks, allowed_share, class_names(index.root, run.masks))
+        said = check_masks(index, run.masks, allowed_share, class_names(index.folder, run.masks))
     if said and topology.is_main:
         print(f"{split} masks of {said}")
     return index

@@ -47,7 +47,7 @@ class SegmentationEvaluator:
 
     def __init__(self, run: SegmentationConfig, index: DatasetIndex, topology: Topology, every: int) -> None:
         self.run, self.index, self.topology, self.every = run, index, topology, every
-        self.names = class_names(index.root, run.masks)
+        self.names = class_names(index.folder, run.masks)
         self.folder = Path(run.output_dir) / "segmentation"
         count = min(run.evaluation.overlays, len(index))
         self.drawn = set(np.linspace(0, len(index) - 1, count).astype(int).tolist())

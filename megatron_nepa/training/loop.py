@@ -21,6 +21,7 @@ from megatron_nepa.training.step import StepClock, Stepper
 from megatron_nepa.training.stopping.errors import TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_TRAINING_FAILED
 from megatron_nepa.training.stopping.lost_rank import LostRankWatch
+from megatron_nepa.training.stopping.lost_source import DataLostError
 from megatron_nepa.training.stopping.preemption import StopSignal, job_end_time
 from megatron_nepa.training.stopping.stall import StallWatch
 from megatron_nepa.training.task import Loader, Task
@@ -81,7 +82,10 @@ class TrainingLoop:
             self.clock.restart()
             first = progress.step + 1
             while stopped_by is None and progress.step < self.total_steps:
-                progress, stopped_by = self.advance(progress, first)
+                try:
+                    progress, stopped_by = self.advance(progress, first)
+                except DataLostError as error:
+                    raise TrainingError(f"{error} {self.save_before_end(progress)}") from error
             if stopped_by is None or (progress.step == self.total_steps and not self.judge.lacks(progress.step)):
                 return progress, None
         newest = self.checkpoints.latest()
@@ -128,6 +132,16 @@ class TrainingLoop:
             if results is not None and is_best:
                 self.judge.mark_best(path, results)
         return progress, stopped_by
+
+    def save_before_end(self, progress: Progress) -> str:
+        """Save where the run stands, if that is not done, and say what to do; every rank calls it."""
+        self.saves.conclude(wait=True)
+        path = self.checkpoints.path_of(progress.step)
+        if progress.step > 0 and not on_all_ranks(self.topology, path.is_dir)[0]:
+            self.saves.save(progress, wait=True)
+        newest = self.checkpoints.latest()
+        saved = "Nothing was saved" if newest is None else f"Saved {newest}"
+        return f"{saved}; the same command continues from step {progress.step} once it can be read again."
 
     def asked_to_stop(self) -> str | None:
         """What asks the run to stop, the same on every rank, or None; a collective."""

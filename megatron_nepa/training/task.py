@@ -66,6 +66,7 @@ class Task(ABC):
         evaluator: measures the model while it is trained, or None.
         classes: names of what the head tells apart, by number; () where there are none. Checkpoints hold them.
         reset_head: whether a head in ``run.init_from`` that does not fit the model's is left out.
+        reads_remote: whether the images lie behind URLs, whose source may be lost.
     """
 
     num_images: int | None
@@ -74,6 +75,7 @@ class Task(ABC):
     evaluator: Evaluator | None = None
     classes: tuple[str, ...] = ()
     reset_head: bool = False
+    reads_remote: bool = False
 
     @abstractmethod
     def build_model(self, kernels: Kernels) -> nn.Module:

@@ -23,6 +23,7 @@ from megatron_nepa.training.reporting.log import Log, RunLog, SilentLog
 from megatron_nepa.training.reporting.run_record import RunRecord
 from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.stopping.errors import RunStopped
+from megatron_nepa.training.stopping.lost_source import AgreedLoader
 from megatron_nepa.training.task import Task
 
 
@@ -38,7 +39,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     Raises:
         RunStopped: after a signal, or shortly before the end of the Slurm job's time, once a checkpoint is saved.
         ConfigError: for a folder or checkpoint that does not fit, before anything is written.
-        TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written.
+        TrainingError: after ``run.max_skipped_steps`` non-finite steps in a row; where a checkpoint cannot be written;
+            where the source of remote images is lost, once a checkpoint is saved.
     """
     ds_config = resolve(run, ds_config, topology.data_size)
     record = RunRecord(run)
@@ -98,6 +100,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log.warn(start)
     with waiting_for("building the data pipeline", topology.is_main):
         loader = task.build_loader(progress.samples, record.path / "bad_images.jsonl", progress.order)
+    if task.reads_remote:
+        loader = AgreedLoader(loader, topology)
     loop = TrainingLoop(run, task, engine, loader, rates, record, total_steps, peak.flops, log)
     reset_peak_memory(topology.device)
     try:

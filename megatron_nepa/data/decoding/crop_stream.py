@@ -51,6 +51,7 @@ class CropStream:
             lambda sample, image: self._store.read(image),
             feed.bad_image_log,
             feed.order,
+            self._store.together,
         )
         self._images: dict[int, IntArray] = {}  # that the micro-batches under way show
         self._pipeline = SubstitutingPipeline(

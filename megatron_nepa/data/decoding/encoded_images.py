@@ -9,7 +9,9 @@ length first: 4 GB for a file of a few kB.
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,10 @@ class EncodedImages:
                 f"has {size[0]} x {size[1]} pixels, and {indexed[0]} x {indexed[1]} when indexed"
             )
         return data
+
+    def together(self, images: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """As :meth:`~megatron_nepa.data.index.storage.ImageStore.together`."""
+        return self._store.together(images)
 
     def close(self) -> None:
         """Close the open files."""

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,9 +21,13 @@ from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.index_file import let_go
+from megatron_nepa.data.remote.files import CONNECTIONS
 from megatron_nepa.data.sampling.order import ORDER_VERSION, IntArray, image_of_sample
 
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few images says anything
+
+_REMOTE_AHEAD, _REMOTE_BYTES = 4 * CONNECTIONS, 2**28  # images, and bytes, that are asked for ahead of their batch
+_SIZES_LOOKED_AT = 100_000
 
 _SAID = 10  # bad images that are also named on the terminal; the log has all
 
@@ -30,23 +35,27 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """Reads the items of a batch in threads, and those of the next batch while this one is used.
+    """Reads the items of a batch in threads, and those of the next ones while this one is used.
 
     Args:
         items_of: the items of a batch, int64 [n]; an empty array ends the reading ahead.
         read: called in the threads with a part of a batch's items.
         threads: how many.
+        depth: batches that are read meanwhile.
     """
 
-    def __init__(self, items_of: Callable[[int], IntArray], read: Callable[[IntArray], T], threads: int) -> None:
-        self._items_of, self._read, self._threads = items_of, read, threads
+    def __init__(
+        self, items_of: Callable[[int], IntArray], read: Callable[[IntArray], T], threads: int, depth: int = 1
+    ) -> None:
+        self._items_of, self._read, self._threads, self._depth = items_of, read, threads, depth
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-reader")
         self._ahead: dict[int, list[Future[T]]] = {}
 
     def __call__(self, batch: int) -> list[T]:
         """What ``read`` gave for the parts of ``batch``, in order; its exceptions are raised here."""
         tasks = self._ahead.pop(batch, None) or self._submit(batch)
-        self._ahead = {batch + 1: self._ahead.get(batch + 1) or self._submit(batch + 1)}
+        following = range(batch + 1, batch + 1 + self._depth)
+        self._ahead = {later: self._ahead.get(later) or self._submit(later) for later in following}
         return [task.result() for task in tasks]
 
     def reset(self) -> None:
@@ -63,6 +72,24 @@ class ReadAhead(Generic[T]):
         return [self._pool.submit(self._read, part) for part in parts if len(part)]
 
 
+def reading_ahead(index: DatasetIndex, threads: int, batch: int) -> tuple[int, int]:
+    """Threads that read, and batches that they read ahead of the one in use.
+
+    A thread waits for the answer of a remote source, where it is busy with a local file: it takes as many threads as
+    requests are to be under way, and enough batches for them to work on, within a bound of memory.
+
+    Args:
+        index: the images.
+        threads: decoding threads, which is what local files take.
+        batch: images of a batch.
+    """
+    if not index.is_remote:
+        return threads, 1
+    mean = max(1.0, float(np.mean(index.size[:_SIZES_LOOKED_AT])))
+    batches = min(-(-_REMOTE_AHEAD // max(batch, 1)), int(_REMOTE_BYTES / (mean * max(batch, 1))))
+    return CONNECTIONS, max(1, batches)
+
+
 class SampleReader(Generic[T]):
     """What the samples of a micro-batch show, with other images in place of those that cannot be used.
 
@@ -74,6 +101,7 @@ class SampleReader(Generic[T]):
         read: called in threads with a sample and the image that it is to show; raises UnreadableImageError.
         bad_image_log: JSON-lines file that bad images are appended to.
         order: version of the order that the run was begun with.
+        together: gives a context in which a thread reads some images, which may be neighbours.
     """
 
     def __init__(
@@ -85,10 +113,12 @@ class SampleReader(Generic[T]):
         read: Callable[[int, int], T],
         bad_image_log: Path | None = None,
         order: int = ORDER_VERSION,
+        together: Callable[[list[int]], AbstractContextManager[None]] = lambda images: nullcontext(),
     ) -> None:
         self._index, self._config, self._seed, self._order = index, config, seed, order
-        self._samples_of, self._read, self._log = samples_of, read, bad_image_log
-        self._read_ahead = ReadAhead(samples_of, self._read_samples, config.num_threads)
+        self._samples_of, self._read, self._together, self._log = samples_of, read, together, bad_image_log
+        threads, depth = reading_ahead(index, config.num_threads, len(samples_of(0)))
+        self._read_ahead = ReadAhead(samples_of, self._read_samples, threads, depth)
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
         self._bad: set[tuple[int, int]] = set()  # (sample, image)
         self._bad_images: set[int] = set()
@@ -119,8 +149,12 @@ class SampleReader(Generic[T]):
         self._read_ahead.close()
 
     def _read_samples(self, samples: IntArray) -> tuple[list[T], list[int]]:
-        items = []
         images = self._images(samples).tolist()
+        with self._together(images):
+            return self._read_images(samples, images)
+
+    def _read_images(self, samples: IntArray, images: list[int]) -> tuple[list[T], list[int]]:
+        items = []
         for i, sample in enumerate(samples.tolist()):
             skip = 0
             while True:

@@ -6,6 +6,7 @@ samples up by number.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
@@ -23,8 +24,11 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
 from megatron_nepa.data.index.label_values import Label, Tally, decode_text, number_classes, read_label
 from megatron_nepa.data.index.listing import Facts, Kind, Listed, Numbering, Source
+from megatron_nepa.data.index.remote_shards import RemoteShard, open_stream, read_whole
 from megatron_nepa.data.index.storage import shard_stamp
 from megatron_nepa.data.index.walk import ARCHIVES, PassedOver, example, is_hidden, is_image
+from megatron_nepa.data.remote.files import RemoteFiles
+from megatron_nepa.data.remote.folder import RemoteFolder
 from megatron_nepa.terminal import counted
 
 CLASSES_FILE = "classes.json"  # beside tar shards: the class names, by number
@@ -47,7 +51,7 @@ class TarSource(Source):
     has one, a tar inside a tar is a class, or else the first folder by which the members differ.
 
     Args:
-        root: their folder, which may hold ``classes.json``.
+        root: their folder, here or remote, which may hold ``classes.json``.
         tars: their names.
         notes: what the user should know of the choice of them.
 
@@ -55,7 +59,7 @@ class TarSource(Source):
         ConfigError: one of them is no plain tar file.
     """
 
-    def __init__(self, root: Path, tars: Sequence[str], notes: tuple[str, ...] = ()) -> None:
+    def __init__(self, root: Path | RemoteFolder, tars: Sequence[str], notes: tuple[str, ...] = ()) -> None:
         self.root, self.units, self._notes = root, tars, notes
         for name in tars:
             _require_plain(name)
@@ -66,8 +70,8 @@ class TarSource(Source):
         path = self.root / name
         stamp, found = shard_stamp(path), _Found()
         try:
-            with open(path, "rb") as file:
-                _read_tar(file, str(path), 0, os.path.getsize(path), "", found)
+            with _opened(path) as (file, size):
+                _read_tar(file, str(path), 0, size, "", found)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
         images = found.images
@@ -107,7 +111,7 @@ class TarSource(Source):
             bool(labels.count),
             f"{where} ({example(list(self.units))}) hold no images ({', '.join(sorted(EXTENSIONS))}).",
         )
-        known = _read_classes(self.root / CLASSES_FILE) if (self.root / CLASSES_FILE).is_file() else None
+        known = _read_classes(self.root / CLASSES_FILE)
         by_label = any(label is not None for label in labels.count)
         class_of = places.classes(self.root) if not by_label else None
         numbers, classes, notes = number_classes(labels if class_of is None else places.tally(class_of), where, known)
@@ -146,7 +150,7 @@ class _Places:
             tally.add(class_of(group, folder), first, images)
         return tally
 
-    def classes(self, root: Path) -> Callable[[str, str | None], str | None]:
+    def classes(self, root: Path | RemoteFolder) -> Callable[[str, str | None], str | None]:
         """What tells the class of an image from its place: the tar inside a tar, or the first folder that differs."""
         if any(group for group, _ in self._found):
             return lambda group, folder: group or None
@@ -382,9 +386,25 @@ def _require_plain(path: str) -> None:
     )
 
 
-def _read_classes(file: Path) -> tuple[str, ...]:
+@contextlib.contextmanager
+def _opened(path: Path | RemoteFolder) -> Iterator[tuple[BinaryIO, int]]:
+    """A tar file, and its size."""
+    if isinstance(path, RemoteFolder):
+        stream, size = open_stream(RemoteShard(RemoteFiles(path), path.url))
+        with stream:
+            yield stream, size
+    else:
+        with open(path, "rb") as file:
+            yield file, os.path.getsize(path)
+
+
+def _read_classes(file: Path | RemoteFolder) -> tuple[str, ...] | None:
+    """The class names beside tar files; None where there are none."""
     try:
-        classes = json.loads(decode_text(file.read_bytes(), str(file)))
+        content = read_whole(file) if isinstance(file, RemoteFolder) else file.read_bytes() if file.is_file() else None
+        if content is None:
+            return None
+        classes = json.loads(decode_text(content, str(file)))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}.") from error
     except ValueError as error:

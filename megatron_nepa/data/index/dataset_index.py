@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nepa.data.remote.folder import RemoteFolder
+
 
 @dataclass(frozen=True)
 class PackedNames:
@@ -66,7 +68,7 @@ class Stamp(NamedTuple):
     """What a shard was when it was indexed, as far as it can be told at once."""
 
     size: int
-    # of the last change, nanoseconds since 1970; a copy has another
+    # of the last change, nanoseconds since 1970, or of a remote shard a hash of its version; a copy has another
     time: int
     # hash of the first and last bytes
     edges: str
@@ -114,8 +116,8 @@ class DatasetIndex:
     Every array has one entry an image; a memory-mapped array serves as well as one in memory.
     """
 
-    # folder that names and shards are relative to
-    root: Path
+    # folder that names and shards are relative to; a remote one holds shards alone
+    root: Path | RemoteFolder
     # path of each image's file below root, or its member's name in a shard
     names: PackedNames
     # stored size in pixels, EXIF orientation not applied
@@ -148,6 +150,17 @@ class DatasetIndex:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its bytes lie behind URLs."""
+        return isinstance(self.root, RemoteFolder)
+
+    @property
+    def folder(self) -> Path:
+        """The root of an index whose files lie here."""
+        assert isinstance(self.root, Path)
+        return self.root
 
     @property
     def num_classes(self) -> int:

@@ -89,7 +89,7 @@ class FolderSource(Source):
     unit = "folders"
 
     def __init__(self, root: Path, walked: Walked) -> None:
-        self.root, self._walked = root, walked
+        self.root, self._folder, self._walked = root, root, walked
         self.units: tuple[str, ...] = _classes(root, walked) or ("",)
         self._folders: dict[str, list[str]] = {name: [] for name in self.units}
         for folder in walked.folders:
@@ -98,7 +98,7 @@ class FolderSource(Source):
     def list(self, number: int) -> Listed:
         """The images of one class, by path; of a flat folder all."""
         name = self.units[number]
-        found = (image for folder in self._folders[name] for image in images_in(self.root, folder))
+        found = (image for folder in self._folders[name] for image in images_in(self._folder, folder))
         names = PackedNames.pack(sorted(found))
         unknown = np.zeros(len(names), np.int32)
         label = np.full(len(names), number if name else -1, np.int32)

@@ -34,6 +34,7 @@ from megatron_nepa.data.index.index_writer import (
     IndexWriter,
     root_in_index,
 )
+from megatron_nepa.data.remote.folder import RemoteFolder, is_url
 
 _LARGE = 2**26  # bytes of an array, of which a rank touches a few rows a batch
 
@@ -90,7 +91,7 @@ def load_index(path: str | Path) -> DatasetIndex:
         in_shards = MASK_COLUMNS if (folder / f"{MASK_COLUMNS[0]}.npy").is_file() else ()
         columns: dict[str, Any] = {name: _mapped(folder / f"{name}.npy") for name in (*COLUMNS, *in_shards)}
         return DatasetIndex(
-            root=folder.resolve().parent / facts["root"],
+            root=RemoteFolder(facts["root"]) if is_url(facts["root"]) else folder.resolve().parent / facts["root"],
             classes=tuple(facts["classes"]),
             recorded_fingerprint=facts.get("fingerprint", ""),
             **columns,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames, PackedStamps
 from megatron_nepa.data.index.storage import shard_stamp
+from megatron_nepa.data.remote.folder import RemoteFolder
 
 VERSION = 2  # version 1 kept shards, stamps and what was left out in the JSON file
 JSON_FILE = "index.json"
@@ -169,8 +170,10 @@ def _header(dtype: np.dtype[Any], length: int) -> bytes:
     return header.getvalue()
 
 
-def root_in_index(root: Path, index: Path) -> str:
+def root_in_index(root: Path | RemoteFolder, index: Path) -> str:
     """How an index remembers its root: from its own folder on where the root lies below that, so both can be moved."""
+    if isinstance(root, RemoteFolder):
+        return root.url
     home = index.parent.resolve()
     found = root.resolve()
     return os.path.relpath(found, home) if found.is_relative_to(home) else str(found)

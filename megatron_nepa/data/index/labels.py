@@ -16,6 +16,7 @@ from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.label_values import Tally, decode_text, number_classes, read_label
 from megatron_nepa.data.index.walk import example, is_image
+from megatron_nepa.data.remote.folder import RemoteFolder
 from megatron_nepa.terminal import counted
 
 _SPACE = "a space"  # the documented delimiter
@@ -75,7 +76,9 @@ class _Line:
     text: str
 
 
-def _named(file: Path, lines: list[_Line], images: list[str], root: Path) -> tuple[list[_Line], tuple[str, ...]] | None:
+def _named(
+    file: Path, lines: list[_Line], images: list[str], root: Path | RemoteFolder
+) -> tuple[list[_Line], tuple[str, ...]] | None:
     """The label of each image from lines of a name and a label, by the one delimiter whose names are images.
 
     None where no line begins with the name of an image.
@@ -156,7 +159,7 @@ def _split(line: _Line, delimiter: str) -> tuple[str, str] | None:
     return (fields[0], fields[1]) if len(fields) == 2 and all(fields) else None
 
 
-def _match(pairs: list[tuple[str, str] | None], images: list[str], root: Path) -> list[int | None]:
+def _match(pairs: list[tuple[str, str] | None], images: list[str], root: Path | RemoteFolder) -> list[int | None]:
     """Which image each name is: by its path below root, or by its base name where paths match nothing."""
     place = {name: i for i, name in enumerate(images)}
     names = ["" if pair is None else _below(pair[0], root) for pair in pairs]
@@ -171,16 +174,24 @@ def _match(pairs: list[tuple[str, str] | None], images: list[str], root: Path) -
     ]
 
 
-def _below(name: str, root: Path) -> str:
+def _below(name: str, root: Path | RemoteFolder) -> str:
     """A name as a path below ``root``, as far as it can be told."""
     path = posixpath.normpath(name.replace("\\", "/"))
-    for home in (str(root), os.path.realpath(root), root.resolve().name):
+    for home in _spellings(root):
         if path.startswith(home + "/"):
             return path[len(home) + 1 :]
     return path
 
 
-def _in_order(file: Path, lines: list[_Line], images: list[str], root: Path) -> tuple[list[_Line], tuple[str, ...]]:
+def _spellings(root: Path | RemoteFolder) -> tuple[str, ...]:
+    if isinstance(root, RemoteFolder):
+        return (root.url,)
+    return str(root), os.path.realpath(root), root.resolve().name
+
+
+def _in_order(
+    file: Path, lines: list[_Line], images: list[str], root: Path | RemoteFolder
+) -> tuple[list[_Line], tuple[str, ...]]:
     """The label of each image from lines of labels, which are in the order of the file names."""
     odd = next((line for line in lines if len(line.text.split()) > 1 or "," in line.text or ";" in line.text), None)
     if odd is not None:

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.storage import is_as_stamped
 from megatron_nepa.data.index.walk import PassedOver
+from megatron_nepa.data.remote.folder import RemoteFolder
 
 
 class Kind(NamedTuple):
@@ -100,7 +101,7 @@ class Source(ABC):
         has_masks: whether these are pairs of image and mask.
     """
 
-    root: Path
+    root: Path | RemoteFolder
     units: Sequence[str]
     unit = "shards"
     has_masks = False

@@ -14,10 +14,12 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import FolderSource, walked_folder
 from megatron_nepa.data.index.listing import Known, Source
 from megatron_nepa.data.index.pair_layouts import list_pairs, pair_layout
+from megatron_nepa.data.index.remote_shards import list_remote
 from megatron_nepa.data.index.splits import choose_split
 from megatron_nepa.data.index.table_files import TABLES, TableSet, is_saved, loose_tables, saved_tables
 from megatron_nepa.data.index.tables import table_source
 from megatron_nepa.data.index.walk import ARCHIVES, example
+from megatron_nepa.data.remote.folder import is_url, shard_urls
 from megatron_nepa.terminal import counted
 
 
@@ -31,6 +33,8 @@ def open_source(source: str | Path, split: str = "training") -> Source:
 
     * a folder that Hugging Face's ``datasets`` saved (``save_to_disk``), a parquet or Arrow file, or a folder of them
       as on the hub: their rows, of one ``split`` where there are several
+    * the URL of a tar file, of several (``train-{0000..1023}.tar``) or of a folder of them, or a text file with such
+      a URL a line: tar shards that are read where they lie, as below
     * a ``.tar`` file, or a folder of them without images: tar shards, of one ``split`` where their names tell several,
       in the WebDataset layout (``key.jpg`` with ``key.cls``, or ``key.json`` with a ``label``) or with class folders; a
       tar inside a tar is a class, as in ImageNet's training archive
@@ -39,13 +43,16 @@ def open_source(source: str | Path, split: str = "training") -> Source:
     * any other folder: an ImageFolder tree or a flat folder; archives beside the images are passed over
 
     Args:
-        source: file or folder.
+        source: file, folder or URL.
         split: part of the set to take, where it has any.
 
     Raises:
         NotInPlaceError: tables whose images are compressed.
         ConfigError: nothing there, no images, or something that cannot be read or is there in two ways.
     """
+    if is_url(source) or shard_urls(source) is not None:
+        folder, names = list_remote(source)
+        return TarSource(folder, *choose_split(names, split, str(folder)))
     path = Path(source)
     if path.is_file() and path.name.lower().endswith(ARCHIVES):
         return TarSource(path.parent, (path.name,))

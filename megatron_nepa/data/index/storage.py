@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,12 @@ import numpy.typing as npt
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, Stamp
 from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError, check_signature, image_size
+from megatron_nepa.data.index.remote_shards import RemoteShard, RemoteShards
+from megatron_nepa.data.remote.files import RemoteFiles
+from megatron_nepa.data.remote.folder import RefusedError, RemoteFolder
 
 _MAX_OPEN_SHARDS = 128
-_HEADER_BYTES = 65536
+HEADER_BYTES = 65536
 _EDGE_BYTES = 4096  # at each end of a shard, that tell it from another of its size
 
 
@@ -27,12 +32,14 @@ class ImageStore:
         self._index = index
         self._lock = threading.Lock()
         self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._remote = RemoteShards(index) if index.is_remote else None
 
     def read(self, i: int, at_most: int | None = None) -> npt.NDArray[np.uint8]:
         """The encoded bytes of image ``i``, uint8 [n], or the first ``at_most`` of them.
 
         Raises:
             ConfigError: the shard was replaced since it was indexed.
+            SourceLostError: a remote shard cannot be read.
             InaccessibleImageError: the file or shard is gone, or the system does not give its bytes.
             UnreadableImageError: the shard is cut short, or the bytes begin like no image. Both have the reason alone,
                 since the caller knows which image it asked for (:meth:`DatasetIndex.where` names it).
@@ -41,14 +48,30 @@ class ImageStore:
         try:
             if index.shards:
                 size = int(index.size[i]) if at_most is None else min(at_most, int(index.size[i]))
-                data = self._shard(int(index.shard[i])).read(int(index.offset[i]), size)
+                shard, offset = int(index.shard[i]), int(index.offset[i])
+                read = self._read_local if self._remote is None else self._remote.read
+                data = read(shard, offset, size)
             else:
-                with open(index.root / index.names[i], "rb", buffering=0) as file:
+                with open(index.folder / index.names[i], "rb", buffering=0) as file:
                     data = file.readall() if at_most is None else file.read(at_most)
         except OSError as error:
             raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
-        check_signature(data)
+        try:
+            check_signature(data)
+        except UnreadableImageError:
+            if self._remote is not None:  # other bytes than were indexed: of another shard in its place?
+                self._remote.shard(int(index.shard[i])).require_same()
+            raise
         return np.frombuffer(data, np.uint8)
+
+    def together(self, images: Sequence[int], at_most: int | None = None) -> contextlib.AbstractContextManager[None]:
+        """Within the block, what this thread reads of remote images that are neighbours comes by one request.
+
+        Args:
+            images: that it reads.
+            at_most: bytes that it reads of each.
+        """
+        return contextlib.nullcontext() if self._remote is None else self._remote.together(images, at_most)
 
     def image_size(self, i: int) -> tuple[int, int]:
         """Stored width and height of image ``i`` from its header.
@@ -57,7 +80,7 @@ class ImageStore:
             UnreadableImageError: it cannot be read, or its header is damaged or of an unsupported kind.
         """
         try:
-            return image_size(self.read(i, at_most=_HEADER_BYTES).tobytes())
+            return image_size(self.read(i, at_most=HEADER_BYTES).tobytes())
         except InaccessibleImageError:
             raise
         except UnreadableImageError:
@@ -68,6 +91,9 @@ class ImageStore:
         """Close the open shards."""
         with self._lock:
             self._open_shards.clear()
+
+    def _read_local(self, shard: int, offset: int, size: int) -> bytes:
+        return self._shard(shard).read(offset, size)
 
     def _shard(self, number: int) -> _Shard:
         with self._lock:
@@ -88,27 +114,34 @@ def read_mask(index: DatasetIndex, i: int) -> bytes:
     """
     try:
         if not len(index.mask_offset):
-            return (index.root / index.masks[i]).read_bytes()
+            return (index.folder / index.masks[i]).read_bytes()
         shard = _opened(index, int(index.shard[i]))
         return shard.read(int(index.mask_offset[i]), int(index.mask_size[i]))
     except OSError as error:
         raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
 
 
-def shard_stamp(path: Path) -> Stamp:
+def shard_stamp(path: Path | RemoteFolder) -> Stamp:
     """What a shard is now: its size, the time of its last change, and a hash of its first and last bytes.
 
     Raises:
         ConfigError: it cannot be read.
     """
+    if isinstance(path, RemoteFolder):
+        return RemoteShard(RemoteFiles(path), path.url).stamp()
     try:
         return _Shard(path).stamp()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
 
 
-def is_as_stamped(path: Path, stamp: Stamp) -> bool:
+def is_as_stamped(path: Path | RemoteFolder, stamp: Stamp) -> bool:
     """Whether a shard is what it was, or a copy of it; not where it is gone."""
+    if isinstance(path, RemoteFolder):
+        try:
+            return RemoteShard(RemoteFiles(path), path.url).is_as(stamp)
+        except RefusedError:
+            return False
     try:
         return _Shard(path).is_as(stamp)
     except OSError:
@@ -117,7 +150,7 @@ def is_as_stamped(path: Path, stamp: Stamp) -> bool:
 
 def _opened(index: DatasetIndex, number: int) -> _Shard:
     """A shard of an index, the same as when it was indexed."""
-    shard = _Shard(index.root / index.shards[number])
+    shard = _Shard(index.folder / index.shards[number])
     require(
         not index.stamps or shard.is_as(index.stamps[number]),
         f"{index.root / index.shards[number]} was replaced or changed since it was indexed: index the data again.",

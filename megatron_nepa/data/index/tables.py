@@ -241,13 +241,13 @@ def _with_files(index: DatasetIndex, found: _Found) -> DatasetIndex:
     """The images by their paths, where the tables hold nothing else."""
     paths = [path for path in found.paths if path]
     for path in paths:
-        if "://" in path or not (index.root / path).is_file():
+        if "://" in path or not (index.folder / path).is_file():
             raise ConfigError(
                 f"{index.root} holds only the paths of its images, and there is no file {path}: save the set again "
                 "where they are, with save_to_disk of a newer datasets, which puts every image in."
             )
     require(not found.mask_offset, f"{index.root} holds only the paths of its images: masks are read from tables only.")
-    absolute = [os.path.abspath(index.root / path) for path in paths]
+    absolute = [os.path.abspath(index.folder / path) for path in paths]
     common = Path(os.path.commonpath([os.path.dirname(path) for path in absolute]))
     names = PackedNames.pack(os.path.relpath(path, common) for path in absolute)
     note = "its tables hold only paths: the images are read from there"

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames, Stamp
 from megatron_nepa.data.index.listing import Facts, Listed, Source
 from megatron_nepa.data.indexing.verify import Checked, Chunk
+from megatron_nepa.data.remote.folder import RemoteFolder
 from megatron_nepa.files import whole_or_absent
 
 _COLUMNS = ("label", "shard", "offset", "size", "mask_offset", "mask_size")
@@ -35,7 +36,7 @@ class Parts:
         length: images of a chunk.
     """
 
-    def __init__(self, folder: Path, root: Path, length: int) -> None:
+    def __init__(self, folder: Path, root: Path | RemoteFolder, length: int) -> None:
         self.folder, self._root, self._length = folder, root, length
 
     def is_listed(self, source: Source, unit: int) -> bool:
@@ -116,7 +117,7 @@ class Parts:
 class ListedPart:
     """The images of one unit on disk."""
 
-    def __init__(self, path: Path, root: Path) -> None:
+    def __init__(self, path: Path, root: Path | RemoteFolder) -> None:
         self._path, self._root = path, root
         with safe_open(path, framework="numpy") as file:
             self._metadata: dict[str, str] = file.metadata()

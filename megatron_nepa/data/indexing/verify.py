@@ -16,7 +16,7 @@ from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError
 from megatron_nepa.data.index.mask_file import mask_size, mask_values
-from megatron_nepa.data.index.storage import ImageStore, read_mask
+from megatron_nepa.data.index.storage import HEADER_BYTES, ImageStore, read_mask
 from megatron_nepa.data.workers import SPAWN, worker_pool
 
 Verify = Literal["header", "full"]
@@ -114,22 +114,23 @@ def _check(images: DatasetIndex, rows: npt.NDArray[np.int64], verify: Verify, de
     store = ImageStore(images)
     width, height = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
     reasons: dict[int, str] = {}
-    for i, row in enumerate(rows.tolist()):
-        mark(row)
-        try:
-            size = store.image_size(i)
-            if len(images.masks):
-                _check_mask(images, i, size, verify)
-            if verify == "full":
-                # imported where it is needed: parsing headers needs neither torch nor DALI, and starts in no time
-                from megatron_nepa.data.decoding.full_decode import full_decode
+    with store.together(range(len(rows)), HEADER_BYTES if verify == "header" else None):
+        for i, row in enumerate(rows.tolist()):
+            mark(row)
+            try:
+                size = store.image_size(i)
+                if len(images.masks):
+                    _check_mask(images, i, size, verify)
+                if verify == "full":
+                    # imported where it is needed: parsing headers needs neither torch nor DALI, and starts in no time
+                    from megatron_nepa.data.decoding.full_decode import full_decode
 
-                full_decode(store.read(i), size, device)
-            width[i], height[i] = size
-        except InaccessibleImageError as error:
-            raise ConfigError(f"{images.where(i)} cannot be read: {error}.") from error
-        except UnreadableImageError as error:
-            reasons[row] = str(error)
+                    full_decode(store.read(i), size, device)
+                width[i], height[i] = size
+            except InaccessibleImageError as error:
+                raise ConfigError(f"{images.where(i)} cannot be read: {error}.") from error
+            except UnreadableImageError as error:
+                reasons[row] = str(error)
     return Checked(rows, width, height, reasons)
 
 

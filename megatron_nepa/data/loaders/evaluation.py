@@ -23,7 +23,7 @@ from megatron_nepa.data.decoding.pipelines import (
     Interpolation,
     new_pipeline,
 )
-from megatron_nepa.data.decoding.sample_reader import ReadAhead
+from megatron_nepa.data.decoding.sample_reader import ReadAhead, reading_ahead
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.sampling.order import IntArray
@@ -94,9 +94,8 @@ class OnePassLoader:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         encoded = EncodedImages(self._index)
-        reader = ReadAhead(
-            self._images_of, lambda part: [self._read(encoded, int(i)) for i in part], self._options.num_threads
-        )
+        threads, depth = reading_ahead(self._index, self._options.num_threads, self._batch_size)
+        reader = ReadAhead(self._images_of, lambda part: self._read_all(encoded, part.tolist()), threads, depth)
         pipeline = self._build(reader)
         label = np.asarray(self._index.label)
         try:
@@ -122,6 +121,10 @@ class OnePassLoader:
             return np.zeros(0, np.int64)
         places = np.arange(batch * self._batch_size, (batch + 1) * self._batch_size)
         return np.minimum(self._data_rank + self._data_size * places, len(self._index) - 1)
+
+    def _read_all(self, encoded: EncodedImages, images: list[int]) -> list[npt.NDArray[np.uint8]]:
+        with encoded.together(images):
+            return [self._read(encoded, image) for image in images]
 
     def _read(self, encoded: EncodedImages, image: int) -> npt.NDArray[np.uint8]:
         try:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import DataConfig
+from megatron_nepa.config import DataConfig, require
 from megatron_nepa.data.decoding.normalising import normalise
 from megatron_nepa.data.index.builtin import builtin_folder
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.index.remote_shards import check_remote
+from megatron_nepa.data.remote.folder import Access, RemoteFolder, is_url
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray, flip_key
 from megatron_nepa.parallel.random import uniform_tensor
@@ -153,7 +155,14 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
         return None
     if config.path is not None and is_index(config.path):
         index = load_index(config.path)
+        if isinstance(index.root, RemoteFolder):
+            index = replace(index, root=replace(index.root, access=Access.of(config)))
+            check_remote(index, every_shard=verbose)
     else:
+        require(
+            config.path is None or not is_url(config.path),
+            f"{config.path} is a URL: index its shards with tools/index_dataset.py, and give the index as --data.",
+        )
         folder = Path(config.path) if config.path is not None else builtin_folder(verbose)
         start = time.monotonic()
         index = scan_folder(folder)
