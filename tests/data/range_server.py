@@ -40,7 +40,7 @@ class Faults:
 
 
 class RangeServer:
-    """Serves a folder.
+    """Serves a folder; a request for /die is its last one.
 
     Args:
         folder: what is served.
@@ -99,6 +99,10 @@ class RangeServer:
             handler.close_connection = True
             return
         path = self.folder / unquote(urlsplit(handler.path).path).lstrip("/")
+        if handler.path == "/die":
+            faults.dead = True
+            self._send(handler, 200, b"", {})
+            return
         status = faults.status or (503 if failing else 0) or (0 if path.exists() else 404)
         if status:
             self._send(handler, status, b"an error page" if body else b"", {})
