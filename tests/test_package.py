@@ -38,6 +38,7 @@ ROOMS = {
         "engine",
         "reporting",
         "task",
+        "lost_source",
         "results",
         "evaluation",
         "step",

@@ -6,6 +6,8 @@
     python tools/index_dataset.py ADEChallengeData2016 --split training --out ade20k.index
     python tools/index_dataset.py imagenet-1k/data --split validation --out val.index
     python tools/index_dataset.py imagenet-1k/data --split train --to_shards shards --out train.index
+    python tools/index_dataset.py s3://bucket/imagenet/train --out train.index
+    python tools/index_dataset.py "https://host/imagenet-train-{0000..1023}.tar" --out train.index
     python tools/index_dataset.py train.index --to_shards /lustre/shards --resize 512 --out /lustre/shards/index
     deepspeed pretrain_nepa.py --data train.index ...
 
@@ -45,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "source",
         help="an ImageFolder tree, a flat folder, a tar file or a folder of tar shards, ImageNet's training archive, "
         "a folder with images/ and annotations/, a folder that Hugging Face's datasets saved, parquet or Arrow files, "
+        "the URL of a folder of tar shards or of shards (s3://, gs://, https://, ...), a text file of such URLs, "
         "or an index (with --to_shards)",
     )
     parser.add_argument("--out", required=True, help="folder of the index; must not exist")

@@ -151,3 +151,11 @@ def describe_forms(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py forms --json``."""
     ratios = ", ".join(f"{name} {ratio:.3f}x" for name, ratio in report["ratio"].items())
     return f"tar shards {report['images_per_second']['tar shards']:.0f} images/s; of that {ratios}"
+
+
+def describe_remote(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py remote --json``."""
+    speed, ratio = report["images_per_second"], report["ratio"]
+    here = next(name for name in speed if name not in ratio)
+    others = ", ".join(f"{ratio[name]:.2f} of that ({speed[name]:.0f} images/s) {name}" for name in ratio)
+    return f"{here} {speed[here]:.0f} images/s; {others}"

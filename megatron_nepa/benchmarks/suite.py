@@ -19,6 +19,7 @@ from megatron_nepa.benchmarks.results_page import (
     describe_index,
     describe_kernels,
     describe_order,
+    describe_remote,
     describe_train,
     read_results,
     render_page,
@@ -38,6 +39,7 @@ DESCRIBE = {
     "order": describe_order,
     "index": describe_index,
     "forms": describe_forms,
+    "remote": describe_remote,
 }
 ZERO2 = ("--ds_config", "ds_configs/zero2.json")
 
@@ -60,6 +62,7 @@ ENTRIES = (
     Entry("cpu_forms", "pre-training input over the same images in several forms", "cpu", ("forms",)),
     Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
     Entry("cpu_index", "encoded images served from an index of sparse files, batches of 256", "cpu", ("index",)),
+    Entry("cpu_remote", "pre-training input, shards behind a web server beside tar shards here", "cpu", ("remote",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",
            "--recipe", "nepa_b_release", "--micro_batch_size", "128", "--compile", "--baseline"),
     _train("gpu_b", "NEPA-B", "cuda", "--recipe", "nepa_b"),

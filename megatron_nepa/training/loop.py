@@ -10,6 +10,7 @@ from megatron_nepa.config import RunConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.judge import Judge
+from megatron_nepa.training.lost_source import DataLostError
 from megatron_nepa.training.reporting.announce import describe_failure
 from megatron_nepa.training.reporting.log import Log
 from megatron_nepa.training.reporting.metric_window import MetricWindow
@@ -21,7 +22,6 @@ from megatron_nepa.training.step import StepClock, Stepper
 from megatron_nepa.training.stopping.errors import TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_TRAINING_FAILED
 from megatron_nepa.training.stopping.lost_rank import LostRankWatch
-from megatron_nepa.training.stopping.lost_source import DataLostError
 from megatron_nepa.training.stopping.preemption import StopSignal, job_end_time
 from megatron_nepa.training.stopping.stall import StallWatch
 from megatron_nepa.training.task import Loader, Task

@@ -16,6 +16,7 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.deepspeed_config import resolve
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.loop import TrainingLoop
+from megatron_nepa.training.lost_source import AgreedLoader
 from megatron_nepa.training.reporting.announce import describe_end, describe_start
 from megatron_nepa.training.reporting.device_memory import reset_peak_memory
 from megatron_nepa.training.reporting.device_peak import device_peak_flops
@@ -23,7 +24,6 @@ from megatron_nepa.training.reporting.log import Log, RunLog, SilentLog
 from megatron_nepa.training.reporting.run_record import RunRecord
 from megatron_nepa.training.reporting.waiting import waiting_for
 from megatron_nepa.training.stopping.errors import RunStopped
-from megatron_nepa.training.stopping.lost_source import AgreedLoader
 from megatron_nepa.training.task import Task
 
 

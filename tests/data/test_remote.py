@@ -23,7 +23,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import load_index
 from megatron_nepa.data.index.remote_shards import check_remote
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.sources import list_source, open_source
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import write_shards
@@ -56,7 +56,7 @@ def server(shards: Path) -> Iterator[RangeServer]:
 @pytest.fixture(scope="module")
 def local(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
     path = tmp_path_factory.mktemp("local") / "index"
-    build_and_save_index(list_source(shards), path, workers=1, progress=False)
+    build_and_save_index(open_source(shards), path, workers=1, progress=False)
     return load_index(path)
 
 
@@ -65,7 +65,7 @@ def indexed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> DatasetIn
     """The index of the shards as a server gives them that fails now and then."""
     path = tmp_path_factory.mktemp("remote") / "index"
     with serving(shards, failing=0.1, short=0.1) as running:
-        build_and_save_index(list_source(running.url), path, workers=1, progress=False)
+        build_and_save_index(open_source(running.url), path, workers=1, progress=False)
     return load_index(path)
 
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_said_before_the_first_step(
 ) -> None:
     """Each in one sentence that names the source."""
     index = tmp_path / "index"
-    build_and_save_index(list_source(server.url), index, workers=1, progress=False)
+    build_and_save_index(open_source(server.url), index, workers=1, progress=False)
     build_index(run_config(index))
     for status, said in ((403, "access is denied"), (401, "access is denied"), (404, "there is no such file")):
         server.faults.status = status

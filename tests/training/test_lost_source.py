@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nepa.data.index.folder import scan_folder
-from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.sources import open_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import write_shards
 from tests.data.range_server import serving
@@ -43,11 +43,11 @@ def test_a_dead_server_ends_the_run_with_a_checkpoint_that_it_continues_from(tmp
     """Two ranks; the losses are those of a run over the same shards here, which never stopped."""
     write_shards(scan_folder(make_images(tmp_path / "images")), tmp_path / "shards", 7, progress=False)
     local, remote = tmp_path / "local.index", tmp_path / "remote.index"
-    build_and_save_index(list_source(tmp_path / "shards"), local, workers=1, progress=False)
+    build_and_save_index(open_source(tmp_path / "shards"), local, workers=1, progress=False)
     flags = [*TINY, f"--steps={STEPS}", "--save_every=100", "--log_every=1", "--data.remote_patience=1"]
     assert run_ranks(2, pretrain, [*flags, f"--data={local}", f"--output_dir={tmp_path}/whole"]) == [None, None]
     with serving(tmp_path / "shards") as server:
-        build_and_save_index(list_source(server.url), remote, workers=1, progress=False)
+        build_and_save_index(open_source(server.url), remote, workers=1, progress=False)
         command = [*flags, f"--data={remote}", f"--output_dir={tmp_path}/run"]
         errors = run_ranks(2, pretrain, command, partial(lose_source_at, server.url, 3))
         assert errors[0] == errors[1]
