@@ -66,6 +66,7 @@ class Hold:
         self.notes: list[str] = []
         self._note: Path | None = None
         self._released = threading.Event()
+        self._path = path
         self._file = path.open("a")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,6 +78,15 @@ class Hold:
             if error.errno not in _NO_LOCKS:
                 raise
             self._hold_by_note(path.with_name(f"{path.name}.owner"), error)
+
+    def is_lost(self) -> bool:
+        """Whether the file was removed or replaced since, so that another process could hold what has its name now."""
+        if self._note is not None:  # it is written again by itself
+            return not self._path.exists()
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError:
+            return True
 
     def release(self) -> None:
         """Let others hold the file."""

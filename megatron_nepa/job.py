@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from megatron_nepa.cli import Recipes, parse_command_line
 from megatron_nepa.config import Run, RunConfig, flag_of
-from megatron_nepa.parallel.launcher import ranks_of_this_node
+from megatron_nepa.parallel.launcher import ranks_of_this_node, speaks_for_its_node
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config
+from megatron_nepa.training.reporting.waiting import waiting_for
 
 if TYPE_CHECKING:
     from megatron_nepa.kernels.dispatch import Kernels
@@ -55,7 +56,8 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
     from megatron_nepa.parallel.topology import build_topology, init_distributed
 
     _share_cores()
-    topology = build_topology(init_distributed(), run.parallel.tensor_parallel_size)
+    with waiting_for("waiting for the other ranks", speaks_for_its_node(os.environ)):
+        topology = build_topology(init_distributed(), run.parallel.tensor_parallel_size)
     if command.followed and topology.is_main:
         fields = (f"{flag_of(name)} {str(value).lower()}" for name, value in command.followed.items())
         print(f"as the checkpoint says, not as --recipe {run.recipe}: {', '.join(fields)}", flush=True)

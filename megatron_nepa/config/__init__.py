@@ -5,7 +5,7 @@ the command line replaces single fields of it. Whatever a field means is said on
 ``--help`` prints that comment. A value that cannot work raises :class:`ConfigError` with the numbers in the message.
 """
 
-from megatron_nepa.config.checks import ConfigError, divisors, multiples_around, one_of, require
+from megatron_nepa.config.checks import ConfigError, RankConfigError, divisors, multiples_around, one_of, require
 from megatron_nepa.config.finetuning import (
     AugmentationConfig,
     ClassificationConfig,
@@ -62,6 +62,7 @@ __all__ = [
     "PretrainingConfig",
     "ProbeConfig",
     "ProbingConfig",
+    "RankConfigError",
     "Run",
     "RunConfig",
     "SegmentationConfig",

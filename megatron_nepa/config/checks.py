@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message says what is wrong and what to do."""
 
 
+class RankConfigError(ConfigError):
+    """What only this rank has met, an image of its share for one: it speaks for itself, the others wait for it."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:

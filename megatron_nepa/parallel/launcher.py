@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import re
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 RENDEZVOUS_SECONDS = 300.0
 # Slurm gives the numbers from here on to what is no step of tasks: salloc's shell, the batch script, ...
 _FIRST_SPECIAL_STEP = 4294967290
+_RETRY_SECONDS = 0.5
 _TORCH_SECONDS = 1800.0  # its own limit on waiting for another rank's part in setting up a group
 
 
@@ -145,7 +150,8 @@ def require_rendezvous(environment: Mapping[str, str], world_size: int) -> None:
         world_size: processes of the run.
 
     Raises:
-        ConfigError: MASTER_ADDR or MASTER_PORT is missing, the latter is no port, or the former no machine.
+        ConfigError: MASTER_ADDR or MASTER_PORT is missing, the latter is no port, the former no machine, or no network
+            leads to it.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     require(
@@ -157,12 +163,17 @@ def require_rendezvous(environment: Mapping[str, str], world_size: int) -> None:
     require(port is not None and 0 < port < 65536, f"MASTER_PORT is {port}; it must be a port from 1 to 65535.")
     address = environment["MASTER_ADDR"]
     try:
-        socket.getaddrinfo(address, port)
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError) as error:  # torch would ask again until its time is over
         raise ConfigError(
             f"MASTER_ADDR is {address!r}, which names no machine from here ({error}): set it to the first node's name "
             "or address."
         ) from None
+    require(
+        any(_has_route(family, target) for family, _, _, _, target in found),
+        f"MASTER_ADDR is {address}, and no network leads there from {socket.gethostname()}: see whether its interface "
+        "is up (`ip link`; the loopback, lo, for 127.0.0.1).",
+    )
 
 
 def meet(place: Place, address: str, port: str, seconds: float = RENDEZVOUS_SECONDS) -> dist.Store:
@@ -183,6 +194,8 @@ def meet(place: Place, address: str, port: str, seconds: float = RENDEZVOUS_SECO
 
     if place.world_size == 1:
         return dist.HashStore()
+    if not _hosts_store(place):
+        _await_first_rank(place, address, int(port), seconds)
     try:
         found = dist.rendezvous(
             "env://", rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=seconds)
@@ -192,6 +205,48 @@ def meet(place: Place, address: str, port: str, seconds: float = RENDEZVOUS_SECO
         raise ConfigError(_why_apart(str(error), place, f"{address}:{port}", seconds)) from None
     store.set_timeout(timedelta(seconds=_TORCH_SECONDS))
     return dist.PrefixStore("default_pg", store)
+
+
+@contextlib.contextmanager
+def forming_groups() -> Iterator[None]:
+    """What torch raises where ranks that have met form no group, as a sentence.
+
+    Raises:
+        ConfigError: a rank went away, or gloo or NCCL found no network interface.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"^\[enforce fail at [^\]]*\] ", "", str(error).strip())  # gloo's, a line of its source
+        raise ConfigError(
+            f"the ranks cannot form a group ({text.splitlines()[0] if text else type(error).__name__}): see whether "
+            "each still runs, and whether the network interfaces between them are up (`ip link`; the loopback, lo, "
+            "within a machine; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name others)."
+        ) from None
+
+
+def _has_route(family: int, target: tuple[object, ...]) -> bool:
+    """Whether this machine knows a way to an address; nothing is sent."""
+    with socket.socket(family, socket.SOCK_DGRAM) as trial:
+        return trial.connect_ex(target) not in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def _hosts_store(place: Place) -> bool:
+    """Whether this rank opens the port where all meet; under torchrun its agent does."""
+    return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+
+def _await_first_rank(place: Place, address: str, port: int, seconds: float) -> None:
+    """Wait until the port answers: torch would wait longer than it is told to, and print pages meanwhile."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(_RETRY_SECONDS, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() + _RETRY_SECONDS > end:
+                raise ConfigError(_why_apart(str(error), place, f"{address}:{port}", seconds)) from None
+        time.sleep(_RETRY_SECONDS)
 
 
 def _why_apart(text: str, place: Place, where: str, seconds: float) -> str:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_nepa.config import divisors, multiples_around, one_of, require
 from megatron_nepa.parallel.launcher import (
     find_place,
+    forming_groups,
     meet,
     ranks_of_this_node,
     require_own_gpu,
@@ -112,7 +113,7 @@ def init_distributed() -> torch.device:
     :func:`.launcher.find_place` says which variables are understood; those that DeepSpeed reads are set.
 
     Raises:
-        ConfigError: for variables that contradict each other, ranks that do not meet, or a rank without a GPU.
+        ConfigError: for variables that contradict each other, ranks that do not meet, no network, or no GPU for a rank.
     """
     # torch's notice of new names: releases without them are served as well
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -137,7 +138,8 @@ def init_distributed() -> torch.device:
         # no device_id: it would form NCCL's communicator here and make every later group out of it, gloo's of the host
         # among them. It saves some start-up; that no group hangs with it was not seen on a GPU.
         backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+        with forming_groups():
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
     return device
 
 
@@ -155,13 +157,14 @@ def build_topology(device: torch.device, tensor_parallel_size: int) -> Topology:
         f"tensor_parallel_size {one_of(divisors(world_size))}.",
     )
     shape = (world_size // tensor_parallel_size, tensor_parallel_size)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+    with forming_groups():
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+        host_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
     tensor = TensorGroup(
         rank=mesh.get_local_rank("tensor"),
         size=tensor_parallel_size,
         group=mesh.get_group("tensor") if tensor_parallel_size > 1 else None,
     )
-    host_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
     assert isinstance(host_group, dist.ProcessGroup)
     return Topology(
         mesh=mesh,

@@ -16,7 +16,7 @@ from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig
 from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.classification import FinetuningLoader, check_mixing
-from megatron_nepa.data.loaders.evaluation import EvaluationLoader
+from megatron_nepa.data.loaders.evaluation import EvaluationLoader, decode_all
 from megatron_nepa.data.loaders.pretraining import Batch, build_index
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
@@ -108,6 +108,11 @@ class ClassificationEvaluator:
         self, run: ClassificationConfig | ProbingConfig, index: DatasetIndex, topology: Topology, every: int
     ) -> None:
         self.run, self.index, self.topology, self.every = run, index, topology, every
+
+    def decode_all(self, interrupted: Callable[[], bool]) -> None:
+        """Decode this rank's validation images once."""
+        run = self.run
+        decode_all(evaluation_loader(run, self.index, self.topology, DTYPES[run.dtype]), interrupted)
 
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Top-1 and top-5 accuracy as shares of 1, and the mean cross-entropy; every image counts once."""

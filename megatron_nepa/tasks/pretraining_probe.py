@@ -10,7 +10,7 @@ from torch import nn
 from megatron_nepa.config import EvaluationConfig, PretrainingConfig, require
 from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.loaders.evaluation import EvaluationLoader
+from megatron_nepa.data.loaders.evaluation import EvaluationLoader, decode_all
 from megatron_nepa.models.probe import TrunkFeatures
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.objectives.objective import PretrainingModel
@@ -54,6 +54,11 @@ class PretrainingProbe:
             f"{probe.data}: set --probe.neighbours to {len(self.train)} or less, or give more images.",
         )
 
+    def decode_all(self, interrupted: Callable[[], bool]) -> None:
+        """Decode this rank's labelled images once."""
+        for index in (self.train, self.validation):
+            decode_all(self._loader(index), interrupted)
+
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Accuracies as shares of 1."""
         assert isinstance(model, PretrainingModel)
@@ -71,8 +76,11 @@ class PretrainingProbe:
     def _extract(
         self, features: TrunkFeatures, index: DatasetIndex, interrupted: Callable[[], bool]
     ) -> Features | None:
+        return extract_features(features, self._loader(index), len(index), self.topology, interrupted)
+
+    def _loader(self, index: DatasetIndex) -> EvaluationLoader:
         run, topology = self.run, self.topology
-        loader = EvaluationLoader(
+        return EvaluationLoader(
             index,
             run.data,
             run.model.image_size,
@@ -84,7 +92,6 @@ class PretrainingProbe:
             device=topology.device,
             dtype=DTYPES[run.dtype],
         )
-        return extract_features(features, loader, len(index), topology, interrupted)
 
 
 def halves(index: DatasetIndex) -> tuple[DatasetIndex, DatasetIndex]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_nepa.config import SegmentationConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.pairs import class_names
+from megatron_nepa.data.loaders.evaluation import decode_all
 from megatron_nepa.data.loaders.segmentation import SegmentationImage, evaluate_segmentation
 from megatron_nepa.files import replace_text
 from megatron_nepa.models.sliding_window import sliding_window_logits, whole_image_logits
@@ -52,24 +53,17 @@ class SegmentationEvaluator:
         count = min(run.evaluation.overlays, len(index))
         self.drawn = set(np.linspace(0, len(index) - 1, count).astype(int).tolist())
 
+    def decode_all(self, interrupted: Callable[[], bool]) -> None:
+        """Read this rank's validation images and masks once."""
+        decode_all(self._images(), interrupted)
+
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Scores in [0, 1]: mean_iou, mean_accuracy, pixel_accuracy."""
         run, topology = self.run, self.topology
         matrix = ConfusionMatrix(run.masks.num_classes, topology.device)
-        items = evaluate_segmentation(
-            self.index,
-            run.data,
-            run.crops,
-            run.masks,
-            run.model.image_size,
-            topology.data_rank,
-            topology.data_size,
-            topology.device,
-            DTYPES[run.dtype],
-        )
         count = -(-len(self.index) // topology.data_size)
         shown = None if topology.is_main else True  # None: where there is a terminal
-        for item in tqdm(items, "evaluating", count, unit=" images", leave=False, disable=shown):
+        for item in tqdm(self._images(), "evaluating", count, unit=" images", leave=False, disable=shown):
             if interrupted():
                 return None
             logits = resize(self._logits(model, item.images), item.labels.shape)
@@ -87,6 +81,21 @@ class SegmentationEvaluator:
             "mean_accuracy": scores.mean_accuracy,
             "pixel_accuracy": scores.pixel_accuracy,
         }
+
+    def _images(self) -> Iterator[SegmentationImage]:
+        """This rank's share of the validation images, scaled, with their masks."""
+        run, topology = self.run, self.topology
+        return evaluate_segmentation(
+            self.index,
+            run.data,
+            run.crops,
+            run.masks,
+            run.model.image_size,
+            topology.data_rank,
+            topology.data_size,
+            topology.device,
+            DTYPES[run.dtype],
+        )
 
     def _logits(self, model: nn.Module, image: Tensor) -> Tensor:
         """fp32 [1, K, H, W] of a scaled image [1, 3, H, W]."""

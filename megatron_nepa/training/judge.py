@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_nepa.checkpoint.format.agreement import on_all_ranks
+from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import OptimizerConfig
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.evaluation import best_of, describe_lag, evaluate_engine
 from megatron_nepa.training.reporting.log import Log
 from megatron_nepa.training.reporting.metrics_file import read_metrics
+from megatron_nepa.training.stopping.errors import TrainingError
 from megatron_nepa.training.task import Evaluator
 
 
@@ -64,6 +65,16 @@ class Judge:
         # the main rank writes the file: the others may not see its newest row yet
         return on_all_ranks(self.topology, lambda: self.topology.is_main and lacking())[0]
 
+    def decode_all(self, interrupted: Callable[[], bool]) -> None:
+        """Decode what is evaluated, once, so that a damaged image is refused before the first step.
+
+        Raises:
+            RankConfigError: an image that cannot be decoded, by name.
+        """
+        if self.evaluator is not None:
+            with self.log.waiting_for("decoding the images of the evaluation once"):
+                self.evaluator.decode_all(interrupted)
+
     def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Results by their names in the log; None where the evaluation was interrupted."""
         assert self.evaluator is not None
@@ -89,8 +100,14 @@ class Judge:
         """Keep a checkpoint as the best one, by its average or its raw weights, whichever is ahead."""
         best = self._best_of(results)
         assert best is not None
-        if self.topology.is_main:
-            self.checkpoints.mark_best(checkpoint, *best)
+        name, value = best
+        try:
+            on_main_rank(self.topology, lambda: self.checkpoints.mark_best(checkpoint, name, value))
+        except RankError as error:
+            raise TrainingError(
+                f"{checkpoint}, the best so far by {name}, could not be marked as such ({error}): make room; the same "
+                "command continues from there."
+            ) from error
         self.log.message(f"best so far: {best[0]} {best[1]:.4f}")
 
     def _best_of(self, results: dict[str, float]) -> tuple[str, float] | None:

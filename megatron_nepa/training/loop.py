@@ -69,7 +69,7 @@ class TrainingLoop:
             task.evaluator, engine, run.optimizer, self.checkpoints, record.metrics_path, total_steps, log
         )
         description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
-        self.saves = Saves(engine, self.checkpoints, description, run.async_save, self.clock, self.stall, log)
+        self.saves = Saves(engine, record, description, run.async_save, self.clock, self.stall, log)
         self.stop = StopSignal(topology.is_main, job_end_time())
         self.window = MetricWindow(topology)
 
@@ -121,6 +121,8 @@ class TrainingLoop:
             stopped_by = self.asked_to_stop()
         is_best = results is not None and self.judge.is_best(results)
         saves = is_last or is_best or stopped_by is not None or number % run.save_every == 0
+        if saves:
+            self.saves.restore_folder(number)
         is_logged = number == first or number % run.log_every == 0
         if failed or saves or results or not applied or is_logged:
             self.write_log(progress, results or {})
@@ -165,7 +167,9 @@ class TrainingLoop:
         The results get a row of their own in metrics.jsonl: step 0 has no other, that of a later step is written.
         """
         if not self.judge.lacks(progress.step):
-            return None
+            if progress.step < self.total_steps:
+                self.judge.decode_all(lambda: self.stop.is_asked)  # the next evaluation may be hours away
+            return self.asked_to_stop()
         if progress.step > 0:
             self.log.message(f"evaluating step {progress.step}, which has no result yet")
         results = self.evaluate(progress)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_nepa.checkpoint.format.agreement import RankError
 from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
-from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress, SaveError
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress, SaveError
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.reporting.log import Log
+from megatron_nepa.training.reporting.run_record import RunRecord
 from megatron_nepa.training.step import StepClock
 from megatron_nepa.training.stopping.errors import TrainingError
 from megatron_nepa.training.stopping.save_time import SaveTime, checkpoint_bytes
@@ -20,7 +22,7 @@ class Saves:
 
     Args:
         engine: with what is saved.
-        checkpoints: the folder to write them in.
+        record: the run's folder, where they are written.
         description: what the manifest says of the run.
         in_background: write beside the steps that follow (``--async_save``).
         clock: of the steps, whose time a save is not.
@@ -31,16 +33,16 @@ class Saves:
     def __init__(
         self,
         engine: TrainingEngine,
-        checkpoints: CheckpointStore,
+        record: RunRecord,
         description: dict[str, Any],
         in_background: bool,
         clock: StepClock,
         stall: StallWatch,
         log: Log,
     ) -> None:
-        self.engine, self.description = engine, description
+        self.engine, self.record, self.description = engine, record, description
         self.clock, self.stall, self.log = clock, stall, log
-        self.saver = CheckpointSaver(checkpoints, engine.topology, in_background)
+        self.saver = CheckpointSaver(record.checkpoints, engine.topology, in_background)
         num_bytes = checkpoint_bytes(engine.module, engine.topology.tensor.size, has_ema=engine.ema is not None)
         self.time = SaveTime(num_bytes)
 
@@ -63,6 +65,23 @@ class Saves:
             self.conclude(wait)
         self.clock.restart()
         return path
+
+    def restore_folder(self, step: int) -> None:
+        """Make the run's folder anew where it was removed, before anything is written there after a step.
+
+        Raises:
+            TrainingError: on every rank, where it cannot be.
+        """
+        folder = self.record.path
+        try:
+            restored = self.record.restore(self.engine.topology)
+        except RankError as error:
+            raise TrainingError(
+                f"step {step} cannot be saved: {folder} was removed or changed while the run went on, and cannot be "
+                f"made anew ({error}): choose another --output_dir."
+            ) from error
+        if restored:
+            self.log.message(f"warning: {folder} was removed while the run went on: made anew at step {step}.")
 
     def conclude(self, wait: bool) -> None:
         """Say that the save under way is done, if it is, and learn how long it took.

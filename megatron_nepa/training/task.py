@@ -48,6 +48,13 @@ class Evaluator(Protocol):
     def at_start(self) -> bool:
         """Whether the weights that the run starts from are measured too, as step 0."""
 
+    def decode_all(self, interrupted: Callable[[], bool]) -> None:
+        """Decode this rank's share of what :meth:`evaluate` shows, once; ``interrupted`` is asked between batches.
+
+        Raises:
+            RankConfigError: an image that cannot be decoded, by name.
+        """
+
     def evaluate(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Results by name, equal on all ranks, of a model in evaluation mode; every rank calls it.
 

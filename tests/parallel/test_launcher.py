@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from megatron_nepa.config import ConfigError
 from megatron_nepa.parallel.launcher import (
     Place,
     find_place,
+    forming_groups,
     meet,
     ranks_of_this_node,
     require_own_gpu,
@@ -74,6 +78,29 @@ def test_contradictions_are_named(variables: dict[str, str], message: str) -> No
 def test_a_rendezvous_that_is_none(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         require_rendezvous(variables, 2)
+
+
+def in_a_network_that_is_down(code: str) -> str:
+    """What Python prints in a network namespace of its own, whose loopback nobody has brought up."""
+    outside = ["unshare", "-rn"]
+    if shutil.which("unshare") is None or subprocess.run([*outside, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespaces here")
+    return subprocess.run([*outside, sys.executable, "-c", code], capture_output=True, text=True).stderr
+
+
+def test_a_network_that_is_down() -> None:
+    meeting = """
+from megatron_nepa.parallel.launcher import require_rendezvous
+require_rendezvous({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, 2)
+"""
+    assert "MASTER_ADDR is 127.0.0.1, and no network leads there" in in_a_network_that_is_down(meeting)
+
+
+def test_groups_that_cannot_be_formed() -> None:
+    gloo = "[enforce fail at /a/b/device.cc:215] ifa != nullptr. Unable to find interface for: [127.0.0.1]"
+    for text, said in ((gloo, r"group \(ifa != nullptr\. Unable to find interface"), ("", r"group \(RuntimeError\)")):
+        with pytest.raises(ConfigError, match=said), forming_groups():
+            raise RuntimeError(text)
 
 
 def test_a_rank_that_sees_no_gpu_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,27 @@ def test_a_run_computes_the_same_with_and_without_probes(folder: Path, tmp_path:
     for name in ("probe_knn_top1", "probe_linear_top1"):
         assert 1 / 6 < one[-1][name] < 1  # a number that could differ, better than a guess
     assert (tmp_path / "one/figures/evaluation.png").is_file()
+
+
+def continued_on_damage(folder: Path, output: Path, victim: Path) -> str | None:
+    """A run that is killed after its checkpoint of step 2, and continued when an image of its probe is damaged."""
+    arguments = flags(folder, output, *probing(folder), "--probe_every=4")
+    kill_in_step(4)
+    with pytest.raises(Killed):
+        pretrain(arguments)
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])  # its header is as it was
+    return pretrain(arguments)
+
+
+def test_a_damaged_image_of_the_probe_is_refused_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    """By the process that continues a run, too, whose next probe is steps away."""
+    shutil.copytree(folder, tmp_path / "data")
+    victim = tmp_path / "data/labelled/e/003.jpg"
+    (said,) = run_ranks(1, continued_on_damage, tmp_path / "data", tmp_path / "run", victim)
+    assert said is not None
+    assert said.startswith(f"RankConfigError: {victim} cannot be decoded")
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 def make_regions(folder: Path, per_class: int, seed: int) -> Path:

@@ -1,8 +1,13 @@
-"""A folder that cannot be a run's is one sentence, before anything is computed."""
+"""The folder of a run: what cannot be one, and one that is removed while the run goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from megatron_nepa.config import ConfigError, PretrainingConfig
 from megatron_nepa.parallel.topology import build_topology
 from megatron_nepa.training.reporting.run_record import RunRecord
 from tests.distributed.ranks import run_ranks
+from tests.runs import TINY, make_images, pretrain, read_metrics
 
 PLACES = {
     "a" * 300: "File name too long",
@@ -38,3 +44,47 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     for said, reason in zip(run_ranks(1, refusals, tmp_path)[0], PLACES.values(), strict=True):
         assert reason in said
         assert said.startswith("--output_dir ")
+
+
+def remove_in_step(step: int, folder: Path, claim: bool) -> None:
+    """Remove a run's folder in the middle of a step, and make another run's in its place or not."""
+    from megatron_nepa.training.engine.engine import TrainingEngine
+
+    real, calls = TrainingEngine.step, [0]
+
+    def removing(self: TrainingEngine, learning_rate: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step and self.topology.is_main:
+            shutil.rmtree(folder)
+            if claim:
+                folder.mkdir()
+                (folder / "config.json").write_text("{}")
+        return real(self, learning_rate)
+
+    TrainingEngine.step = removing  # type: ignore[method-assign]
+
+
+def a_removed_folder(images: Path, output: Path, claim: bool) -> tuple[str | None, str | None, str]:
+    """What ends a run whose folder is removed, what ends another in the same folder, and what both print."""
+    arguments = [*TINY, f"--data={images}", f"--output_dir={output}", "--steps=4", "--save_every=2"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        first = pretrain(arguments, partial(remove_in_step, 3, output, claim))
+        second = pretrain([*arguments, "--seed=5"])
+    return first, second, printed.getvalue()
+
+
+def test_a_folder_that_is_removed_while_the_run_goes_on(tmp_path: Path) -> None:
+    """It is made anew, and still tells the run from another; one that another run has taken is left to it."""
+    images = make_images(tmp_path / "images", 8)
+    ((first, second, printed),) = run_ranks(1, a_removed_folder, images, tmp_path / "run", False)
+    assert first is None
+    assert second is not None
+    assert "holds another run (seed 1337 there, 5 here)" in second
+    assert "run was removed while the run went on: made anew at step 4." in printed
+    assert (tmp_path / "run/checkpoints/step_00000004").is_dir()
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [4]
+    (first, _, _), (other, _, _) = run_ranks(2, a_removed_folder, images, tmp_path / "taken", True)
+    assert first == other
+    assert first is not None
+    assert first.startswith("TrainingError: step 4 cannot be saved: ")
+    assert "config.json is another run's by now" in first

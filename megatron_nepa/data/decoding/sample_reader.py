@@ -7,6 +7,7 @@ rank meets the sample, when, and what it met before play no part. The list of ba
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -210,5 +211,7 @@ class SampleReader(Generic[T]):
             print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)
         if self._log is not None:
             row = {"sample": sample, "image": image, "reason": reason}
-            with open(self._log, "a") as file:  # one short write in append mode: ranks do not cut each other's lines
+            # one short write in append mode: ranks do not cut each other's lines. A full disk, or a folder that is
+            # gone, costs the record, as it does the metrics
+            with contextlib.suppress(OSError), open(self._log, "a") as file:
                 file.write(json.dumps(row) + "\n")

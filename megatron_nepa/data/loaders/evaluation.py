@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from nvidia.dali import fn, types
 from torch import Tensor
 
-from megatron_nepa.config import ConfigError, DataConfig, require
+from megatron_nepa.config import ConfigError, DataConfig, RankConfigError, require
 from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.full_decode import decodes_whole
 from megatron_nepa.data.decoding.normalising import normalise
@@ -67,7 +67,7 @@ class OnePassLoader:
         interpolation: of the resize, which is antialiased.
 
     Raises:
-        ConfigError: while iterating, an image that cannot be decoded, by name.
+        RankConfigError: while iterating, an image that cannot be decoded, by name.
     """
 
     def __init__(
@@ -130,7 +130,9 @@ class OnePassLoader:
         try:
             return encoded.read(image)
         except UnreadableImageError as error:
-            raise ConfigError(f"{self._index.where(image)} cannot be read: {error}; {_REMEDY}.") from error
+            raise RankConfigError(f"{self._index.where(image)} cannot be read: {error}; {_REMEDY}.") from error
+        except ConfigError as error:
+            raise RankConfigError(str(error)) from error
 
     def _build(self, reader: ReadAhead[list[npt.NDArray[np.uint8]]]) -> DaliImages:
         def source(batch: int) -> tuple[Any, ...]:
@@ -164,7 +166,22 @@ class OnePassLoader:
             bad = [self._index.where(i) for i in images if not decodes_whole(encoded, self._index, i, device)]
             if not bad:  # every image decodes by itself: whatever it was, it was no bad image
                 raise
-            raise ConfigError(f"{', '.join(bad)} cannot be decoded; {_REMEDY}.") from error
+            raise RankConfigError(f"{', '.join(bad)} cannot be decoded; {_REMEDY}.") from error
+
+
+def decode_all(batches: Iterable[object], interrupted: Callable[[], bool]) -> None:
+    """Read and decode a rank's share of a set, and drop it: what cannot be evaluated is found before it is needed.
+
+    Args:
+        batches: an :class:`OnePassLoader`, or what is built on one.
+        interrupted: asked between them, on this rank alone.
+
+    Raises:
+        RankConfigError: an image that cannot be decoded, by name.
+    """
+    for _ in batches:
+        if interrupted():
+            return
 
 
 class EvaluationLoader(OnePassLoader):
@@ -184,7 +201,8 @@ class EvaluationLoader(OnePassLoader):
         interpolation: see there.
 
     Raises:
-        ConfigError: a crop larger than the resized image; while iterating, an image that cannot be decoded, by name.
+        ConfigError: a crop larger than the resized image.
+        RankConfigError: while iterating, an image that cannot be decoded, by name.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali import fn, types
 from torch import Tensor
 
-from megatron_nepa.config import IGNORED, ConfigError, CropConfig, DataConfig, MaskConfig
+from megatron_nepa.config import IGNORED, ConfigError, CropConfig, DataConfig, MaskConfig, RankConfigError
 from megatron_nepa.data.augmentation.photometric import distort
 from megatron_nepa.data.decoding.encoded_images import EncodedImages
 from megatron_nepa.data.decoding.full_decode import decodes_whole
@@ -210,7 +210,8 @@ def evaluate_segmentation(
     Ranks yield equally many images; arguments are those of :class:`SegmentationLoader`.
 
     Raises:
-        ConfigError: an index without masks; while iterating, an image or mask that cannot be used, by name.
+        ConfigError: an index without masks.
+        RankConfigError: while iterating, an image or mask that cannot be used, by name.
     """
     require_masks(index)
 
@@ -223,6 +224,8 @@ def evaluate_segmentation(
         try:
             mask = load_mask(index, image, masks)
         except UnreadableImageError as error:
-            raise ConfigError(f"{index.where(image)} cannot be evaluated: {error}.") from error
+            raise RankConfigError(f"{index.where(image)} cannot be evaluated: {error}.") from error
+        except ConfigError as error:
+            raise RankConfigError(str(error)) from error
         labels = to_device(mask, device).long()
         yield SegmentationImage(batch.images, labels, image, bool(batch.valid))

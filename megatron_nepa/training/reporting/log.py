@@ -146,7 +146,7 @@ class RunLog:
         # opened anew each time, so that a disk that comes back is written again
         try:
             with self._path.open("a") as file:
-                file.write(("\n" if self._torn else "") + "".join(f"{line}\n" for line in lines))
+                file.write(("\n" if self._torn and file.tell() else "") + "".join(f"{line}\n" for line in lines))
             self._torn = False
         except OSError as error:
             self._torn = True

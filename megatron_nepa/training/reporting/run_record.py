@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_nepa.checkpoint.format.agreement import RankError, on_main_rank
+from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
@@ -74,6 +74,7 @@ class RunRecord:
         self.figures_path = self.path / "figures"
         self.profile_path = self.path / "profile"
         self._hold: Hold | None = None
+        self._config = ""  # what was written to config.json
         self.checkpoints = CheckpointStore.of(self.path, run.keep_last, run.keep_every)
 
     def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
@@ -116,19 +117,48 @@ class RunRecord:
         """
 
         def claim() -> None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                self._hold = Hold(self.path / ".lock")
-            except AlreadyHeldError as error:
-                raise OSError(f"another run is writing there: {error}") from None
-            for note in self._hold.notes:
-                print(note, flush=True)
+            self._claim()
             try_to_write(self.checkpoints.folder)  # before the first step, not at the first save
 
         try:
             on_main_rank(topology, claim)
         except RankError as error:
             raise ConfigError(f"--output_dir {self.path} cannot be claimed ({error}): choose another folder.") from None
+
+    def restore(self, topology: Topology) -> bool:
+        """Make the folder, its config.json and the claim on it anew where they were removed; every rank calls it.
+
+        Returns:
+            Whether that was so, on every rank.
+
+        Raises:
+            RankError: the folder belongs to another run by now, or cannot be written.
+        """
+
+        def mend() -> bool:
+            if not topology.is_main or self._hold is None:
+                return False
+            removed = self._hold.is_lost()
+            if removed:
+                self._hold.release()
+                self._claim()
+            if self.config_path.is_file():
+                if self.config_path.read_text() != self._config:
+                    raise OSError(f"{self.config_path} is another run's by now")
+                return removed
+            replace_text(self.config_path, self._config)
+            return True
+
+        return on_all_ranks(topology, mend)[0]
+
+    def _claim(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._hold = Hold(self.path / ".lock")
+        except AlreadyHeldError as error:
+            raise OSError(f"another run is writing there: {error}") from None
+        for note in self._hold.notes:
+            print(note, flush=True)
 
     def unlock(self) -> None:
         """Let another run have the folder; of a run that fails the end of its process does."""
@@ -151,7 +181,8 @@ class RunRecord:
         def write() -> None:
             self.checkpoints.remove_partial()
             content = {"run": self.run.to_dict(), **facts, "versions": _versions(), "git_commit": _git_commit()}
-            replace_text(self.config_path, json.dumps(content, indent=1))
+            self._config = json.dumps(content, indent=1)
+            replace_text(self.config_path, self._config)
             truncate_metrics(self.metrics_path, step)
 
         try:

@@ -63,6 +63,11 @@ class StopSignal:
         for number, handler in self._former.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal has come to this rank."""
+        return self._number != 0
+
     def agreed(self, host_group: dist.ProcessGroup | None, world_size: int) -> str | None:
         """Why some rank has to stop ("SIGTERM", "the end of the job's time"), the same on every rank, or None.
 

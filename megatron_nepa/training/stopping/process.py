@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from types import FrameType
 
-from megatron_nepa.config import ConfigError
+from megatron_nepa.config import ConfigError, RankConfigError
 from megatron_nepa.parallel.launcher import speaks_for_its_node
 from megatron_nepa.terminal import missing_package, tolerant_output
 from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
@@ -37,12 +37,12 @@ def _ended_in_order() -> Iterator[None]:
         yield
     except RunStopped:
         status = EXIT_STOPPED
-    except RankTrainingError as error:
+    except (RankConfigError, RankTrainingError) as error:
         # at once: the process group cannot be taken down while the others wait in its collectives, and they are told
         # by the end of this process (:mod:`.lost_rank`)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(EXIT_TRAINING_FAILED)
+        os._exit(EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED)
     except (ConfigError, TrainingError) as error:
         if speaks_for_its_node(os.environ):
             print(f"error: {error}", file=sys.stderr, flush=True)
