@@ -12,7 +12,8 @@ import pytest
 import torch.multiprocessing as mp
 
 from megatron_nepa.training.stopping import preemption
-from megatron_nepa.training.stopping.preemption import SIGNALS, StopSignal, job_end_time
+from megatron_nepa.training.stopping.preemption import StopSignal, job_end_time
+from megatron_nepa.training.stopping.signals import SIGNALS
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# outside training: process.py
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+from megatron_nepa.training.stopping.signals import heard_signals
+
 # one stop reaches a rank several times: from the terminal or Slurm, and from the launcher, which passes it on
 REPEAT_SECONDS = 3.0
 # kept free at the end of a job's time for the step in progress and the exit; the time to save comes on top
@@ -52,9 +52,7 @@ class StopSignal:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        # nohup ignores SIGHUP, which is to stay so
-        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        self._former = {number: signal.signal(number, self._handle) for number in heard}
+        self._former = {number: signal.signal(number, self._handle) for number in heard_signals()}
         return self
 
     def __exit__(

@@ -16,6 +16,7 @@ from megatron_nepa.parallel.launcher import speaks_for_its_node
 from megatron_nepa.terminal import missing_package, tolerant_output
 from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
+from megatron_nepa.training.stopping.signals import heard_signals
 
 
 @contextlib.contextmanager
@@ -47,8 +48,6 @@ def _ended_in_order() -> Iterator[None]:
         if speaks_for_its_node(os.environ):
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
-    except KeyboardInterrupt:  # Ctrl-C before training, which has its own handler
-        os._exit(EXIT_STOPPED)
     except Exception as error:
         sentence = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
         if sentence is not None:  # at once: where it is missing on this machine alone, the other ranks wait
@@ -81,7 +80,7 @@ class _StopAtOnce:
 
     def __init__(self) -> None:
         self._ending = threading.Lock()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in heard_signals():
             signal.signal(number, self._end)
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
