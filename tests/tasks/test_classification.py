@@ -145,6 +145,8 @@ class Probe:
 
     every, prefix, best, at_start = 1, "val_", None, False
 
+    def decode_all(self, interrupted: Any) -> None: ...
+
     def evaluate(self, model: nn.Module, interrupted: Any) -> dict[str, float]:
         assert not model.training
         return {"weight": sum(param.double().abs().sum().item() for param in model.parameters())}
