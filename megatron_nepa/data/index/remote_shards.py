@@ -249,7 +249,9 @@ def list_remote(source: str | Path) -> tuple[RemoteFolder, list[str]]:
         require(
             bool(names), f"{source} lists no tar files, which are all that is read behind URLs: name them one by one."
         )
-    require_ranges(RemoteShard(files, str(folder / names[0])))
+    first = RemoteShard(files, str(folder / names[0]))
+    first.facts()  # is it there?
+    require_ranges(first)
     return folder, names
 
 
