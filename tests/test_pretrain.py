@@ -48,7 +48,7 @@ def test_the_deepspeed_command_trains_on_a_grid(images: Path, tmp_path: Path) ->
     """As a user starts it: the default trunk on two ranks, tensor and sequence parallel, bf16, wandb offline."""
     output = tmp_path / "run"
     arguments = [f"--data={images}", f"--output_dir={output}", "--steps=3", "--global_batch_size=8", "--log_every=3"]
-    arguments += ["--micro_batch_size=4", "--dtype=bf16", "--data.num_threads=1", "--wandb=offline"]
+    arguments += ["--micro_batch_size=4", "--dtype=bf16", "--wandb=offline"]
     arguments += ["--tensor_parallel_size=2", "--sequence_parallel"]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     command = [str(deepspeed), "--num_gpus", "2", "--master_port", "29577", str(ROOT / "pretrain_nepa.py")]
@@ -58,6 +58,7 @@ def test_the_deepspeed_command_trains_on_a_grid(images: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3/3 | loss" in done.stdout + done.stderr
     assert f"checkpoint  {output}/checkpoints/step_00000003" in done.stdout
+    assert json.loads((output / "config.json").read_text())["decoder"]["num_threads"] in (1, 2, 4, 8, 16, 32, 64)
 
     rows = read_metrics(output)
     assert [row["step"] for row in rows] == [1, 2, 3]

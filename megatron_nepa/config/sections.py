@@ -60,10 +60,10 @@ class DataConfig:
     crop_scale_min: float = 0.08
     # mirror half of the crops (release; the paper's table lists only the crop)
     horizontal_flip: bool = False
-    # decoding threads of each rank; on a CPU as many more resize
-    num_threads: int = 2
-    # share of JPEGs that a GPU's hardware decoder takes; the rest go to its CUDA decoder
-    hw_decoder_load: float = 0.65
+    # decoding threads of each rank, on a CPU as many more resize; none times some when training starts, else takes 2
+    num_threads: int | None = None
+    # share of JPEGs for a GPU's hardware decoder, the rest go to its CUDA decoder; none: likewise, else 0.65
+    hw_decoder_load: float | None = None
     # an image that cannot be decoded while running: skip shows another in its place, fail ends the run
     on_bad_image: Literal["skip", "fail"] = "skip"
     # share of the images that may be bad, ten more aside, before skip ends the run too
@@ -82,11 +82,11 @@ class DataConfig:
             f"data.crop_scale_min is {self.crop_scale_min}; it must lie in (0, 1].",
         )
         require(
-            1 <= self.num_threads <= MAX_THREADS,
+            self.num_threads is None or 1 <= self.num_threads <= MAX_THREADS,
             f"data.num_threads is {self.num_threads}; it must lie in 1 to {MAX_THREADS}.",
         )
         require(
-            0.0 <= self.hw_decoder_load <= 1.0,
+            self.hw_decoder_load is None or 0.0 <= self.hw_decoder_load <= 1.0,
             f"data.hw_decoder_load is {self.hw_decoder_load}; it must lie in [0, 1].",
         )
         require(

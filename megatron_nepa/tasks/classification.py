@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megatron_nepa.config import ClassificationConfig, DataConfig, ProbingConfig, require
+from megatron_nepa.data.decoding.timed_settings import Decoded
 from megatron_nepa.data.index.agreement import check_same_classes
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.classification import FinetuningLoader, check_mixing
@@ -67,11 +67,16 @@ class ClassificationTask(Task):
         tensor = self.topology.tensor
         return Classifier(run.model, self.num_classes, run.head.pooling, Build.of(run, tensor, kernels))
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
-        """This rank's augmented micro-batches from sample ``consumed_samples`` on."""
+    def build_loader(self, feed: Feed, data: DataConfig) -> FinetuningLoader:
+        """This rank's augmented micro-batches."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
-        return FinetuningLoader(self.index, run.data, run.augmentation, run.model.image_size, self.num_classes, feed)
+        return FinetuningLoader(self.index, data, run.augmentation, run.model.image_size, self.num_classes, feed)
+
+    def decoded(self) -> Decoded:
+        """Random crops."""
+        run = self.run
+        device = torch.device("cpu") if run.augmentation.rand_augment else self.topology.device
+        return Decoded(self.index, run.model.image_size, device, run.data.crop_scale_min)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """A rate for every layer."""

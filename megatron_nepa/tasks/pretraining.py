@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megatron_nepa.config import PretrainingConfig
+from megatron_nepa.config import DataConfig, PretrainingConfig
+from megatron_nepa.data.decoding.timed_settings import Decoded
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader, build_index
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.objectives.flops import pretraining_flops
 from megatron_nepa.objectives.objective import PretrainingOutput
@@ -57,15 +56,19 @@ class PretrainingTask(Task):
         """The model, drawn from the run's seed."""
         return build_objective(self.run, Build.of(self.run, self.topology.tensor, kernels))
 
-    def build_loader(
-        self, consumed_samples: int, bad_image_log: Path, order: int
-    ) -> PretrainingLoader | SyntheticLoader:
-        """This rank's micro-batches from sample ``consumed_samples`` on."""
+    def build_loader(self, feed: Feed, data: DataConfig) -> PretrainingLoader | SyntheticLoader:
+        """This rank's micro-batches."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
         if self.index is None:
             return SyntheticLoader(run.model.image_size, feed)
-        return PretrainingLoader(self.index, run.data, run.model.image_size, feed)
+        return PretrainingLoader(self.index, data, run.model.image_size, feed)
+
+    def decoded(self) -> Decoded | None:
+        """Random crops, unless images are synthetic."""
+        if self.index is None:
+            return None
+        run = self.run
+        return Decoded(self.index, run.model.image_size, self.topology.device, run.data.crop_scale_min)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """One rate for all layers."""

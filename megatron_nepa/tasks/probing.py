@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from megatron_nepa.checkpoint.described import holds_weights_alone
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
-from megatron_nepa.config import AugmentationConfig, ConfigError, ProbingConfig, require
+from megatron_nepa.config import AugmentationConfig, ConfigError, DataConfig, ProbingConfig, require
+from megatron_nepa.data.decoding.timed_settings import Decoded
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.pretraining import Batch
@@ -89,11 +90,15 @@ class ProbingTask(Task):
         new_norm = partial(BatchNorm, group=topology.data_group)
         return LinearProbe(run.model.hidden_size, self.index.num_classes, build, new_norm)
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> FinetuningLoader:
-        """This rank's cropped and flipped micro-batches from sample ``consumed_samples`` on."""
+    def build_loader(self, feed: Feed, data: DataConfig) -> FinetuningLoader:
+        """This rank's cropped and flipped micro-batches."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
-        return FinetuningLoader(self.index, run.data, CROPS_ONLY, run.model.image_size, self.index.num_classes, feed)
+        return FinetuningLoader(self.index, data, CROPS_ONLY, run.model.image_size, self.index.num_classes, feed)
+
+    def decoded(self) -> Decoded:
+        """Random crops."""
+        run = self.run
+        return Decoded(self.index, run.model.image_size, self.topology.device, run.data.crop_scale_min)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """One rate."""

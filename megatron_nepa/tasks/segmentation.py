@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_nepa.config import SegmentationConfig, require
+from megatron_nepa.config import DataConfig, SegmentationConfig, require
 from megatron_nepa.data.decoding.masks import check_masks
+from megatron_nepa.data.decoding.timed_settings import Decoded
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.pairs import class_names, pair_index
 from megatron_nepa.data.loaders.pretraining import Batch
@@ -22,7 +22,6 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.flops import train_flops
 from megatron_nepa.models.segmenter import Decoder, SegmentationOutput, Segmenter
-from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.batch_norm import BatchNorm
 from megatron_nepa.parallel.rows import holds_whole_samples
 from megatron_nepa.parallel.topology import Topology
@@ -75,11 +74,14 @@ class SegmentationTask(Task):
         build = Build.of(run, topology.tensor, kernels)
         return Segmenter(run.model, run.masks.num_classes, build, new_norm)
 
-    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> SegmentationLoader:
-        """This rank's micro-batches from sample ``consumed_samples`` on."""
+    def build_loader(self, feed: Feed, data: DataConfig) -> SegmentationLoader:
+        """This rank's micro-batches."""
         run = self.run
-        feed = Feed.of(run, self.topology, DTYPES[run.dtype], consumed_samples, bad_image_log, order)
-        return SegmentationLoader(self.index, run.data, run.crops, run.masks, run.model.image_size, feed)
+        return SegmentationLoader(self.index, data, run.crops, run.masks, run.model.image_size, feed)
+
+    def decoded(self) -> Decoded:
+        """Whole images."""
+        return Decoded(self.index, self.run.model.image_size, self.topology.device, scale_min=1.0)
 
     def learning_rates(self, total_steps: int) -> LearningRates:
         """Layer-wise decayed rates; the neck and heads have the run's own."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from megatron_nepa.config import DataConfig
+from megatron_nepa.data.decoding.timed_settings import Decoded
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
@@ -89,8 +91,8 @@ class Task(ABC):
         """The freshly initialised fp32 model."""
 
     @abstractmethod
-    def build_loader(self, consumed_samples: int, bad_image_log: Path, order: int) -> Loader:
-        """The data from sample ``consumed_samples`` on, in the order of that version."""
+    def build_loader(self, feed: Feed, data: DataConfig) -> Loader:
+        """This rank's micro-batches, read and decoded as ``data`` says."""
 
     @abstractmethod
     def learning_rates(self, total_steps: int) -> LearningRates:
@@ -102,6 +104,10 @@ class Task(ABC):
 
         The loss is among them, as "loss"; how each is shown: :mod:`~megatron_nepa.training.reporting.metric_display`.
         """
+
+    def decoded(self) -> Decoded | None:
+        """What its loader decodes, on which a decoder's settings are timed; None where it decodes nothing."""
+        return None
 
     def evaluation_settings(self) -> dict[str, Any]:
         """What the evaluator's results depend on besides the model's weights, as JSON values by name."""

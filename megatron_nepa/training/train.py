@@ -10,6 +10,8 @@ from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.data.decoding.timed_settings import settle
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
@@ -86,11 +88,16 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
 
     with waiting_for("measuring this device's matrix products", topology.is_main):
         peak = device_peak_flops(topology.device, DTYPES[run.dtype])
+    feed = Feed.of(run, topology, DTYPES[run.dtype], progress.samples, record.path / "bad_images.jsonl", progress.order)
+    with waiting_for("timing the decoder", topology.is_main):
+        kept = None if found.checkpoint is None else record.hw_decoder_load()
+        data = settle(run.data, task.decoded(), feed, topology.host_group, kept)
     facts = {
         "data_fingerprint": task.data_fingerprint,
         "ds_config": ds_config,
         "kernels": kernels.describe(),
         "peak_flops": peak.flops,
+        "decoder": {"num_threads": data.num_threads, "hw_decoder_load": data.hw_decoder_load},
     }
     record.write(topology, facts, progress.step)
     log: Log = SilentLog()
@@ -99,7 +106,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
     with waiting_for("building the data pipeline", topology.is_main):
-        loader = task.build_loader(progress.samples, record.path / "bad_images.jsonl", progress.order)
+        loader = task.build_loader(feed, data)
     if task.reads_remote:
         loader = AgreedLoader(loader, topology)
     loop = TrainingLoop(run, task, engine, loader, rates, record, total_steps, peak.flops, log)

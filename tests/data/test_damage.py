@@ -127,7 +127,7 @@ def test_a_bad_image_counts_once(capsys: pytest.CaptureFixture[str]) -> None:
 
         sides = np.ones(20, np.int32)
         index = DatasetIndex(Path(), PackedNames.pack(map(str, range(20))), sides, sides, sides)
-        reader = SampleReader(index, DataConfig(), 0, lambda batch: np.arange(20) + 20 * batch, read)
+        reader = SampleReader(index, DataConfig(), 2, 0, lambda batch: np.arange(20) + 20 * batch, read)
         for epoch in range(epochs):
             reader(epoch)
         reader.close()

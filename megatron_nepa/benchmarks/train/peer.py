@@ -7,17 +7,14 @@ their average.
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from megatron_nepa.benchmarks.train.peer_model import PeerModel
-from megatron_nepa.benchmarks.train.steps import LEARNING_RATE, PartClock, Setting
+from megatron_nepa.benchmarks.train.steps import LEARNING_RATE, PartClock, Setting, loader_of
 from megatron_nepa.config import require
-from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.tasks.pretraining import PretrainingTask
 
 
@@ -49,9 +46,8 @@ class PeerSteps:
             eps=run.optimizer.eps,
         )
         self.average: nn.Module | None = None
-        self.loader = PretrainingTask(replace(run, dtype="fp32"), setting.topology).build_loader(
-            0, Path(os.devnull), ORDER_VERSION
-        )
+        in_fp32 = replace(run, dtype="fp32")
+        self.loader = loader_of(PretrainingTask(in_fp32, setting.topology), in_fp32, setting.topology)
 
     def step(self, clock: PartClock) -> None:
         """One optimizer step."""

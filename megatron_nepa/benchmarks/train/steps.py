@@ -11,15 +11,19 @@ from pathlib import Path
 import torch
 
 from megatron_nepa.config import PretrainingConfig, override
+from megatron_nepa.data.decoding.timed_settings import settle
 from megatron_nepa.data.loaders.pretraining import SYNTHETIC
+from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.job import start_job
 from megatron_nepa.kernels.dispatch import Kernels
+from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.tasks.pretraining import PretrainingTask
 from megatron_nepa.training.engine.deepspeed_config import resolve
 from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.task import Loader
 
 PARTS = ("data", "forward", "backward", "optimizer")  # the last with clipping and the weight average
 LEARNING_RATE = 1e-4  # of every timed step: it costs the same whatever it is
@@ -91,6 +95,12 @@ def build_setting(arguments: Sequence[str], accumulation: int = 1) -> Setting:
     return Setting(run, resolve(run, job.ds_config, data_size), job.kernels, job.topology)
 
 
+def loader_of(task: PretrainingTask, run: PretrainingConfig, topology: Topology) -> Loader:
+    """The images of ``run`` from its first sample on, decoded as a run would; every rank calls it."""
+    feed = Feed.of(run, topology, DTYPES[run.dtype], 0, Path(os.devnull), ORDER_VERSION)
+    return task.build_loader(feed, settle(run.data, task.decoded(), feed, topology.host_group))
+
+
 class TrainingSteps:
     """This project's step, without log, metrics and checkpoints.
 
@@ -105,7 +115,7 @@ class TrainingSteps:
         if run.compile:
             for block in self.engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
                 block.compile()
-        self.loader = self.task.build_loader(0, Path(os.devnull), ORDER_VERSION)
+        self.loader = loader_of(self.task, run, topology)
 
     def step(self, clock: PartClock) -> None:
         """One optimizer step."""

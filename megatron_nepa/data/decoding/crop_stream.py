@@ -46,6 +46,7 @@ class CropStream:
         self._reader = SampleReader(
             index,
             config,
+            options.num_threads,
             feed.seed,
             feed.share.local_samples,
             lambda sample, image: self._store.read(image),

@@ -19,6 +19,7 @@ from megatron_nepa.data.index.dataset_index import DatasetIndex
 
 Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+UNTIMED_THREADS, UNTIMED_LOAD = 2, 0.65  # where a config leaves them open and nothing is timed
 PREFETCH = 2  # batches decoded ahead: depth 1 to 4 measured within noise, and each batch costs memory
 
 
@@ -38,10 +39,10 @@ class DecoderOptions:
         """The options of ``config``, with size hints from the images of ``index``."""
         # not the largest: one panorama would reserve its size for every image in flight
         width, height = (int(np.percentile(side[:1_000_000], 99.9)) for side in (index.width, index.height))
-        load = config.hw_decoder_load
+        load = UNTIMED_LOAD if config.hw_decoder_load is None else config.hw_decoder_load
         if torch.are_deterministic_algorithms_enabled():
             load = float(round(load))  # one decoder for all: which images a split gives to which is not known to repeat
-        return cls(device, config.num_threads, load, width, height)
+        return cls(device, config.num_threads or UNTIMED_THREADS, load, width, height)
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Arguments of every ``fn.decoders`` call."""

@@ -96,7 +96,8 @@ class SampleReader(Generic[T]):
 
     Args:
         index: the images.
-        config: its num_threads, on_bad_image and max_bad_share.
+        config: its on_bad_image and max_bad_share.
+        threads: that read.
         seed: the run's seed.
         samples_of: sample numbers of a micro-batch, int64 [n].
         read: called in threads with a sample and the image that it is to show; raises UnreadableImageError.
@@ -109,6 +110,7 @@ class SampleReader(Generic[T]):
         self,
         index: DatasetIndex,
         config: DataConfig,
+        threads: int,
         seed: int,
         samples_of: Callable[[int], IntArray],
         read: Callable[[int, int], T],
@@ -118,7 +120,7 @@ class SampleReader(Generic[T]):
     ) -> None:
         self._index, self._config, self._seed, self._order = index, config, seed, order
         self._samples_of, self._read, self._together, self._log = samples_of, read, together, bad_image_log
-        threads, depth = reading_ahead(index, config.num_threads, len(samples_of(0)))
+        threads, depth = reading_ahead(index, threads, len(samples_of(0)))
         self._read_ahead = ReadAhead(samples_of, self._read_samples, threads, depth)
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
         self._bad: set[tuple[int, int]] = set()  # (sample, image)

@@ -81,7 +81,14 @@ class SegmentationLoader:
         self._options = DecoderOptions.of(config, index, feed.device)
         self._store = EncodedImages(index)
         self._reader = SampleReader(
-            index, config, feed.seed, feed.share.local_samples, self._read, feed.bad_image_log, feed.order
+            index,
+            config,
+            self._options.num_threads,
+            feed.seed,
+            feed.share.local_samples,
+            self._read,
+            feed.bad_image_log,
+            feed.order,
         )
         # masks and image numbers of the micro-batches under way
         self._shown: dict[int, tuple[list[npt.NDArray[np.uint8]], IntArray]] = {}

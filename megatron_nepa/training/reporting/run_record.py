@@ -109,6 +109,15 @@ class RunRecord:
             self._refuse_another_run(data_fingerprint)
         return find_intact(candidates, topology)
 
+    def hw_decoder_load(self) -> float | None:
+        """With which the folder's run decodes; None where it holds none, or decodes nothing."""
+        if not self.config_path.is_file():
+            return None
+        recorded = json.loads(self.config_path.read_text())
+        # before the decoder was timed it stood in the run's config
+        load: float | None = recorded.get("decoder", recorded["run"]["data"])["hw_decoder_load"]
+        return load
+
     def lock(self, topology: Topology) -> None:
         """Create the folder, claim it until this process ends and try to write checkpoints; every rank calls it.
 
