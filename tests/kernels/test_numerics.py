@@ -161,6 +161,35 @@ def test_cosine_loss(rows, target_rows, width, layout, dtype):
     assert_rule(cosine_loss_triton, cosine_loss_reference, tensors, ["prediction"], upstream, scale=1.0)
 
 
+class _Off(torch.autograd.Function):
+    """The same values, a gradient that is off by a share."""
+
+    @staticmethod
+    def forward(ctx, prediction, share):
+        ctx.share = share
+        return prediction.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + ctx.share), None
+
+
+@pytest.mark.parametrize("share", [-1.0, 0.02])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_rule_sees_a_loss_whose_small_gradient_is_off(dtype, share):
+    tensors = {"prediction": torch.randn(257, 64).to(dtype), "target": torch.randn(257, 64).to(dtype)}
+
+    def loss(prediction, target):
+        return cosine_loss_reference(prediction, target, 1, 0, 257, 0, 257)
+
+    def off(prediction, target):
+        return loss(_Off.apply(prediction, share), target)
+
+    assert_rule(loss, loss, tensors, ["prediction"], [torch.tensor(0.25)], scale=1.0)
+    with pytest.raises(AssertionError, match="prediction: error"):
+        assert_rule(off, loss, tensors, ["prediction"], [torch.tensor(0.25)], scale=1.0)
+
+
 def test_cosine_loss_of_zero_rows_is_finite_and_padding_gets_no_gradient():
     prediction = torch.randn(6, 8)
     prediction[1] = 0.0
