@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,13 +63,13 @@ OUTSIDE = {
 }
 
 
-def to_peer(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our weights under the peer's names."""
+def to_peer(ours: dict[str, Tensor], config: ModelConfig, blocks: str) -> dict[str, Tensor]:
+    """Our weights under the peer's names, whose ``blocks`` depend on the release of transformers."""
     theirs = {f"vit.{name}": ours[f"trunk.{own}"] for own, name in OUTSIDE.items()}
     theirs["vit.embeddings.cls_token"] = ours["trunk.embedding.bos_token"][None, None]
     normed = config.qk_norm != "none"
     for i in range(config.num_layers):
-        own, other = f"trunk.blocks.{i}.", f"vit.model.layer.{i}."
+        own, other = f"trunk.blocks.{i}.", f"{blocks}.{i}."
         theirs |= {other + name: ours[own + mine] for mine, name in BLOCK.items()}
         for kind in ("weight", "bias"):
             qkv = ours[f"{own}attention.qkv.{kind}"].chunk(3)
@@ -93,7 +94,8 @@ def test_the_peer_trains_the_same_model(changes: dict[str, str]) -> None:
     model = NepaForPretraining(config)
     spread_vectors(model)
     peer = PeerModel(config).train()
-    missing, unexpected = peer.load_state_dict(to_peer(dict(model.named_parameters()), config), strict=False)
+    to_names = partial(to_peer, config=config, blocks="vit.model.layer" if hasattr(peer.vit, "model") else "vit.layer")
+    missing, unexpected = peer.load_state_dict(to_names(dict(model.named_parameters())), strict=False)
     assert not unexpected
     assert all("mask_token" in name or "register_tokens" in name for name in missing)  # neither takes part
     images = sample_images(range(4), config, torch.float32)
@@ -102,7 +104,7 @@ def test_the_peer_trains_the_same_model(changes: dict[str, str]) -> None:
     ours.backward()
     theirs.backward()
     named = dict(peer.named_parameters())
-    for name, gradient in to_peer({n: p.grad for n, p in model.named_parameters()}, config).items():  # type: ignore[misc]
+    for name, gradient in to_names({n: p.grad for n, p in model.named_parameters()}).items():  # type: ignore[misc]
         got = named[name].grad
         assert got is not None
         # the gradient of the key's bias is null without a norm behind it

@@ -47,7 +47,7 @@ def test_only_qkv_is_kept():
     qkv = torch.randn(2, 33, 3, 2, 8, dtype=BF16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: qkv):
         attention_products(qkv, True)
-    assert set(kept) <= {qkv.shape}
+    assert set(kept) <= {qkv.shape, torch.Size([0])}  # torch 2.8 keeps an empty tensor besides
 
 
 def test_a_cpu_takes_products_for_short_bf16_sequences_alone():

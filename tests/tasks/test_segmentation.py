@@ -158,6 +158,7 @@ def test_every_name_gives_the_scores_of_a_plain_loop(pairs: Path, one_rank: Path
 @torch.no_grad()
 def score_by_hand(source: Path, pairs: Path) -> list[float]:
     model, matrix = megatron_nepa.load(source, "raw"), ConfusionMatrix(CLASSES, torch.device("cpu"))
+    model.stride = 20  # the runs' flag, which weights without their run do not hold
     index, cpu = pair_index(str(pairs), "validation"), torch.device("cpu")
     crops, masks = CropConfig(), MaskConfig(num_classes=CLASSES)
     data = DataConfig(num_threads=1)

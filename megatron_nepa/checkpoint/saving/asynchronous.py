@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import AsyncStager
 
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, PartialCheckpoint, Progress, SaveError
@@ -75,13 +74,7 @@ class CheckpointSaver:
         partial = PartialCheckpoint(self.store, train, progress, zero_stage, run, self._own_topology)
         with partial.complete_or_absent():
             partial.begin()
-        written: Future[Any] = dcp.async_save(  # type: ignore[assignment]
-            collect_state(train),
-            storage_writer=partial.writer(),
-            process_group=partial.topology.host_group,
-            async_stager=_AlreadyStaged(),
-        )
-        self._pending = self._thread.submit(_finish, partial, written, start)
+        self._pending = self._thread.submit(_write, partial, collect_state(train), start)
         return partial.final
 
     def finished(self) -> Saved | None:
@@ -113,21 +106,9 @@ class CheckpointSaver:
         return bool(done)
 
 
-class _AlreadyStaged(AsyncStager):
-    """Hands over :func:`collect_state`'s tensors, which are a copy: torch's own stager would make another."""
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return state_dict
-
-    def synchronize_staging(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _finish(partial: PartialCheckpoint, written: Future[Any], start: float) -> Saved:
+def _write(partial: PartialCheckpoint, state: dict[str, Any], start: float) -> Saved:
     with partial.complete_or_absent():
-        written.result()
+        # not dcp.async_save, which would copy what collect_state has copied
+        dcp.save(state, storage_writer=partial.writer(), process_group=partial.topology.host_group)
         partial.finish()
     return Saved(partial.final, time.perf_counter() - start)
