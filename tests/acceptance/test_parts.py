@@ -20,6 +20,7 @@ from megatron_nepa.acceptance.setting import Setting, setting
 from megatron_nepa.acceptance.steps import Timing
 from megatron_nepa.benchmarks.kernels import Timing as KernelTiming
 from tests.acceptance import faults
+from tests.kernels import flash_attn_stub
 
 
 @pytest.fixture
@@ -131,6 +132,45 @@ def test_a_missing_package_is_not_run_and_says_what_to_carry_along() -> None:
     assert (row.status, spoilt) == ("NOT RUN", False)
     assert "nvidia.dalii" in row.figure
     assert row.remedy.startswith("carry along nvidia-dali")
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_each_flash_attention_is_judged_by_itself_where_it_is_installed(
+    version: int, here: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"FlashAttention-{version}"
+    (row,) = rows_of("5", name, here)
+    assert (row.status, row.figure) == ("NOT RUN", "not installed")
+    assert row.remedy.startswith("carry along flash-attn")
+    monkeypatch.setattr(variants, "can_find", lambda module: True)
+    (row,) = rows_of("5", name, here)
+    assert (row.name, row.status) == (name, "NOT RUN")
+    assert "cannot be imported" in row.figure
+    if version == 2:
+        flash_attn_stub.install(monkeypatch)
+    else:
+        flash_attn_stub.install_version(monkeypatch, version, with_lse=True)
+    (row,) = rows_of("5", name, here)
+    assert (row.name, row.status) == (name, "PASS")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    wrong = {"is_causal": False}  # it sees the tokens that come
+    monkeypatch.setattr(
+        flash_attn_stub.torch.nn.functional, "scaled_dot_product_attention", lambda *qkv, **o: attend(*qkv, **o | wrong)
+    )
+    contest = kernels.attention_contest(here)
+    contest.contenders = {"sdpa": lambda qkv, causal: causal_products(qkv)}
+    monkeypatch.setattr(kernels, "attention_contest", lambda setting: contest)
+    (row,) = rows_of("5", name, here)
+    assert (row.name, row.status) == (name, "FAIL")
+    assert row.remedy
+
+
+def causal_products(qkv: torch.Tensor) -> torch.Tensor:
+    """Causal attention by its definition."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def test_what_needs_a_gpu_is_not_run_without_one_and_cuda_errors_spoil_the_process() -> None:
