@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_nepa.acceptance.command import fill_results, main
-from megatron_nepa.acceptance.report import Entry, Report, Row
+from megatron_nepa.acceptance.report import Entry, Report, Row, Status
+from megatron_nepa.acceptance.runner import Runner
 from megatron_nepa.benchmarks.machine import Machine
 from megatron_nepa.config import ConfigError
 
@@ -31,6 +32,21 @@ COMMAND = [sys.executable, str(ROOT / "tools/acceptance.py")]
 def test_mistakes_are_sentences(arguments: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         main(arguments)
+
+
+@pytest.mark.parametrize(("status", "code"), [("PASS", 0), ("NOT RUN", 0), ("FAIL", 1)])
+def test_a_check_that_failed_stands_in_the_table_and_is_the_exit_status(
+    status: Status, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: Runner, number: str) -> None:
+        row = Row("kernel swiglu, toy, bf16", status, "error 37 of what is allowed", "", "set --kernels reference.")
+        self.report.add(Entry(number, "kernel swiglu, toy, bf16", 1.0, True, (row,)))
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert main(["--only", "1", "--output_dir", str(tmp_path), "--page", str(tmp_path / "RESULTS.md")]) == code
+    line = f"| 1 | kernel swiglu, toy, bf16 | **{status}** | error 37 of what is allowed |"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "acceptance.md").read_text()
 
 
 def test_figures_go_to_the_results_page(tmp_path: Path) -> None:
@@ -59,13 +75,20 @@ def test_green_on_a_cpu_with_the_gpus_rows_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_and_continued_it_is_one_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "parts", "longest"),
+    [(["--only", "1,4,6"], "146", 9.0), (["--rehearsal", "--patience", "5"], "123456", 45.0)],
+    ids=["quick parts", "all parts"],
+)
+def test_killed_at_ten_random_moments_and_continued_it_is_one_report(
+    flags: list[str], parts: str, longest: float, tmp_path: Path
+) -> None:
     draw, known = random.Random(0), {}
-    command = [*COMMAND, "--only", "1,4,6", "--output_dir", str(tmp_path)]
+    command = [*COMMAND, *flags, "--output_dir", str(tmp_path)]
     for attempt in range(11):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if attempt < 10:
-            time.sleep(draw.uniform(0.5, 9.0))
+            time.sleep(draw.uniform(0.5, longest))
             process.kill()
         _, errors = process.communicate()
         assert attempt < 10 or process.returncode == 0, errors
@@ -79,4 +102,4 @@ def test_killed_at_ten_random_moments_and_continued_it_is_one_report(tmp_path: P
         known = {key: entry for key, entry in found.items() if entry["final"]}
     names = [row["name"] for entry in entries for row in entry["rows"]]
     assert len(names) == len(set(names))
-    assert {part for part, _ in known} == set("146")
+    assert {part for part, _ in known} == set(parts)
