@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -72,6 +73,45 @@ def test_green_on_a_cpu_with_the_gpus_rows_not_run(tmp_path: Path) -> None:
         "needs a GPU"
     }
     assert {entry["part"] for entry in report["entries"]} == set("123456")
+
+
+# packages beside torch, numpy and triton that a cluster's image may lack
+ABSENT = (
+    *("nvidia.dali", "nvidia.nvimgcodec", "deepspeed", "flash_attn", "transformers", "timm", "torchvision", "wandb"),
+    *("safetensors", "matplotlib", "tqdm", "PIL", "skimage", "sklearn", "scipy"),
+)
+HIDE = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_others(name, path=None, target=None):
+    return None if any(f"{name}.".startswith(f"{each}.") for each in ABSENT) else find(name, path, target)
+PathFinder.find_spec = find_others
+"""
+
+
+@pytest.mark.slow
+def test_with_torch_numpy_and_triton_alone_parts_1_and_3_say_what_to_carry_along(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"ABSENT = {ABSENT}\n{HIDE}")
+    command = [*COMMAND, "--rehearsal", "--patience", "5", "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    entries = json.loads((tmp_path / "acceptance.json").read_text())["entries"]
+    rows = {row["name"]: row for entry in entries for row in entry["rows"]}
+    passed = {name for name, row in rows.items() if row["status"] == "PASS"}
+    assert {
+        f"kernel {name}, toy, {dtype}" for name in ("swiglu", "cosine_loss") for dtype in ("fp32", "bf16")
+    } <= passed
+    assert {"steps of toy", "compiled steps of toy", "kernel swiglu of toy", "attention of toy"} <= passed
+    for name, package in (
+        ("resume", "nvidia-dali-cuda130"),
+        ("toy against transformers", "transformers"),
+        ("data wait of toy", "nvidia-dali-cuda130"),
+        ("pixels on the CPU", "scikit-image"),
+        ("FlashAttention-2", "flash-attn 2.8"),
+    ):
+        assert rows[name]["status"] == "NOT RUN", rows[name]
+        assert package in rows[name]["remedy"], rows[name]
 
 
 @pytest.mark.slow
