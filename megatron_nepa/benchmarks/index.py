@@ -82,8 +82,8 @@ def measure(images: int, real: DatasetIndex, folder: Path, batch: int, batches: 
     share = Share(batch, batch, 1, 0, 1, 0, 1)
     first = max(0, images // batch - batches // 2)
     store = ImageStore(index)
-    config = DataConfig(num_threads=THREADS)
-    reader = SampleReader(index, config, SEED, share.local_samples, lambda sample, image: store.read(image))
+    config = DataConfig()
+    reader = SampleReader(index, config, THREADS, SEED, share.local_samples, lambda sample, image: store.read(image))
     size, first_ms, memory = 0, 0.0, []
     for number in range(first, first + batches):
         contents, shown = reader(number)
