@@ -104,10 +104,10 @@ def test_with_torch_numpy_and_triton_alone_parts_1_and_3_say_what_to_carry_along
     } <= passed
     assert {"steps of toy", "compiled steps of toy", "kernel swiglu of toy", "attention of toy"} <= passed
     for name, package in (
-        ("resume", "nvidia-dali-cuda130"),
+        ("resume", "pillow"),
         ("toy against transformers", "transformers"),
         ("data wait of toy", "nvidia-dali-cuda130"),
-        ("pixels on the CPU", "scikit-image"),
+        ("pixels on the CPU", "nvidia-dali-cuda130"),
         ("FlashAttention-2", "flash-attn 2.8"),
     ):
         assert rows[name]["status"] == "NOT RUN", rows[name]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.remote.folder import SourceLostError
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, image_of_sample
 from megatron_nepa.parallel.launcher import ranks_of_this_node
@@ -140,12 +141,16 @@ def _first_batch(decoded: Decoded, feed: Feed, options: DecoderOptions) -> Encod
     images = image_of_sample(feed.seed, samples, len(index), 0, feed.order)
     boxes = crop_boxes(feed.seed, samples, index.width[images], index.height[images], decoded.scale_min)
     files, readable = [], []
-    for slot, image in enumerate(images.tolist()):
-        try:
-            files.append(store.read(image))
-            readable.append(slot)
-        except UnreadableImageError:  # the loader names it
-            continue
+    try:
+        with store.together(images.tolist()):
+            for slot, image in enumerate(images.tolist()):
+                try:
+                    files.append(store.read(image))
+                    readable.append(slot)
+                except UnreadableImageError:  # the loader names it
+                    continue
+    except SourceLostError:  # likewise, together with the other ranks
+        pass
     store.close()
     batch = EncodedBatch(files, boxes[readable, :2].copy(), boxes[readable, 2:].copy())
     if not files:
