@@ -19,9 +19,11 @@ def output_and_gradient(attention, qkv, causal, upstream):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 17, 32])
-def test_products_equal_sdpa(causal, tokens):
-    qkv, upstream = torch.randn(2, tokens, 3, 2, 8).double(), torch.randn(2, tokens, 2, 8).double()
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(2, 1, 2), (2, 2, 2), (2, 63, 2), (3, 64, 2), (3, 133, 16)])
+def test_products_equal_sdpa(causal, batch, tokens, heads):
+    """With one block of queries or two, all samples at once or one after the other."""
+    qkv = torch.randn(batch, tokens, 3, heads, 8).double()
+    upstream = torch.randn(batch, tokens, heads, 8).double()
     found = output_and_gradient(attention_products, qkv, causal, upstream)
     torch.testing.assert_close(found, output_and_gradient(attention_sdpa, qkv, causal, upstream))
 
@@ -40,6 +42,11 @@ def test_bf16_is_about_as_exact_as_sdpas(causal):
     ):
         assert (found - truth).norm() < 2 * (sdpa - truth).norm()
         assert (found - truth).norm() < 0.006 * truth.norm()
+
+
+def test_compilers_see_the_operations_whole():
+    qkv = torch.randn(2, 65, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.megatron_nepa.attention_products.default, (qkv, True))
 
 
 def test_only_qkv_is_kept():
