@@ -38,6 +38,7 @@ TRAIN: dict[str, Any] = {
         },
         {"name": "  other", "first_over_this": 1.25, "peak_memory_gb": 5.0},
     ],
+    "rounds": "2 rounds",
     "share_of_ceiling": 0.9,
 }
 
@@ -56,7 +57,7 @@ def test_a_measured_row_is_filled_and_the_others_stay_empty(monkeypatch: pytest.
     filled = [row for row in rows if row[1].strip()]
     assert len(filled) == 1
     assert filled[0][0] == "| NEPA-B, release recipe, bf16, batch 8"
-    assert "6 images/s (4 to 8)" in filled[0][1]
+    assert "6 images/s (4 to 8; 2 rounds)" in filled[0][1]
     assert "1.25x other (peak 5.00 GB)" in filled[0][1]
     assert torch.__version__ in filled[0][2]
     # a second row keeps the first

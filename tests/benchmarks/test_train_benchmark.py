@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,9 +17,10 @@ from torch import Tensor
 from megatron_nepa.benchmarks.machine import Machine
 from megatron_nepa.benchmarks.train import ceiling as train_ceiling
 from megatron_nepa.benchmarks.train import comparison as train
-from megatron_nepa.benchmarks.train.contender import Local, StepTime
+from megatron_nepa.benchmarks.train.contender import Contender, Local, StepTime
 from megatron_nepa.benchmarks.train.peer import PeerModel
-from megatron_nepa.benchmarks.train.report import Contest, TrainReport
+from megatron_nepa.benchmarks.train.report import Contest, Count, TrainReport
+from megatron_nepa.benchmarks.train.rounds import WARMUP_STEPS, Probe, compete
 from megatron_nepa.benchmarks.train.steps import PARTS, PartClock, TrainingSteps, build_setting
 from megatron_nepa.config import ConfigError, ModelConfig, OptimizerConfig
 from megatron_nepa.objectives.nepa import NepaForPretraining
@@ -120,45 +120,86 @@ def test_the_peer_refuses_what_the_release_does_not_have() -> None:
 
 
 class FakeSteps:
-    """Counts its steps."""
+    """Steps of given durations on a stand-in for time."""
 
     device = CPU
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, durations: list[float]) -> None:
+        self.durations, self.now = iter(durations), 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
 
     def step(self, clock: PartClock) -> None:
-        self.count += 1
         clock.start()
+        duration = next(self.durations)
         for part in PARTS:
+            self.now += duration / len(PARTS)
             clock.end(part)
 
 
-def test_a_round_counts_its_steps_and_their_parts() -> None:
-    steps = FakeSteps()
-    found = Local(steps).time(3)
-    assert steps.count == 3
-    assert set(found.parts) == set(PARTS)
-    assert 0 <= sum(found.parts.values()) <= found.seconds
+def test_the_median_step_counts_with_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Local(FakeSteps(monkeypatch, [4.0, 100.0, 8.0])).time(3)
+    assert found.seconds == 8.0
+    assert found.parts == dict.fromkeys(PARTS, 2.0)
 
 
-def test_rounds_take_turns() -> None:
-    order: list[str] = []
+class FakeMachine:
+    """A machine on a stand-in for time: what its contenders and probes take, each in the order of the calls."""
 
-    class Recorded(FakeSteps):
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.name = name
+    def __init__(self, seconds: dict[str, list[float]], probes: list[tuple[float, float]]) -> None:
+        self.seconds = {name: iter(found) for name, found in seconds.items()}
+        self.probes = iter(probes)
+        self.calls: list[object] = []
 
-        def step(self, clock: PartClock) -> None:
-            order.append(self.name)
-            super().step(clock)
+    def start(self, name: str) -> Contender:
+        machine = self
 
-    contenders = {name: Local(Recorded(name)) for name in "abc"}
-    contests = train.contest(contenders, 8, argparse.Namespace(rounds=3, timed_steps=1))
-    warm = len(contenders) * train.WARMUP_STEPS
-    assert order[warm:] == list("abcbcacab")
+        class Fake:
+            def time(self, steps: int) -> StepTime:
+                machine.calls.append((name, steps))
+                return StepTime(
+                    0.0 if steps == WARMUP_STEPS else next(machine.seconds[name]), dict.fromkeys(PARTS, 0.0)
+                )
+
+            def peak_memory_gb(self) -> float:
+                return 1.0
+
+            def close(self) -> None:
+                machine.calls.append(name)
+
+        return Fake()
+
+    def probe(self) -> Probe:
+        return Probe(*next(self.probes))
+
+    def compete(self, rounds: int) -> tuple[list[Contest], Count]:
+        return compete({name: partial(self.start, name) for name in self.seconds}, 8, rounds, 5, self.probe)
+
+
+def test_rounds_take_turns_in_fresh_processes() -> None:
+    machine = FakeMachine({name: [1.0] * 3 for name in "abc"}, [(1.0, 1.0)] * 12)
+    contests, count = machine.compete(rounds=3)
+    turns = [[(name, WARMUP_STEPS), (name, 5), name] for name in "abcbcacab"]
+    assert machine.calls == [call for turn in turns for call in turn]
     assert [len(contest.times) for contest in contests] == [3, 3, 3]
+    assert str(count) == "3 rounds"
+
+
+def test_rounds_of_an_unsteady_machine_are_dropped_and_counted() -> None:
+    steady, slow_copy, slow_product = (1.0, 1.0), (1.2, 1.0), (1.0, 1.2)
+    probes = [slow_copy, steady, steady, slow_product, (1.09, 1.09), steady, steady, steady]
+    contests, count = FakeMachine({"a": [9.0, 9.0, 2.0, 4.0]}, probes).compete(rounds=2)
+    assert contests[0].speeds == [4.0, 2.0]
+    assert str(count) == "2 rounds, 2 more dropped as unsteady"
+    # the best may come last: then what seemed steady before was not
+    contests, count = FakeMachine({"a": [9.0, 2.0, 4.0]}, [(2.0, 1.0)] * 2 + [steady] * 4).compete(rounds=2)
+    assert contests[0].speeds == [4.0, 2.0]
+    assert (count.steady, count.dropped) == (2, 1)
+
+
+def test_a_machine_that_is_never_steady_says_so() -> None:
+    contests, count = FakeMachine({"a": [1.0, 2.0]}, [(1.0, 2.0), (2.0, 1.0)] * 2).compete(rounds=1)
+    assert len(contests[0].times) == 2  # twice what was asked for, and no more
+    assert str(count) == "2 rounds, none of them steady"
 
 
 def report(ceiling_ms: dict[str, float]) -> TrainReport:
@@ -166,7 +207,7 @@ def report(ceiling_ms: dict[str, float]) -> TrainReport:
     first = Contest("ours", 8, [StepTime(seconds, parts) for seconds in (1.0, 2.0, 4.0)], 1.0)
     second = Contest("theirs", 8, [StepTime(seconds, parts) for seconds in (2.0, 3.0, 8.0)], 2.0)
     machine = Machine("a machine", 1, "2", "1", "2026-01-01")
-    return TrainReport("c", machine, "nepa_b", "bf16", 2, 1e12, 4e12, [first, second], ceiling_ms, 0.0)
+    return TrainReport("c", machine, "nepa_b", "bf16", 2, 1e12, 4e12, [first, second], Count(3), ceiling_ms, 0.0)
 
 
 def test_the_report_adds_up() -> None:
@@ -221,7 +262,7 @@ def test_the_tool_compares_in_turns(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "report.json").read_text())
     assert [contest["name"].strip() for contest in found["contests"]] == [
-        name.strip() for name in (train.SHIPPED, train.REFERENCE, train.PEER)
+        name.strip() for name in (train.SHIPPED, train.REFERENCE, train.PEER, train.COMPILED_PEER)
     ]
     assert all(contest["images_per_second"] > 0 and contest["peak_memory_gb"] > 0 for contest in found["contests"])
 

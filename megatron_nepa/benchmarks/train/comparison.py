@@ -8,21 +8,24 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_nepa.benchmarks.machine import Machine
 from megatron_nepa.benchmarks.train.ceiling import measure_ceiling
 from megatron_nepa.benchmarks.train.contender import (
     Build,
-    Contender,
     Local,
     Remote,
+    build_compiled_peer_steps,
     build_peer_steps,
     build_steps,
 )
-from megatron_nepa.benchmarks.train.report import Contest, TrainReport
+from megatron_nepa.benchmarks.train.report import Contest, Count, TrainReport
+from megatron_nepa.benchmarks.train.rounds import WARMUP_STEPS, Probe, compete
 from megatron_nepa.benchmarks.train.steps import TrainingSteps, build_setting
 from megatron_nepa.config import require
 from megatron_nepa.files import replace_text
@@ -30,21 +33,22 @@ from megatron_nepa.models.flops import train_flops
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.training.reporting.device_peak import measure_matmul
 
-WARMUP_STEPS = 2  # the first allocates moments and compiles
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-SHIPPED, REFERENCE, PEER = "megatron_nepa", "  reference kernels", "release, transformers"
+SHIPPED, REFERENCE = "megatron_nepa", "  reference kernels"
+PEER, COMPILED_PEER = "release, transformers", "  the same, compiled"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``benchmark.py train``, besides those of ``pretrain_nepa.py``."""
     parser.epilog = "All flags of pretrain_nepa.py serve as well: --recipe, --micro_batch_size, --data, --compile, ..."
-    parser.add_argument("--timed_steps", type=int, default=3, help="optimizer steps of a round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--timed_steps", type=int, default=3, help="optimizer steps of a round, after three")
+    parser.add_argument("--rounds", type=int, default=3, help="steady rounds, of which the median counts")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument(
         "--baseline",
         action="store_true",
-        help="also time, in turns, the release's step in transformers, and this code uncompiled with reference kernels",
+        help="also time, in turns, the release's step in transformers as it is and compiled, and this code uncompiled "
+        "with reference kernels",
     )
     parser.add_argument("--no_ceiling", action="store_true", help="do not time the parts of the step alone")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -68,14 +72,15 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
     require(world_size == 1 or not options.baseline, "--baseline compares on one device; start one process.")
     matmul = measure_matmul(device, DTYPES[run.dtype], MATMUL_SIZE[device.type])
 
-    contests, communication = [], 0.0
-    if options.baseline:
-        contests = compare(list(training_flags), run.global_batch_size, options)
-    else:
+    communication, count = 0.0, Count(options.rounds)
+    if world_size == 1:
+        contests, count = compare(list(training_flags), run.global_batch_size, device, options)
+    else:  # every rank makes the same rounds
         local = Local(TrainingSteps(setting))
-        contests = contest({SHIPPED: local}, run.global_batch_size, options)
-        if world_size > 1:
-            communication = local.communication_seconds()
+        local.time(WARMUP_STEPS)
+        times = [local.time(options.timed_steps) for _ in range(options.rounds)]
+        contests = [Contest(SHIPPED, run.global_batch_size, times, local.peak_memory_gb())]
+        communication = local.communication_seconds()
     ceiling = {}
     if world_size == 1 and options.accumulation == 1 and not options.no_ceiling:
         ceiling = measure_ceiling(
@@ -90,6 +95,7 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
         flops_per_image=float(train_flops(run.model)),
         matmul_flops=matmul,
         contests=contests,
+        rounds=count,
         ceiling_ms=ceiling,
         communication_ms=communication * 1e3,
     )
@@ -103,37 +109,17 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
     return report
 
 
-def compare(training_flags: list[str], images_per_step: int, options: argparse.Namespace) -> list[Contest]:
-    """This code as asked for, with reference kernels, and the peer: a process each, timed in turns."""
-    plain = [*training_flags, "--kernels=reference", "--compile=false"]
-    builders: dict[str, tuple[Build, list[str]]] = {
-        SHIPPED: (build_steps, training_flags),
-        REFERENCE: (build_steps, plain),
-        PEER: (build_peer_steps, training_flags),
-    }
-    contenders: dict[str, Remote] = {}
-    try:
-        for name, (build, arguments) in builders.items():
-            contenders[name] = Remote(build, arguments, options.accumulation)
-        return contest(contenders, images_per_step, options)
-    finally:
-        for contender in contenders.values():
-            contender.close()
-
-
-def contest(
-    contenders: dict[str, Local] | dict[str, Remote], images_per_step: int, options: argparse.Namespace
-) -> list[Contest]:
-    """Warm up, then time every contender in each round, starting with another one each time."""
-    contests = {name: Contest(name, images_per_step) for name in contenders}
-    every: dict[str, Contender] = dict(contenders)
-    for contender in every.values():
-        contender.time(WARMUP_STEPS)
-    names = list(every)
-    for number in range(options.rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            contests[name].times.append(every[name].time(options.timed_steps))
-    for name, contender in every.items():
-        contests[name].peak_memory_gb = contender.peak_memory_gb()
-    return list(contests.values())
+def compare(
+    training_flags: list[str], images_per_step: int, device: torch.device, options: argparse.Namespace
+) -> tuple[list[Contest], Count]:
+    """This code as asked for and, with ``--baseline``, with reference kernels and the peer; and the count of rounds."""
+    builders: dict[str, tuple[Build, list[str]]] = {SHIPPED: (build_steps, training_flags)}
+    if options.baseline:
+        plain = [*training_flags, "--kernels=reference", "--compile=false"]
+        builders |= {
+            REFERENCE: (build_steps, plain),
+            PEER: (build_peer_steps, training_flags),
+            COMPILED_PEER: (build_compiled_peer_steps, training_flags),
+        }
+    starts = {name: partial(Remote, *each, options.accumulation) for name, each in builders.items()}
+    return compete(starts, images_per_step, options.rounds, options.timed_steps, partial(Probe.now, device))

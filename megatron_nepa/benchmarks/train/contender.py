@@ -22,10 +22,10 @@ from megatron_nepa.training.reporting.device_memory import memory_gb
 
 @dataclass(frozen=True)
 class StepTime:
-    """Mean over the steps of one round.
+    """The median step of those that were timed.
 
     Attributes:
-        seconds: duration of a step.
+        seconds: its duration.
         parts: seconds by part; measured on a step of their own on a GPU, since waiting between parts takes time.
     """
 
@@ -46,10 +46,13 @@ class Contender(Protocol):
     """What the benchmark times."""
 
     def time(self, steps: int) -> StepTime:
-        """The mean of ``steps`` optimizer steps."""
+        """The median of ``steps`` optimizer steps."""
 
     def peak_memory_gb(self) -> float:
         """As :func:`megatron_nepa.training.reporting.device_memory.memory_gb`."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
 
 
 class Local:
@@ -63,18 +66,20 @@ class Local:
         self.steps = steps
 
     def time(self, steps: int) -> StepTime:
-        """The mean of ``steps`` optimizer steps."""
+        """The median of ``steps`` optimizer steps."""
         device = self.steps.device
-        clock = PartClock(device)
-        start = _settled(device)
+        timed = []
         for _ in range(steps):
+            clock = PartClock(device)
+            start = _settled(device)
             self.steps.step(clock)
-        seconds = (_settled(device) - start) / steps
+            timed.append(StepTime(_settled(device) - start, clock.seconds))
+        median = sorted(timed, key=lambda step: step.seconds)[steps // 2]
         if device.type == "cuda":
             clock = PartClock(device, synchronize=True)
             self.steps.step(clock)
-            return StepTime(seconds, clock.seconds)
-        return StepTime(seconds, {part: total / steps for part, total in clock.seconds.items()})
+            return StepTime(median.seconds, clock.seconds)
+        return median
 
     def communication_seconds(self) -> float:
         """Seconds that collectives take in a step; most of it passes while the step computes."""
@@ -90,6 +95,9 @@ class Local:
     def peak_memory_gb(self) -> float:
         """Peak so far."""
         return memory_gb(self.steps.device)
+
+    def close(self) -> None:
+        """Nothing: this process goes on."""
 
 
 def _settled(device: torch.device) -> float:
@@ -108,11 +116,18 @@ def build_peer_steps(arguments: list[str], accumulation: int) -> PeerSteps:
     return PeerSteps(build_setting(arguments, accumulation))
 
 
+def build_compiled_peer_steps(arguments: list[str], accumulation: int) -> PeerSteps:
+    """The same with torch.compile."""
+    steps = build_peer_steps(arguments, accumulation)
+    steps.model.compile()
+    return steps
+
+
 Build = Callable[[list[str], int], Steps]
 
 
 class Remote:
-    """A contender in a process of its own, so that its memory is its own; idle between rounds.
+    """A contender in a process of its own, so that its memory is its own.
 
     Args:
         build: a module-level function that makes the steps there.
@@ -131,7 +146,7 @@ class Remote:
         self._answer()
 
     def time(self, steps: int) -> StepTime:
-        """The mean of ``steps`` optimizer steps."""
+        """The median of ``steps`` optimizer steps."""
         self._connection.send(("time", steps))
         answer = self._answer()
         assert isinstance(answer, StepTime)

@@ -43,6 +43,24 @@ class Contest:
 
 
 @dataclass(frozen=True)
+class Count:
+    """Rounds by how steady the machine was; only steady ones count, or all where none was.
+
+    Attributes:
+        steady: whose probes were all within a tenth of the best.
+        dropped: the others.
+    """
+
+    steady: int
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        if not self.steady:
+            return f"{self.dropped} rounds, none of them steady"
+        return f"{self.steady} rounds" + (f", {self.dropped} more dropped as unsteady" if self.dropped else "")
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """Everything that was measured.
 
@@ -54,6 +72,7 @@ class TrainReport:
         flops_per_image: model FLOPs of a training step.
         matmul_flops: a large matrix product's FLOP/s on one device, measured in the same call.
         contests: this code as it was asked for first, then those it is compared with.
+        rounds: how many were steady.
         ceiling_ms: by part (:mod:`megatron_nepa.benchmarks.train.ceiling`), empty where it was not measured.
         communication_ms: of a step's collectives, most of which overlap with computation; 0 on one device.
     """
@@ -66,6 +85,7 @@ class TrainReport:
     flops_per_image: float
     matmul_flops: float
     contests: list[Contest]
+    rounds: Count
     ceiling_ms: dict[str, float]
     communication_ms: float
 
@@ -86,7 +106,7 @@ class TrainReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with what follows from the measurements."""
-        result = asdict(self)
+        result = asdict(self) | {"rounds": str(self.rounds)}
         for entry, contest in zip(result["contests"], self.contests, strict=True):
             entry |= {
                 "images_per_second": contest.images_per_second,
@@ -105,7 +125,7 @@ class TrainReport:
         count = f"{self.devices} x " if self.devices > 1 else ""
         yield f"{count}{machine.device}, {machine.threads} threads, torch {machine.torch_version}, {machine.date}"
         images = self.contests[0].images_per_step
-        yield f"{self.recipe} in {self.dtype}, {images} images a step, {len(self.contests[0].times)} rounds"
+        yield f"{self.recipe} in {self.dtype}, {images} images a step, {self.rounds}"
         yield (
             f"{'':26}{'images/s':>9}{'min':>8}{'max':>8}{'TFLOP/s':>9}{'of matmul':>10}{'peak GB':>9}"
             f"{'data':>8}{'forward':>9}{'backward':>9}{'update':>8}{'first over it':>15}"
