@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from megatron_nepa.kernels.attention.backends import attention_sdpa
 from megatron_nepa.kernels.attention.products import MAX_TOKENS, attention_products
@@ -46,7 +47,7 @@ def test_bf16_is_about_as_exact_as_sdpas(causal):
 
 def test_compilers_see_the_operations_whole():
     qkv = torch.randn(2, 65, 3, 2, 8, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.megatron_nepa.attention_products.default, (qkv, True))
+    library.opcheck(torch.ops.megatron_nepa.attention_products.default, (qkv, True))
 
 
 def test_only_qkv_is_kept():

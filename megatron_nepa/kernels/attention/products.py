@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 MAX_TOKENS = 512  # whole matrices of scores: their bytes grow with the square of the tokens
 HEADS_AT_ONCE = 24  # their scores stay in the cache from one operation to the next, and a call has enough to do
@@ -107,8 +107,8 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor, causal: bool) -> Tensor:
 
 
 # custom ops: --compile takes them whole, where it would unroll the loops
-_forward_op = torch.library.custom_op("megatron_nepa::attention_products", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("megatron_nepa::attention_products_backward", _backward, mutates_args=())
+_forward_op = library.custom_op("megatron_nepa::attention_products", _forward, mutates_args=())
+_backward_op = library.custom_op("megatron_nepa::attention_products_backward", _backward, mutates_args=())
 
 
 @_forward_op.register_fake
