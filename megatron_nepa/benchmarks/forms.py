@@ -1,7 +1,8 @@
 """Times the pre-training input over the same images in tar shards, in Arrow and in parquet files, and as files.
 
 Images are decoded as a run decodes them, on the CPU, so this is what a form costs beside the decoding. Forms take turns
-in one process, and ratios are of neighbouring turns.
+in one process, and ratios are of neighbouring turns: of wall time, and of the CPU time that the process took, which
+other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from megatron_nepa.benchmarks.data import SETTLE_SECONDS, crops, images_per_second, sample_images
+from megatron_nepa.benchmarks.data import SETTLE_SECONDS, crops, sample_images
 from megatron_nepa.config import require
+from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import PREFETCH
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import read_sizes, scan_folder
@@ -39,10 +42,12 @@ class FormsReport:
     Attributes:
         images_per_second: by form, median over the rounds.
         ratio: each other form's over that of tar shards, median of the rounds' ratios.
+        cpu_ratio: likewise of images a second of CPU time.
     """
 
     images_per_second: dict[str, float]
     ratio: dict[str, float]
+    cpu_ratio: dict[str, float]
 
 
 def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int) -> FormsReport:
@@ -53,24 +58,41 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
         }
         first = {name: next(stream)[0].clone() for name, stream in streams.items()}
         assert all(torch.equal(pixels, first[TAR]) for pixels in first.values())
-        speeds: dict[str, list[float]] = {name: [] for name in streams}
+        turns: dict[str, list[_Turn]] = {name: [] for name in streams}
         for number in range(rounds + 1):
             for name in list(streams)[:: 1 if number % 2 else -1]:
                 time.sleep(SETTLE_SECONDS)
-                stream = streams[name]
-                speed = images_per_second(lambda: next(stream)[0], batch, batches, 2 * threads + PREFETCH)  # noqa: B023
+                turn = _take_turn(streams[name], batches, queued=2 * threads + PREFETCH)
                 if number:  # the first round fills caches and starts threads
-                    speeds[name].append(speed)
+                    turns[name].append(turn)
         for stream in streams.values():
             stream.close()
+    others = [name for name in turns if name != TAR]
+
+    def ratio(seconds: Callable[[_Turn], float], name: str) -> float:
+        return statistics.median(seconds(a) / seconds(b) for a, b in zip(turns[TAR], turns[name], strict=True))
+
     return FormsReport(
-        {name: statistics.median(values) for name, values in speeds.items()},
-        {
-            name: statistics.median(a / b for a, b in zip(values, speeds[TAR], strict=True))
-            for name, values in speeds.items()
-            if name != TAR
-        },
+        {name: batch * batches / statistics.median(turn.wall for turn in taken) for name, taken in turns.items()},
+        {name: ratio(lambda turn: turn.wall, name) for name in others},
+        {name: ratio(lambda turn: turn.cpu, name) for name in others},
     )
+
+
+class _Turn(NamedTuple):
+    """Seconds of some batches."""
+
+    wall: float
+    cpu: float
+
+
+def _take_turn(stream: CropStream, batches: int, queued: int) -> _Turn:
+    for _ in range(queued):  # decoded while others had their turn
+        next(stream)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(batches):
+        next(stream)
+    return _Turn(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def forms(index: DatasetIndex, folder: Path) -> dict[str, DatasetIndex]:
@@ -119,6 +141,6 @@ def run(options: argparse.Namespace) -> None:
 
 def lines(report: FormsReport) -> Iterator[str]:
     """The report as text."""
-    yield f"{'':12s}{'images/s':>10s}{'over tar':>10s}"
+    yield f"{'':12s}{'images/s':>10s}{'over tar':>10s}{'by CPU time':>13s}"
     for name, speed in report.images_per_second.items():
-        yield f"{name:12s}{speed:10.0f}{report.ratio.get(name, 1.0):10.3f}"
+        yield f"{name:12s}{speed:10.0f}{report.ratio.get(name, 1.0):10.3f}{report.cpu_ratio.get(name, 1.0):13.3f}"

@@ -150,8 +150,10 @@ def describe_index(report: Mapping[str, Any]) -> str:
 
 def describe_forms(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py forms --json``."""
-    ratios = ", ".join(f"{name} {ratio:.3f}x" for name, ratio in report["ratio"].items())
-    return f"tar shards {report['images_per_second']['tar shards']:.0f} images/s; of that {ratios}"
+    cpu = report["cpu_ratio"]
+    ratios = ", ".join(f"{name} {ratio:.3f}x ({cpu[name]:.3f}x)" for name, ratio in report["ratio"].items())
+    speed = report["images_per_second"]["tar shards"]
+    return f"tar shards {speed:.0f} images/s; of that (a second of CPU time) {ratios}"
 
 
 def describe_remote(report: Mapping[str, Any]) -> str:

@@ -35,3 +35,4 @@ def test_forms_benchmark(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ratio == {
         name: pytest.approx(speed[name] / speed["tar shards"]) for name in speed if name != forms.TAR
     }
+    assert report.cpu_ratio.keys() == report.ratio.keys()

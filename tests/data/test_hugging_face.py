@@ -385,7 +385,7 @@ def test_image_and_mask_pairs(form: str, tmp_path: Path) -> None:
             assert np.array_equal(found, np.asarray(mask))
 
 
-@pytest.mark.parametrize("write", [many_batches, large_offsets, parquet])
+@pytest.mark.parametrize("write", [many_batches, parquet])
 def test_training_sees_what_it_sees_in_the_folder(
     write: Callable[[dict[str, list[Any]], Path], Path], photographs: Path, tmp_path: Path
 ) -> None:
