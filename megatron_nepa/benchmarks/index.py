@@ -149,7 +149,7 @@ def _resident_mb() -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``tools/benchmark.py index``."""
-    parser.add_argument("--batch", type=int, default=256, help="images of a batch")
+    parser.add_argument("--batch", type=int, default=64, help="images of a batch")
     parser.add_argument(
         "--batches",
         type=int,

@@ -61,7 +61,7 @@ ENTRIES = (
     Entry("cpu_data", "pre-training input", "cpu", ("data",)),
     Entry("cpu_forms", "pre-training input over the same images in several forms", "cpu", ("forms",)),
     Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
-    Entry("cpu_index", "encoded images served from an index of sparse files, batches of 256", "cpu", ("index",)),
+    Entry("cpu_index", "encoded images served from an index of sparse files, batches of 64", "cpu", ("index",)),
     Entry("cpu_remote", "pre-training input, shards behind a web server beside tar shards here", "cpu", ("remote",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",
            "--recipe", "nepa_b_release", "--micro_batch_size", "128", "--compile", "--baseline"),
