@@ -18,7 +18,17 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, Union
 
-from megatron_nepa.config import SHORT_NAMES, ConfigError, Run, RunConfig, override, refuse_ignored
+from megatron_nepa.config import (
+    OBJECTIVES,
+    SHORT_NAMES,
+    ConfigError,
+    ObjectiveConfig,
+    Run,
+    RunConfig,
+    one_of,
+    override,
+    refuse_ignored,
+)
 from megatron_nepa.config.flags import RENAMED
 from megatron_nepa.config.pretraining import NEIGHBOURS
 
@@ -99,6 +109,10 @@ class _NotGiven:
 _NOT_GIVEN = _NotGiven()
 
 
+def _objective_flags(objective: type[ObjectiveConfig]) -> set[str]:
+    return {f"--objective.{entry.name}" for entry in fields(objective) if entry.init}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--?[\w.]+)", message)
@@ -107,6 +121,12 @@ class _Parser(argparse.ArgumentParser):
             if flag in RENAMED:
                 raise ConfigError(f"{flag} is called {RENAMED[flag]} now.")
             options = [option for action in self._actions for option in action.option_strings]
+            others = [each().name for each in OBJECTIVES if flag in _objective_flags(each)]
+            if others:
+                raise ConfigError(
+                    f"{flag} is of the objective {one_of(others)}, which this recipe does not train: drop it, or give "
+                    "a --recipe that does."
+                )
             raise ConfigError(f"there is no flag {flag}{_closest(flag, options)}; --help lists them.")
         raise ConfigError(f"{message}.")
 

@@ -68,6 +68,7 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
         run.kernels,
         topology.device,
         attention_shape=(run.micro_batch_size, model.sequence_length, heads, model.head_size),
+        head_sizes=run.head_sizes,
         dtype=DTYPES[run.dtype],
         causal=model.causal,
     )

@@ -174,7 +174,7 @@ def eva_arguments(model: ModelConfig) -> dict[str, Any]:
         "attn_type": "rope",
         "qk_norm": model.qk_norm != "none",
         "class_token": model.bos_token,
-        "use_abs_pos_emb": model.position_embedding == "learned",
+        "use_abs_pos_emb": model.position_embedding != "none",
         "use_rot_pos_emb": model.rope,
         "rope_type": "dinov3",
         "rope_temperature": model.rope_theta,

@@ -13,6 +13,8 @@ For every image, OUT gets
                          embedding. Patch t predicts patch t + 1: the next in the row, or the first of the next row.
     NAME_prediction.png  the cosine of every patch's embedding and its prediction, and how much better that is than
                          repeating the patch before it, as a model that learned nothing would.
+    NAME_reconstruction.png  instead, of a run of the objective mae or aim: what the trunk sees, what is hidden from it,
+                         the pixels that are predicted there, and the original.
     NAME.npz             the arrays, for every layer and head.
     NAME_evolution.png   with --evolution instead of these: one row a checkpoint, and NAME_evolution.npz.
 

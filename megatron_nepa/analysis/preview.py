@@ -12,6 +12,8 @@ import torch
 
 from megatron_nepa.config import (
     ClassificationConfig,
+    MaeObjective,
+    NepaObjective,
     PretrainingConfig,
     ProbingConfig,
     RunConfig,
@@ -29,6 +31,7 @@ from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.models.draws import patch_mask
+from megatron_nepa.objectives.mae import mae_mask
 from megatron_nepa.tasks.probing import CROPS_ONLY
 from megatron_nepa.tasks.segmentation_overlay import class_colours, coloured
 
@@ -92,7 +95,7 @@ def first_samples(run: RunConfig, index: DatasetIndex, count: int) -> list[Sampl
         boxes = crop_boxes(run.seed, samples, width, height, run.data.crop_scale_min).tolist()
         if batch.labels is not None:
             targets = [_soft(batch.labels[k].float().numpy(), index.classes) for k in range(count)]
-        if isinstance(run, PretrainingConfig) and run.objective.mask_ratio > 0:
+        if isinstance(run, PretrainingConfig):
             seen = _masked(run, seen, samples)
     mirrored = flips(run.seed, samples) if run.data.horizontal_flip or isinstance(run, SegmentationConfig) else None
     return [
@@ -136,9 +139,16 @@ def _decoded(store: ImageStore, image: int) -> Pixels:
 
 
 def _masked(run: PretrainingConfig, seen: list[Pixels], samples: npt.NDArray[np.int64]) -> list[Pixels]:
-    """The pictures with the patches in grey that the mask token replaces."""
+    """The pictures with the patches in grey that the trunk does not see."""
     grid, patch = run.model.grid_size, run.model.patch_size
-    mask = patch_mask(run.objective.mask_ratio, grid * grid, run.seed, torch.from_numpy(samples))
+    numbers = torch.from_numpy(samples)
+    match run.objective:
+        case NepaObjective(mask_ratio=ratio) if ratio > 0:
+            mask = patch_mask(ratio, grid * grid, run.seed, numbers)
+        case MaeObjective():
+            mask = mae_mask(run.objective, grid * grid, run.seed, numbers)
+        case _:
+            return seen
     covered = mask.view(-1, grid, grid).numpy().repeat(patch, axis=1).repeat(patch, axis=2)
     return [np.where(cover[..., None], np.uint8(128), pixels) for cover, pixels in zip(covered, seen, strict=True)]
 

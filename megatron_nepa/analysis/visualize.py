@@ -15,6 +15,7 @@ from megatron_nepa.analysis.figures import draw_evolution, draw_predictions, dra
 from megatron_nepa.analysis.images import Pixels, load_image
 from megatron_nepa.analysis.maps import Heads, Maps, compute_maps
 from megatron_nepa.analysis.queries import Patch, choose_queries
+from megatron_nepa.analysis.reconstruction import draw_reconstruction, pixel_model
 from megatron_nepa.checkpoint.conversion.compare import read_any
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.weights import Choice
@@ -60,6 +61,8 @@ class _Scene:
 def visualize(images: Sequence[Path], checkpoint: Path, out: Path, view: View) -> list[Path]:
     """Draw OUT/NAME.png (triplets) and OUT/NAME_prediction.png of every image, with OUT/NAME.npz.
 
+    Of a run that predicts pixels (MAE, AIM) OUT/NAME_reconstruction.png takes the second one's place.
+
     The npz holds the fields of :class:`~megatron_nepa.analysis.maps.Maps` (attention of all layers and heads), the
     image uint8 [H, W, 3] and its patch size.
 
@@ -80,12 +83,18 @@ def visualize(images: Sequence[Path], checkpoint: Path, out: Path, view: View) -
     model = weights.model
     layers = choose_layers(view.layers, model.num_layers)
     scenes = [_scene(path, model, view) for path in images]
-    written = _claim(out, scenes, (".npz", ".png", "_prediction.png"))
+    of_pixels = pixel_model(checkpoint, weights)
+    last = "_prediction.png" if of_pixels is None else "_reconstruction.png"
+    written = _claim(out, scenes, (".npz", ".png", last))
     for scene, (npz, triplets, predictions) in zip(scenes, written, strict=True):
         maps = compute_maps(weights, scene.pixels, scene.queries, view.bidirectional)
         _save_arrays(npz, {**maps.arrays(), "image": scene.pixels, "patch_size": np.array(model.patch_size)})
         title = _describe(scene, maps, view)
         draw_triplets(triplets, maps, scene.pixels, model.patch_size, layers, view.heads, f"{title}\n{weights.origin}")
+        if of_pixels is not None:
+            title = f"{scene.path.name}: the pixels of the patches that the trunk does not see"
+            draw_reconstruction(predictions, of_pixels, scene.pixels, f"{title}\n{weights.origin}")
+            continue
         source = "those before it" if maps.causal else "the whole image, itself included"
         title = f"{scene.path.name}: how well each patch is predicted from {source}"
         draw_predictions(predictions, maps, scene.pixels, model.patch_size, f"{title}\n{weights.origin}")

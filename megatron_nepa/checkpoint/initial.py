@@ -222,9 +222,9 @@ def _adapters(theirs: dict[str, Any], ours: ModelConfig) -> dict[str, Callable[[
     if theirs["patch_size"] != ours.patch_size and theirs["hidden_size"] == ours.hidden_size:
         adapters["trunk.embedding.weight"] = partial(resample_patch_kernel, patch_size=ours.patch_size)
     grid = theirs["image_size"] // theirs["patch_size"]
-    both_learned = theirs["position_embedding"] == ours.position_embedding == "learned"
+    same_positions = theirs["position_embedding"] == ours.position_embedding != "none"
     same_tokens = (theirs["hidden_size"], theirs["bos_token"]) == (ours.hidden_size, ours.bos_token)
-    if both_learned and same_tokens and grid != ours.grid_size:
+    if same_positions and same_tokens and grid != ours.grid_size:
         adapters["trunk.embedding.positions"] = partial(resample_positions, old_grid=grid, new_grid=ours.grid_size)
     return adapters
 

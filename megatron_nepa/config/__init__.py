@@ -18,7 +18,14 @@ from megatron_nepa.config.finetuning import (
 from megatron_nepa.config.flags import SHORT_NAMES, flag_of
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.config.modes import refuse_ignored
-from megatron_nepa.config.objectives import NepaObjective, ObjectiveConfig
+from megatron_nepa.config.objectives import (
+    OBJECTIVES,
+    AimObjective,
+    MaeObjective,
+    NepaObjective,
+    ObjectiveConfig,
+    read_objective,
+)
 from megatron_nepa.config.pretraining import PretrainingConfig, ProbeConfig
 from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
 from megatron_nepa.config.run import Run, RunConfig, override
@@ -40,8 +47,10 @@ from megatron_nepa.config.segmentation import (
 __all__ = [
     "IGNORED",
     "IMAGE_CHANNELS",
+    "OBJECTIVES",
     "SHORT_NAMES",
     "ActivationCheckpointing",
+    "AimObjective",
     "AugmentationConfig",
     "ClassificationConfig",
     "ConfigError",
@@ -53,6 +62,7 @@ __all__ = [
     "FrozenTrunkConfig",
     "HeadConfig",
     "LayerDecayConfig",
+    "MaeObjective",
     "MaskConfig",
     "ModelConfig",
     "NepaObjective",
@@ -73,6 +83,7 @@ __all__ = [
     "multiples_around",
     "one_of",
     "override",
+    "read_objective",
     "refuse_ignored",
     "require",
 ]

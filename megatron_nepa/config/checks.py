@@ -43,7 +43,7 @@ def multiples_around(value: int, unit: int, least: int = 1) -> list[int]:
     return sorted({max(least, times) * unit, max(least, times + 1) * unit})
 
 
-def one_of(values: Iterable[int]) -> str:
+def one_of(values: Iterable[int | str]) -> str:
     """Values as a choice, for a message: "1, 2 or 4"."""
     *others, last = map(str, values)
     return f"{', '.join(others)} or {last}" if others else last

@@ -39,8 +39,9 @@ class ModelConfig:
     rope_rescale: float | None = None
     # consecutive samples of the run that share one RoPE-rescale draw (release: one per forward call)
     rope_rescale_group: int = 1
-    # learned positions added to the trunk's input, never to the target (paper), or none (release)
-    position_embedding: Literal["none", "learned"] = "learned"
+    # positions added to the trunk's input, never to the target: learned (paper), none (release), or fixed sines and
+    # cosines (sincos, MAE)
+    position_embedding: Literal["none", "learned", "sincos"] = "learned"
     # prepend one learned token that is never a target (release)
     bos_token: bool = False
     # initial value of the per-channel branch scale; none removes LayerScale
@@ -97,6 +98,11 @@ class ModelConfig:
             not self.rope or self.head_size % 4 == 0,
             f"2-D RoPE needs a head width divisible by 4, but model.hidden_size {self.hidden_size} / model.num_heads "
             f"{self.num_heads} = {self.head_size}: {self._possible_heads()}.",
+        )
+        require(
+            self.position_embedding != "sincos" or self.hidden_size % 4 == 0,
+            f"position_embedding sincos needs a model.hidden_size divisible by 4, and it is {self.hidden_size}: take "
+            f"{one_of(multiples_around(self.hidden_size, 4))}.",
         )
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; it must be positive.")
         require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive.")

@@ -59,8 +59,14 @@ class PretrainingConfig(RunConfig):
     objective: ObjectiveConfig = field(default_factory=NepaObjective)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Those of the trunk, and of what the objective adds to it."""
+        return (*super().head_sizes, *self.objective.head_sizes())
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.objective.check(self.model, self.parallel)
         require_block("probe.block", self.probe.block, self.model.num_layers)
 
 

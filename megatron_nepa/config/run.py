@@ -111,6 +111,11 @@ class RunConfig:
         return self.optimizer.base_lr * self.global_batch_size / 256
 
     @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Widths of all attention heads of what is trained, the trunk's first."""
+        return (self.model.head_size,)
+
+    @property
     def trained_dtype(self) -> Literal["bf16", "fp32"]:
         """Dtype of the weights that are trained, beside their fp32 masters; the trunk computes in ``dtype``."""
         return self.dtype

@@ -150,7 +150,7 @@ def _names(model: ModelConfig) -> dict[str, list[str]]:
     }
     if model.bos_token:
         names["trunk.embedding.bos_token"] = "cls_token"
-    if model.position_embedding == "learned":
+    if model.position_embedding != "none":
         names["trunk.embedding.positions"] = "pos_embed"
     modules = {
         "norm1": "norm1",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.kernels.attention.backends import attention_sdpa, choose_attention
+from megatron_nepa.kernels.attention.backends import attention_masked, attention_sdpa, choose_attention
 from megatron_nepa.kernels.cosine_loss.operation import COSINE_LOSS
 from megatron_nepa.kernels.operations import OPERATIONS
 from megatron_nepa.kernels.qk_norm_rope.operation import QK_NORM_ROPE
@@ -34,6 +34,7 @@ class Kernels:
     residual_norm: Callable[..., tuple[Tensor, Tensor]] = RESIDUAL_NORM.reference
     cosine_loss: Callable[..., tuple[Tensor, Tensor]] = COSINE_LOSS.reference
     attention: Callable[[Tensor, bool], Tensor] = attention_sdpa
+    attention_masked: Callable[[Tensor, Tensor], Tensor] = attention_masked
 
     def describe(self) -> dict[str, str]:
         """Operation name to the name of the function that serves it, for the log and config.json."""
@@ -47,6 +48,7 @@ def select_kernels(
     attention_shape: tuple[int, int, int, int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     causal: bool = True,
+    head_sizes: Collection[int] = (),
 ) -> Kernels:
     """The implementations that a run uses, chosen once at start-up.
 
@@ -61,6 +63,7 @@ def select_kernels(
             takes the first that is installed.
         dtype: dtype of the activations.
         causal: whether attention will be causal.
+        head_sizes: widths of the heads that the run has besides.
 
     Raises:
         ConfigError: ``triton`` where it cannot run.
@@ -72,7 +75,8 @@ def select_kernels(
     attention = choose_attention(device, attention_shape, dtype, causal, deterministic)
     if choice == "auto" and not _triton_compiles_for(device):
         return Kernels(attention=attention)
-    return _triton_kernels(choice, device, attention_shape, attention)
+    sizes = {*head_sizes, *(() if attention_shape is None else attention_shape[3:])}
+    return _triton_kernels(choice, device, sizes, attention)
 
 
 def _triton_compiles_for(device: torch.device) -> bool:
@@ -87,7 +91,7 @@ def _triton_compiles_for(device: torch.device) -> bool:
 def _triton_kernels(
     choice: str,
     device: torch.device,
-    attention_shape: tuple[int, int, int, int] | None,
+    head_sizes: set[int],
     attention: Callable[[Tensor, bool], Tensor],
 ) -> Kernels:
     require(
@@ -109,9 +113,10 @@ def _triton_kernels(
     kernels = replace(fused_kernels(), attention=attention)
     if device.type == "cuda":
         kernels = replace(kernels, layer_norm=_apex_layer_norm() or layer_norm_reference)
-    if attention_shape is not None and attention_shape[3] not in HEAD_DIMS:
+    unserved = sorted(head_sizes - set(HEAD_DIMS))
+    if unserved:
         dims = ", ".join(map(str, HEAD_DIMS))
-        problem = f"the kernel of QK-norm and RoPE takes head dims {dims}, not {attention_shape[3]}"
+        problem = f"the kernel of QK-norm and RoPE takes head dims {dims}, not {unserved[0]}"
         require(choice == "auto", f"kernels is triton, but {problem}; set kernels to auto.")
         logger.warning("kernels: %s; plain torch does their work.", problem)
         kernels = replace(kernels, qk_norm_rope=QK_NORM_ROPE.reference)

@@ -40,16 +40,37 @@ def drop_path_factors(rate: float, num_layers: int, seed: int, sample_index: Ten
     return torch.where(draw < rates, 0.0, 1 / (1 - rates)).contiguous()
 
 
+def shuffled_patches(num_patches: int, purpose: str, seed: int, sample_index: Tensor) -> Tensor:
+    """The patches of every sample in a random order.
+
+    Args:
+        num_patches: patches of a sample.
+        purpose: what the order is for, such as "patch_mask".
+        seed: the run's seed.
+        sample_index: sample numbers, int64 [B].
+
+    Returns:
+        int64 [B, num_patches], a permutation a row.
+    """
+    draw = uniform_tensor(derive_key(seed, purpose), sample_index, num_patches)
+    # stable, so that equal draws are told apart by position
+    return draw.argsort(dim=1, stable=True)
+
+
+def prefix_lengths(num_patches: int, seed: int, sample_index: Tensor) -> Tensor:
+    """A number of leading patches of every sample, uniform in 1 to ``num_patches - 1``, int64 [B]."""
+    draw = uniform_tensor(derive_key(seed, "prefix"), sample_index, 1)[:, 0]
+    return 1 + (draw.double() * (num_patches - 1)).long()
+
+
 def patch_mask(ratio: float, num_patches: int, seed: int, sample_index: Tensor) -> Tensor:
     """Which patches of every sample the mask token replaces: exactly ``round(ratio * num_patches)`` (paper table 1c).
 
     Returns:
         bool [B, num_patches].
     """
-    draw = uniform_tensor(derive_key(seed, "patch_mask"), sample_index, num_patches)
-    # stable, so that equal draws are told apart by position and the count stays exact
-    order = draw.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return order < round(ratio * num_patches)
+    place = shuffled_patches(num_patches, "patch_mask", seed, sample_index).argsort(dim=1)
+    return place < round(ratio * num_patches)
 
 
 def channel_dropout_factors(rate: float, num_channels: int, purpose: str, seed: int, sample_index: Tensor) -> Tensor:

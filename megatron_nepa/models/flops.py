@@ -12,15 +12,23 @@ from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
 
 def forward_flops(config: ModelConfig) -> int:
     """FLOPs of the forward pass of one image; causal attention counts the query-key pairs that it keeps."""
-    tokens, width = config.sequence_length, config.hidden_size
     pixels = IMAGE_CHANNELS * config.patch_size**2
-    mlp_matrices = 3 if config.mlp == "swiglu" else 2
-    pairs = tokens * (tokens + 1) // 2 if config.causal else tokens**2
+    patch_embedding = 2 * config.num_patches * pixels * config.hidden_size
+    return patch_embedding + blocks_flops(config, config.sequence_length)
 
-    patch_embedding = config.num_patches * pixels * width
-    linears = tokens * width * (4 * width + mlp_matrices * config.mlp_hidden_size)  # qkv, out, feed-forward
+
+def blocks_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of the blocks' forward pass on one sample of ``tokens`` tokens."""
+    width = config.hidden_size
+    pairs = tokens * (tokens + 1) // 2 if config.causal else tokens**2
+    linears = tokens * (4 * width**2 + feed_forward_products(config))  # qkv, out, feed-forward
     attention = 2 * pairs * width  # scores, and the mix of values
-    return 2 * (patch_embedding + config.num_layers * (linears + attention))
+    return 2 * config.num_layers * (linears + attention)
+
+
+def feed_forward_products(config: ModelConfig) -> int:
+    """Multiply-adds of a feed-forward layer on one token."""
+    return (3 if config.mlp == "swiglu" else 2) * config.hidden_size * config.mlp_hidden_size
 
 
 def train_flops(config: ModelConfig) -> int:

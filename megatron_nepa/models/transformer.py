@@ -62,6 +62,7 @@ class Attention(nn.Module):
         rope_scale: Tensor | None,
         num_samples: int,
         period: int,
+        visible: Tensor | None,
     ) -> Tensor:
         """[n, D] to [n, D]; ``num_samples`` samples of ``period`` tokens each."""
         fused = self.qkv(normed)  # [N, 3 H d], padded at the end where sequence parallelism needs equal parts
@@ -71,7 +72,11 @@ class Attention(nn.Module):
         rows = fused[:num_rows] if padding else fused
         qkv = rows.view(num_samples, period, 3, self.num_local_heads, self.head_size)  # [B, T, 3, H, d]
         qkv = self.kernels.qk_norm_rope(qkv, angles, rope_scale, q_norm, k_norm, self.normalize, self.eps)
-        mixed = self.kernels.attention(qkv, self.causal).flatten(2).flatten(0, 1)  # [B, T, H, d] to [N, H d]
+        if visible is None:
+            mixed = self.kernels.attention(qkv, self.causal)  # [B, T, H, d]
+        else:
+            mixed = self.kernels.attention_masked(qkv, visible)
+        mixed = mixed.flatten(2).flatten(0, 1)  # [N, H d]
         output: Tensor = self.out(nn.functional.pad(mixed, (0, 0, 0, padding)) if padding else mixed)
         return output
 
@@ -146,6 +151,7 @@ class Block(nn.Module):
         feed_forward_scale: Tensor | None,
         num_samples: int,
         period: int,
+        visible: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block, from seam to seam.
 
@@ -160,13 +166,14 @@ class Block(nn.Module):
             feed_forward_scale: DropPath factor of the feed-forward branch, likewise.
             num_samples: samples whose rows the replica holds.
             period: tokens of a sample.
+            visible: which keys every query sees, bool [B, 1, T, T]; None is as the model's ``causal`` says.
 
         Returns:
             The new stream and its next norm, both [n, D].
         """
         shared = self._replicated(next_norm_weight, next_norm_bias)
         residual_norm = self.kernels.residual_norm
-        branch = self.attention(normed, shared.q_norm, shared.k_norm, angles, rope_scale, num_samples, period)
+        branch = self.attention(normed, shared.q_norm, shared.k_norm, angles, rope_scale, num_samples, period, visible)
         # the last seam is kept: the next block's first one starts from its stream
         stream, normed = self.call_cheap(
             residual_norm,

@@ -6,8 +6,7 @@ token rows of the replica, n of them on this rank, D width, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.draws import drop_path_factors, patch_mask, rope_rescale_factor
-from megatron_nepa.models.patch_embedding import PatchEmbedding
-from megatron_nepa.models.recomputation import recomputed
+from megatron_nepa.models.patch_embedding import PatchEmbedding, token_index
 from megatron_nepa.models.rope import rope_angles
+from megatron_nepa.models.stack import run_blocks
 from megatron_nepa.models.transformer import Block, Norm
-from megatron_nepa.parallel.parameters import sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard, shard_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,63 +65,64 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config, build) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size)
 
-    def forward(self, images: Tensor, sample_index: Tensor, taps: Sequence[int] = ()) -> TrunkOutput:
+    def forward(
+        self,
+        images: Tensor,
+        sample_index: Tensor,
+        taps: Sequence[int] = (),
+        kept: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> TrunkOutput:
         """Embed and transform a micro-batch.
 
         Args:
             images: [b, C, H, W]: the whole micro-batch, or this tensor-parallel rank's equal share of it.
             sample_index: sample numbers of the whole micro-batch, int64 [B].
             taps: blocks, counted from 0, whose streams are returned as well.
+            kept: the patches of every sample that enter, numbers from 0 in raster order, int64 [B, K]: T is then K and
+                the BOS token. None takes all.
+            visible: which tokens (fourth axis) every token (third) attends to, bool [B, 1, T, T]; None is as
+                ``config.causal`` says.
         """
         config, num_samples = self.config, sample_index.shape[0]
         grid = (images.shape[2] // config.patch_size, images.shape[3] // config.patch_size)
         num_prefix = int(config.bos_token)
-        period = grid[0] * grid[1] + num_prefix
+        period = (grid[0] * grid[1] if kept is None else kept.shape[1]) + num_prefix
         rows = shard_rows(num_samples * period, self.tensor, self.sequence_parallel)
 
         mask = None
         if self.training and self.mask_ratio > 0:
             mask = patch_mask(self.mask_ratio, period - num_prefix, self.seed, sample_index)  # [B, patches]
         stream_dtype = torch.promote_types(DTYPES[config.residual_dtype], images.dtype)
-        embedding, stream = self.embedding(images, num_samples, rows, mask, stream_dtype)  # [n or n + 1, D], [n, D]
+        embedding, stream = self.embedding(
+            images, num_samples, rows, mask, stream_dtype, kept
+        )  # [n or n + 1, D], [n, D]
 
         angles, rope_scale = None, None
         if config.rope:
             angles = rope_angles(*grid, config.head_size, config.rope_theta, num_prefix, images.device)
+            if kept is not None:
+                angles = angles[token_index(kept, num_prefix)]  # [B, T, d / 2]
             if self.training and config.rope_rescale is not None:
                 rope_scale = rope_rescale_factor(
                     config.rope_rescale, config.rope_rescale_group, self.seed, sample_index
                 )
         row_scale = self._row_scale(sample_index, rows, period)  # 2 L of [n]
 
-        blocks = cast("list[Block]", list(self.blocks))
-        norms = [block.norm1 for block in blocks] + [self.norm]
-        weight: Tensor | None = norms[0].weight
-        bias: Tensor | None = norms[0].bias
-        weight, bias = sum_split_gradients((weight, bias), ("rows",) if self.sequence_parallel else (), self.tensor)
-        assert weight is not None
-        assert bias is not None
-        normed = self.kernels.layer_norm(stream, weight, bias, config.layer_norm_eps)  # [n, D]
-        tapped = []
-        for i, block in enumerate(blocks):
-            call: Callable[..., tuple[Tensor, Tensor]] = block
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                call = partial(recomputed, block)
-            stream, normed = call(
-                stream,
-                normed,
-                norms[i + 1].weight,
-                norms[i + 1].bias,
-                angles,
-                rope_scale,
-                row_scale[2 * i],
-                row_scale[2 * i + 1],
-                num_samples,
-                period,
-            )
-            if i in taps:
-                tapped.append(stream)
-        return TrunkOutput(embedding, normed, rows, period, tuple(tapped))
+        normed, tapped = run_blocks(
+            cast("list[Block]", list(self.blocks)),
+            self.norm,
+            stream,
+            angles=angles,
+            rope_scale=rope_scale,
+            row_scale=row_scale,
+            num_samples=num_samples,
+            period=period,
+            visible=visible,
+            recompute=self.activation_checkpointing == "full",
+            taps=taps,
+        )
+        return TrunkOutput(embedding, normed, rows, period, tapped)
 
     def _row_scale(self, sample_index: Tensor, rows: RowShard, period: int) -> Tensor | list[None]:
         num_branches = 2 * self.config.num_layers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_nepa.config import NepaObjective, PretrainingConfig
+from megatron_nepa.config import AimObjective, MaeObjective, NepaObjective, PretrainingConfig
 from megatron_nepa.models.build import Build
+from megatron_nepa.objectives.aim import AimForPretraining
+from megatron_nepa.objectives.mae import MaeForPretraining
 from megatron_nepa.objectives.nepa import NepaForPretraining
 from megatron_nepa.objectives.objective import PretrainingModel
 
@@ -13,3 +15,7 @@ def build_objective(run: PretrainingConfig, build: Build) -> PretrainingModel:
     match run.objective:
         case NepaObjective():
             return NepaForPretraining(run.model, run.objective, build)
+        case AimObjective():
+            return AimForPretraining(run.model, run.objective, build)
+        case MaeObjective():
+            return MaeForPretraining(run.model, run.objective, build)

@@ -6,7 +6,7 @@ any tensor-parallel size starts from the same model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,7 @@ def parameter(
     layout: ParameterLayout = REPLICATED,
     constant: float | None = None,
     std: float | None = None,
+    values: Callable[[], Tensor] | None = None,
 ) -> nn.Parameter:
     """An fp32 parameter of this rank's ``shape`` that :func:`initialize_parameters` will fill; NaN until then.
 
@@ -65,6 +66,7 @@ def parameter(
         layout: how the whole tensor is split.
         constant: initial value of every element; None draws a truncated normal.
         std: standard deviation of that normal; None takes the model's.
+        values: makes the initial value of a whole parameter instead, fp32 of ``shape``.
     """
     assert (gradient == "local") == (layout.split_dim is not None), "a split parameter's gradient is local"
     result = nn.Parameter(torch.full(shape, float("nan")))
@@ -72,6 +74,7 @@ def parameter(
     result.parallel_layout = layout  # type: ignore[attr-defined]
     result.constant = constant  # type: ignore[attr-defined]
     result.init_std = std  # type: ignore[attr-defined]
+    result.initial_values = values  # type: ignore[attr-defined]
     # DeepSpeed counts marked parameters of every tensor-parallel rank, and unmarked ones of rank 0 only, in the
     # gradient norm
     result.tensor_model_parallel = layout.split_dim is not None  # type: ignore[attr-defined]
@@ -114,6 +117,10 @@ def initialize_parameters(module: nn.Module, seed: int, std: float, tensor: Tens
         constant = getattr(param, "constant", None)
         if constant is not None:
             param.fill_(constant)
+            continue
+        values = getattr(param, "initial_values", None)
+        if values is not None:
+            param.copy_(values())
             continue
         layout = layout_of(param)
         generator = torch.Generator().manual_seed(derive_key(seed, f"initialize/{name}"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.topology import TensorGroup
 
 
@@ -49,6 +50,27 @@ def shard_rows(num_rows: int, tensor: TensorGroup, sequence_parallel: bool) -> R
         return RowShard(num_rows, first=0, count=num_rows)
     count = -(-num_rows // tensor.size)
     return RowShard(num_rows, first=tensor.rank * count, count=count)
+
+
+def place_rows(
+    local: Tensor, is_share: bool, rows: RowShard, tensor: TensorGroup, sequence_parallel: bool, halo: int = 0
+) -> Tensor:
+    """Rows made from the images that a tensor-parallel rank was given, as the rows that it keeps.
+
+    Args:
+        local: rows of whole samples, [b T, ...]: of this rank's share of the images, or of all of them.
+        is_share: whether they are of a share.
+        rows: the rows that this rank keeps.
+        tensor: the ranks.
+        sequence_parallel: whether each keeps its run of rows, rather than all.
+        halo: rows after them that are kept too, where a run cuts a sample.
+
+    Returns:
+        [n, ...], or [n + halo, ...] where the rows were cut.
+    """
+    if not is_share:
+        return rows.take(local, halo) if sequence_parallel else local
+    return local if sequence_parallel else gather_rows(local, tensor)  # a share is this rank's run
 
 
 def holds_whole_samples(num_samples: int, tensor: TensorGroup, sequence_parallel: bool) -> bool:

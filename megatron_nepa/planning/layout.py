@@ -91,7 +91,7 @@ def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> Param
     scales = 2 if model.layer_scale_init is not None else 0
     block = (6 + scales) * width + (2 * model.head_size if model.qk_norm == "affine" else 0)  # 2 biases, 2 norms
     patches = IMAGE_CHANNELS * model.patch_size**2 * width
-    positions = model.sequence_length * width if model.position_embedding == "learned" else 0
+    positions = model.sequence_length * width if model.position_embedding != "none" else 0
     vectors = (3 + int(model.bos_token)) * width  # patch bias, final norm, BOS token
     return ParameterCount(
         split=layers * (matrices + split_biases) // tensor_parallel_size,

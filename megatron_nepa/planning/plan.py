@@ -11,6 +11,7 @@ from megatron_nepa.config import (
     ActivationCheckpointing,
     ConfigError,
     ModelConfig,
+    NepaObjective,
     PretrainingConfig,
     divisors,
     multiples_around,
@@ -91,6 +92,11 @@ def predict(run: PretrainingConfig, layout: Layout, gpu: Gpu) -> Plan:
         ConfigError: for a layout that does not fit the run: heads or widths that the tensor-parallel size does not
             divide, a batch that the replicas do not.
     """
+    require(
+        isinstance(run.objective, NepaObjective),
+        f"the plan's formulas are of the objective nepa, and {run.recipe} trains {run.objective.name}: give another "
+        "--recipe.",
+    )
     size = layout.tensor_parallel_size
     require(
         layout.gpus % size == 0,

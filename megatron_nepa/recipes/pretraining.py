@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from megatron_nepa.config import DataConfig, ModelConfig, OptimizerConfig, PretrainingConfig
+from megatron_nepa.config import (
+    AimObjective,
+    DataConfig,
+    MaeObjective,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainingConfig,
+)
 
 
 def quickstart() -> PretrainingConfig:
@@ -102,6 +109,51 @@ def nepa_7b() -> PretrainingConfig:
     return replace(nepa_l(), recipe="nepa_7b", model=model, output_dir="runs/nepa_7b", micro_batch_size=32)
 
 
+def aim_b() -> PretrainingConfig:
+    """NEPA-B's trunk and settings with AIM's objective, the pixels of the next patch, and its prefix attention."""
+    return replace(nepa_b(), recipe="aim_b", objective=AimObjective(), output_dir="runs/aim_b")
+
+
+def mae_b() -> PretrainingConfig:
+    """MAE-B: a plain bidirectional ViT and MAE's settings (1,600 epochs), at the patch size of the other recipes."""
+    return PretrainingConfig(
+        recipe="mae_b",
+        model=_plain_vit(num_layers=12, hidden_size=768, num_heads=12),
+        objective=MaeObjective(),
+        data=DataConfig(crop_scale_min=0.2, horizontal_flip=True),
+        # 40 of 1,600 epochs of warm-up; MAE neither clips gradients nor averages weights
+        optimizer=OptimizerConfig(base_lr=1.5e-4, clip_grad=0.0, ema_decay=0.0),
+        output_dir="runs/mae_b",
+        epochs=1600,
+        global_batch_size=4096,
+        micro_batch_size=256,
+    )
+
+
+def mae_l() -> PretrainingConfig:
+    """MAE-L, the baseline of the paper's table 7, whose components are flags (--model.rope true and the like)."""
+    model = _plain_vit(num_layers=24, hidden_size=1024, num_heads=16)
+    return replace(mae_b(), recipe="mae_l", model=model, output_dir="runs/mae_l", micro_batch_size=128)
+
+
+def _plain_vit(num_layers: int, hidden_size: int, num_heads: int) -> ModelConfig:
+    """A ViT as MAE trains it: GELU, class token, fixed positions; no RoPE, QK-norm or LayerScale."""
+    return ModelConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        mlp="gelu",
+        mlp_hidden_size=4 * hidden_size,
+        qk_norm="none",
+        rope=False,
+        position_embedding="sincos",
+        bos_token=True,
+        layer_scale_init=None,
+        causal=False,
+        layer_norm_eps=1e-6,
+    )
+
+
 def _trunk(num_layers: int, hidden_size: int, num_heads: int, mlp_hidden_size: int) -> ModelConfig:
     return ModelConfig(
         num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads, mlp_hidden_size=mlp_hidden_size
@@ -130,5 +182,17 @@ def _release(base: PretrainingConfig, mlp_hidden_size: int, qk_norm: Literal["pl
 
 PRETRAINING_RECIPES: dict[str, Callable[[], PretrainingConfig]] = {
     recipe.__name__: recipe
-    for recipe in (quickstart, nepa_b, nepa_l, nepa_b_release, nepa_l_release, nepa_h, nepa_g, nepa_7b)
+    for recipe in (
+        quickstart,
+        nepa_b,
+        nepa_l,
+        nepa_b_release,
+        nepa_l_release,
+        nepa_h,
+        nepa_g,
+        nepa_7b,
+        aim_b,
+        mae_b,
+        mae_l,
+    )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_nepa.checkpoint.format.shares import Piece, heaviest_share, share_out
-from megatron_nepa.checkpoint.reading.weights import trunk_layouts
+from megatron_nepa.checkpoint.reading.weights import parameter_forms
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, SEGMENTATION_RECIPES
 
 RECIPES = {**PRETRAINING_RECIPES, **CLASSIFICATION_RECIPES, **SEGMENTATION_RECIPES}
@@ -14,7 +14,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 def pieces_of(recipe: str, tensor_size: int) -> dict[str, Piece]:
     run = RECIPES[recipe]()
-    forms = trunk_layouts(run.model, masked=recipe in PRETRAINING_RECIPES and run.objective.mask_ratio > 0)
+    forms = parameter_forms(run.to_dict(), ())
     return {
         f"{kind}.{name}": Piece(form.shape.numel() // (tensor_size if is_split else 1), is_split)
         for name, form in forms.items()

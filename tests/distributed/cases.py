@@ -16,13 +16,15 @@ from megatron_nepa.config import (
     ActivationCheckpointing,
     ModelConfig,
     NepaObjective,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    PretrainingConfig,
     RunConfig,
 )
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
-from megatron_nepa.objectives.nepa import NepaForPretraining
+from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.parallel.parameters import layout_of
 from megatron_nepa.parallel.random import derive_key
 from megatron_nepa.parallel.topology import Topology, build_topology
@@ -70,7 +72,7 @@ class Case:
 
     grid: Grid = Grid()
     model: ModelConfig = MODEL
-    objective: NepaObjective = field(default_factory=lambda: NepaObjective(mask_ratio=0.4))
+    objective: ObjectiveConfig = field(default_factory=lambda: NepaObjective(mask_ratio=0.4))
     dtype: str = "fp32"
     steps: int = 3
     global_batch_size: int = 8
@@ -81,7 +83,8 @@ class Case:
 
     def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
         """The model that is trained; other tasks' cases override it and :meth:`loss`."""
-        return NepaForPretraining(run.model, self.objective, Build.of(run, topology.tensor, kernels))
+        assert isinstance(run, PretrainingConfig)
+        return build_objective(run, Build.of(run, topology.tensor, kernels))
 
     def loss(self, engine: TrainingEngine, images: Tensor, sample_index: Tensor) -> Tensor:
         """Loss of one micro-batch, equal on its tensor-parallel ranks."""
@@ -103,9 +106,10 @@ class Outcome:
 Mutation = Callable[[nn.Module, Topology], None]
 
 
-def build_run(case: Case) -> RunConfig:
+def build_run(case: Case) -> PretrainingConfig:
     grid = case.grid
-    return RunConfig(
+    return PretrainingConfig(
+        objective=case.objective,
         model=case.model,
         parallel=ParallelConfig(grid.tensor_size, grid.sequence_parallel, grid.activation_checkpointing),
         # with AdamW's usual epsilon an element whose gradient is near 0 would blow rounding up to a whole step
@@ -160,25 +164,11 @@ def sample_images(sample: range, model: ModelConfig, dtype: torch.dtype) -> Tens
 def train_case(case: Case, mutation: Mutation | None = None, kernels: Kernels | None = None) -> Outcome:
     """Run a case on this rank's process group; the main rank's outcome holds the joined tensors."""
     engine = build_engine(case, mutation, kernels)
-    topology, micro = engine.topology, case.grid.micro_batch_size
-    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     outcome = Outcome()
     for step in range(case.steps):
-        total = torch.zeros(())
-        for accumulation in range(engine.accumulation_steps):
-            first = step * case.global_batch_size + (accumulation * topology.data_size + topology.data_rank) * micro
-            sample_index = torch.arange(first, first + micro)
-            local = local_samples(first, micro, topology)
-            loss = case.loss(engine, sample_images(local, case.model, dtype), sample_index)
-            engine.backward(loss)
-            total += loss.detach() / engine.accumulation_steps
-            if accumulation < engine.accumulation_steps - 1:
-                engine.end_micro_batch()
-        result = engine.step(LEARNING_RATE)
-        assert result.applied
-        dist.all_reduce(total, group=topology.data_group)
-        outcome.losses.append(total.item() / topology.data_size)
-        outcome.grad_norms.append(result.grad_norm.item())
+        loss, grad_norm = train_step(engine, case, step)
+        outcome.losses.append(loss)
+        outcome.grad_norms.append(grad_norm)
         if step == 0:
             outcome.gradients = {
                 name.removeprefix("exp_avg."): value / (1 - engine.run.optimizer.beta1)
@@ -188,6 +178,26 @@ def train_case(case: Case, mutation: Mutation | None = None, kernels: Kernels | 
     outcome.state = join_state(engine)
     outcome.replicas_equal = replicas_equal(engine)
     return outcome
+
+
+def train_step(engine: TrainingEngine, case: Case, step: int) -> tuple[float, float]:
+    """One optimizer step, counted from 0: its loss over all replicas, and its gradient norm."""
+    topology, micro = engine.topology, case.grid.micro_batch_size
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    total = torch.zeros(())
+    for accumulation in range(engine.accumulation_steps):
+        first = step * case.global_batch_size + (accumulation * topology.data_size + topology.data_rank) * micro
+        sample_index = torch.arange(first, first + micro)
+        local = local_samples(first, micro, topology)
+        loss = case.loss(engine, sample_images(local, case.model, dtype), sample_index)
+        engine.backward(loss)
+        total += loss.detach() / engine.accumulation_steps
+        if accumulation < engine.accumulation_steps - 1:
+            engine.end_micro_batch()
+    result = engine.step(LEARNING_RATE)
+    assert result.applied
+    dist.all_reduce(total, group=topology.data_group)
+    return total.item() / topology.data_size, result.grad_norm.item()
 
 
 def local_samples(first: int, micro: int, topology: Topology) -> range:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from megatron_nepa.kernels.cosine_loss.reference import cosine_loss_reference
 from megatron_nepa.kernels.dispatch import Kernels
-from megatron_nepa.models import draws, patch_embedding, transformer, trunk
+from megatron_nepa.models import draws, patch_embedding, stack, transformer, trunk
+from megatron_nepa.objectives import aim, mae, pixels
 from megatron_nepa.parallel.parameters import sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup, Topology
@@ -33,7 +34,7 @@ def drop_gradient_sum(part: str, model: nn.Module, topology: Topology) -> None:
         summed = sum_split_gradients(parameters, split, tensor)
         return [old if id(old) in skipped else new for old, new in zip(parameters, summed, strict=True)]
 
-    for module in (transformer, trunk, patch_embedding):
+    for module in (transformer, stack, patch_embedding, pixels, mae, aim):
         module.sum_split_gradients = mutated  # type: ignore[attr-defined]
 
 

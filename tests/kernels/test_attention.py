@@ -30,6 +30,27 @@ def test_sdpa_equals_softmax_written_out(causal):
     assert got.is_contiguous()
 
 
+def test_a_mask_of_ones_own_equals_softmax_written_out():
+    qkv = torch.randn(2, 5, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    visible = torch.rand(2, 1, 5, 5) < 0.5
+    visible |= torch.eye(5, dtype=torch.bool)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~visible, float("-inf"))
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    got = attention.attention_masked(qkv, visible)
+    torch.testing.assert_close(got, expected)
+    assert got.is_contiguous()
+    (found,), (wanted,) = (torch.autograd.grad(out.sin().sum(), qkv) for out in (got, expected))
+    torch.testing.assert_close(found, wanted)
+    assert found.is_contiguous()
+
+
+def test_a_causal_mask_equals_causal_attention():
+    qkv = torch.randn(2, 5, 3, 2, 8, dtype=torch.float64)
+    causal = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention.attention_masked(qkv, causal), attention.attention_sdpa(qkv, True))
+
+
 def test_sdpa_returns_qkvs_gradient_in_its_own_layout():
     """Else the in-place backward of QK-norm and RoPE would have to copy it."""
     qkv = torch.randn(2, 5, 3, 2, 32, requires_grad=True)

@@ -32,6 +32,8 @@ def opcheck_cases():
             ops.qk_norm_rope_backward_,
             (qkv.clone(), qkv.clone(), saved, angles, scale, *weights, True, EPS),
         )
+    of_samples = torch.randn(2, 3, 16)
+    yield "qk_norm_rope by sample", ops.qk_norm_rope_, (qkv.clone(), of_samples, scale, None, None, True, EPS)
     yield "qk_norm_rope no norm", ops.qk_norm_rope_, (qkv.clone(), angles, None, None, None, False, EPS)
     full = (leaf(3, 8), leaf(3, 8), leaf(8), leaf(8), torch.rand(3), leaf(8), leaf(8), EPS)
     yield "residual_norm", ops.residual_norm, full
@@ -125,6 +127,7 @@ REFUSALS = {
     "qkv strides": (lambda: qk_norm_rope(transposed(2, 3, 3, 2, 32)), "qkv has strides"),
     "qkv leaf": (lambda: qk_norm_rope(leaf(2, 3, 3, 2, 32)), "qkv is a leaf"),
     "angles shape": (lambda: qk_norm_rope(angles=torch.randn(4, 16)), r"angles has shape \[4, 16\]"),
+    "angles samples": (lambda: qk_norm_rope(angles=torch.randn(3, 3, 16)), r"angles has shape \[3, 3, 16\]"),
     "angles dtype": (lambda: qk_norm_rope(angles=torch.randn(3, 16).bfloat16()), "angles is bfloat16"),
     "scale alone": (lambda: qk_norm_rope(scale=torch.ones(2)), "angles is None"),
     "scale shape": (lambda: qk_norm_rope(angles=torch.randn(3, 16), scale=torch.ones(3)), "scale has shape"),

@@ -11,6 +11,7 @@ from megatron_nepa.kernels.dispatch import Kernels, select_kernels
 
 REFERENCE = {
     "qk_norm_rope": "qk_norm_rope_reference",
+    "attention_masked": "attention_masked",
     "swiglu": "swiglu_reference",
     "layer_norm": "layer_norm_reference",
     "residual_norm": "residual_norm_reference",

@@ -56,6 +56,24 @@ def test_qk_norm_rope_of_the_releases_prime_sequence():
     test_qk_norm_rope(1, 257, 1, 32, "plain", torch.bfloat16)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_qk_norm_rope_with_angles_of_every_sample(dtype, affine):
+    """Samples of which other patches are seen; 3 samples of 5 tokens, so that no stride divides another."""
+    tensors = {
+        "qkv": torch.randn(3, 5, 3, 2, 32).to(dtype),
+        "angles": torch.randn(3, 5, 16) * 4,
+        "scale": torch.rand(3) + 0.5,
+        "q_weight": torch.randn(32).to(dtype) if affine else None,
+        "k_weight": torch.randn(32).to(dtype) if affine else None,
+        "norm": True,
+        "eps": EPS,
+    }
+    upstream = [torch.randn(3, 5, 3, 2, 32).to(dtype)]
+    differentiable = ["qkv", "q_weight", "k_weight"] if affine else ["qkv"]
+    assert_rule(not_a_leaf(qk_norm_rope_triton), qk_norm_rope_reference, tensors, differentiable, upstream)
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_qk_norm_rope_without_rescale_or_rotation(rotate):
     tensors = {

@@ -56,6 +56,8 @@ def model_to_huggingface(model: ModelConfig, architecture: str) -> dict[str, Any
         "format_version": FORMAT_VERSION,
         "num_channels": IMAGE_CHANNELS,
         **{theirs: getattr(model, ours) for theirs, ours in _FIELDS.items()},
+        # fixed positions are weights as any other to who loads them
+        "position_embedding": "none" if model.position_embedding == "none" else "learned",
         "layer_scale": model.layer_scale_init is not None,
         "training": {name: getattr(model, name) for name in _TRAINING},
         "dtype": "float32",

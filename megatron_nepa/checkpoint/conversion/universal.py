@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nepa.checkpoint.format.manifest import verify_files
-from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import MOMENTS, MOMENTUM
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
@@ -31,8 +30,8 @@ from megatron_nepa.checkpoint.reading.weights import (
     ParameterForm,
     load_whole,
     names_of,
+    parameter_forms,
     stored_tensors,
-    trunk_layouts,
     write_state,
 )
 from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
@@ -73,7 +72,7 @@ def export_universal(source: Path, folder: Path) -> Path:
         not names_of(*MOMENTUM, stored),
         f"{checkpoint} is of a probe that LARS trained: universal checkpoints hold the state of Adam.",
     )
-    forms = trunk_layouts(ModelConfig(**run["model"]), MASK_TOKEN in names)
+    forms = parameter_forms(run, names)
 
     partial = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -131,7 +130,7 @@ def import_universal(folder: Path, target: Path) -> str:
     description = json.loads((source / _RUN).read_text())
     model = ModelConfig(**description["run"]["model"])
     found = sorted(path.parent.name for path in source.glob("zero/*/fp32.pt"))
-    forms = trunk_layouts(model, MASK_TOKEN in found)
+    forms = parameter_forms(description["run"], found)
     missing = forms.keys() - set(found)
     left_over = {name for name in set(found) - forms.keys() if name.startswith("trunk.")}  # else of a task's head
     require(

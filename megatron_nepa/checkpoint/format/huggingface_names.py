@@ -30,7 +30,7 @@ def huggingface_names(config: ModelConfig, stored: Collection[str]) -> dict[str,
     }
     if config.bos_token:
         names["trunk.embedding.bos_token"] = [f"{embeddings}cls_token"]
-    if config.position_embedding == "learned":
+    if config.position_embedding != "none":
         names["trunk.embedding.positions"] = [f"{embeddings}positions"]
     if MASK_TOKEN in stored or f"{embeddings}mask_token" in stored:
         names[MASK_TOKEN] = [f"{embeddings}mask_token"]

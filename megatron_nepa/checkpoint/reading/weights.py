@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,8 +28,17 @@ from megatron_nepa.checkpoint.saving.checkpoints_folder import (
     sharded_writer,
     sync_folder,
 )
-from megatron_nepa.config import ModelConfig, OptimizerConfig, require
+from megatron_nepa.config import (
+    ModelConfig,
+    NepaObjective,
+    OptimizerConfig,
+    PretrainingConfig,
+    read_objective,
+    require,
+)
+from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.parallel.parameters import ParameterLayout, layout_of
 
 Choice = Literal["ema", "raw"]
@@ -74,7 +83,7 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
     buffer_keys = {name: f"buffer.{name}" for name in names_of("buffer", stored)}
     state = load_whole(checkpoint, [*keys.values(), *buffer_keys.values()], stored)
     model = ModelConfig(**manifest["run"]["model"])
-    forms = trunk_layouts(model, MASK_TOKEN in names)
+    forms = parameter_forms(manifest["run"], names)
     tensors = {
         name: state[key].reshape(forms[name].shape) if name in forms else state[key] for name, key in keys.items()
     }
@@ -149,7 +158,8 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
         ConfigError: where ``folder`` exists.
     """
     require(not folder.exists(), f"{folder} exists: choose another name for the result.")
-    layouts = trunk_layouts(model, masked=any(MASK_TOKEN in key for key in state))
+    names = {key.partition(".")[2] for key in state}
+    layouts = parameter_forms({"model": asdict(model), **description["run"]}, names)
     partial = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -216,6 +226,24 @@ def trunk_layouts(model: ModelConfig, masked: bool) -> dict[str, ParameterForm]:
     with torch.device("meta"):
         trunk = Trunk(model, mask_ratio=0.5 if masked else 0.0)
     return {f"trunk.{name}": ParameterForm(param.shape, layout_of(param)) for name, param in trunk.named_parameters()}
+
+
+def parameter_forms(run: Mapping[str, Any], names: Collection[str]) -> dict[str, ParameterForm]:
+    """Every parameter of a run's trunk, and of what its objective adds to it, without their memory.
+
+    No head of another task is split over the tensor-parallel ranks, or fused.
+
+    Args:
+        run: the config as nested plain values.
+        names: of the parameters that there are.
+    """
+    model = ModelConfig(**run["model"])
+    objective = read_objective(run)
+    if objective is None or isinstance(objective, NepaObjective):
+        return trunk_layouts(model, MASK_TOKEN in names)
+    with torch.device("meta"):
+        whole = build_objective(PretrainingConfig(model=model, objective=objective, steps=1), Build())
+    return {name: ParameterForm(param.shape, layout_of(param)) for name, param in whole.named_parameters()}
 
 
 def load_whole(checkpoint: Path, keys: Iterable[str], stored: dict[str, Tensor]) -> dict[str, Tensor]:

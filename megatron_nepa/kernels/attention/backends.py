@@ -43,6 +43,23 @@ def attention_sdpa(qkv: Tensor, causal: bool) -> Tensor:
     return out.transpose(1, 2).contiguous()
 
 
+def attention_masked(qkv: Tensor, visible: Tensor) -> Tensor:
+    """Attention under a mask of one's own, through torch's SDPA, which takes the back-end that serves a mask.
+
+    flash-attn does not serve one: its causal kernels take a window, not a mask of every sample.
+
+    Args:
+        qkv: [B, T, 3, heads, d].
+        visible: whether a query (third axis) sees a key (fourth), bool [B, 1, T, T]; every query sees one at least.
+
+    Returns:
+        [B, T, heads, d] in the input's dtype, contiguous.
+    """
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, heads, T, d]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return out.transpose(1, 2).contiguous()
+
+
 def sdpa_with(backend: SDPBackend) -> Attention:
     """``attention_sdpa`` that prefers ``backend`` and falls back on the others where it does not fit."""
     order = [backend, *(other for other in BACKENDS if other != backend)]

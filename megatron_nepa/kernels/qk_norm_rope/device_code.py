@@ -29,9 +29,9 @@ def _cos_sin_of(x):
 
 
 @triton.jit
-def _cos_sin(angles, scale, token, tokens_per_sample, col, HALF: tl.constexpr, RESCALE: tl.constexpr):
-    """Cosine and sine, [1, COLS], of one token's angles."""
-    turn = tl.load(angles + (token % tokens_per_sample) * HALF + col, mask=col < HALF, other=0.0)
+def _cos_sin(angles, scale, token, tokens_per_sample, angle_rows, col, HALF: tl.constexpr, RESCALE: tl.constexpr):
+    """Cosine and sine, [1, COLS], of one token's angles: of ``angle_rows``, a sample's tokens or those of all."""
+    turn = tl.load(angles + (token % angle_rows) * HALF + col, mask=col < HALF, other=0.0)
     if RESCALE:
         turn *= tl.load(scale + token // tokens_per_sample)
     return _cos_sin_of(turn)
@@ -58,7 +58,7 @@ def _head_weight(q_weight, k_weight, row, col, HEADS: tl.constexpr, HALF: tl.con
 
 @triton.jit
 def qk_norm_rope_forward(
-    qkv, angles, scale, q_weight, k_weight, saved, tokens_per_sample,
+    qkv, angles, scale, q_weight, k_weight, saved, tokens_per_sample, angle_rows,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr, RESCALE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def qk_norm_rope_forward(
         else:
             tl.store(saved + token * (2 * HEADS) + row, rstd, mask=row < 2 * HEADS)
     if ROTATE:
-        cos, sin = _cos_sin(angles, scale, token, tokens_per_sample, col, HALF, RESCALE)
+        cos, sin = _cos_sin(angles, scale, token, tokens_per_sample, angle_rows, col, HALF, RESCALE)
         first, second = first * cos - second * sin, second * cos + first * sin
     tl.store(at, first, mask=mask)
     tl.store(at + HALF, second, mask=mask)
@@ -89,7 +89,7 @@ def qk_norm_rope_forward(
 
 @triton.jit
 def qk_norm_rope_backward(
-    grad, out, angles, scale, q_weight, k_weight, saved, partials, tokens, tokens_per_sample,
+    grad, out, angles, scale, q_weight, k_weight, saved, partials, tokens, tokens_per_sample, angle_rows,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
     NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr, RESCALE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def qk_norm_rope_backward(
         first = tl.load(grad + shift, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(grad + shift + HALF, mask=mask, other=0.0).to(tl.float32)
         if ROTATE:
-            cos, sin = _cos_sin(angles, scale, token, tokens_per_sample, col, HALF, RESCALE)
+            cos, sin = _cos_sin(angles, scale, token, tokens_per_sample, angle_rows, col, HALF, RESCALE)
             first, second = first * cos + second * sin, second * cos - first * sin
         if NORM:
             if AFFINE:

@@ -23,7 +23,8 @@ def _check(
     if dim not in HEAD_DIMS:
         raise ValueError(f"qkv has head dim {dim}; the kernel takes {', '.join(map(str, HEAD_DIMS))}.")
     if angles is not None:
-        check_tensor("angles", angles, (tokens, dim // 2), (torch.float32,), qkv)
+        shape = (tokens, dim // 2) if angles.ndim == 2 else (batch, tokens, dim // 2)
+        check_tensor("angles", angles, shape, (torch.float32,), qkv)
     if scale is not None:
         if angles is None:
             raise ValueError("scale multiplies the angles, but angles is None.")
@@ -43,6 +44,11 @@ def _tiles(qkv: Tensor) -> tuple[int, dict[str, int], int]:
     return triton.cdiv(2 * heads, rows), {"HEADS": heads, "HALF": half, "ROWS": rows, "COLS": cols}, warps
 
 
+def _angle_rows(angles: Tensor | None) -> int:
+    """Tokens that have angles of their own: those of one sample, or of the whole batch."""
+    return 1 if angles is None else angles.numel() // angles.shape[-1]
+
+
 def forward_(
     qkv: Tensor, angles: Tensor | None, scale: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
     norm: bool, eps: float,
@@ -58,7 +64,7 @@ def forward_(
         chunks, tile, warps = _tiles(qkv)
         launch(
             qk_norm_rope_forward, (qkv.shape[0] * qkv.shape[1], chunks),
-            qkv, angles, scale, q_weight, k_weight, saved, qkv.shape[1], **tile,
+            qkv, angles, scale, q_weight, k_weight, saved, qkv.shape[1], _angle_rows(angles), **tile,
             NORM=norm, AFFINE=norm and q_weight is not None, ROTATE=angles is not None, RESCALE=scale is not None,
             EPS=eps, num_warps=warps,
         )  # fmt: skip
@@ -89,7 +95,8 @@ def backward_(
     if grad.numel() and (norm or angles is not None):
         launch(
             qk_norm_rope_backward, (programs, chunks),
-            grad, out, angles, scale, q_weight, k_weight, saved, partials, tokens, grad.shape[1], **tile, STEPS=steps,
+            grad, out, angles, scale, q_weight, k_weight, saved, partials, tokens, grad.shape[1], _angle_rows(angles),
+            **tile, STEPS=steps,
             NORM=norm, AFFINE=affine, ROTATE=angles is not None, RESCALE=scale is not None, EPS=eps, num_warps=warps,
         )  # fmt: skip
     return partials.sum(0) if affine else grad.new_empty(0, dtype=torch.float32)
@@ -162,7 +169,8 @@ def qk_norm_rope_triton(
 
     Args:
         qkv: [B, T, 3, H, d], contiguous, fp32 or bf16, d one of 32, 64, 80, 96, 128; not a leaf that requires grad.
-        angles: fp32 [T, d/2], zeros for a BOS row, or None for no rotation.
+        angles: fp32 [T, d/2], or [B, T, d/2] where samples hold other patches; zeros for a BOS row; None for no
+            rotation.
         scale: factor on each sample's angles, fp32 [B], or None.
         q_weight, k_weight: affine weights of the norms, [d], or None for the plain norm.
         norm: whether to normalise.

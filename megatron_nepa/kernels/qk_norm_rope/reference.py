@@ -19,7 +19,8 @@ def qk_norm_rope_reference(
 
     Args:
         qkv: [B, T, 3, heads, d], the output of the fused projection.
-        angles: rotation angle of every token and pair, fp32 [T, d/2]; a BOS row holds zeros. None: no rotation.
+        angles: rotation angle of every token and pair, fp32 [T, d/2], or [B, T, d/2] where samples hold other patches;
+            a BOS row holds zeros. None: no rotation.
         scale: factor on the angles of each sample (RoPE rescale), fp32 [B]; None means 1.
         q_weight: weight of the queries' norm, [d]; None for the plain norm.
         k_weight: weight of the keys' norm, likewise.

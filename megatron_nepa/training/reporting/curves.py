@@ -43,7 +43,7 @@ def panels_of(figure: str) -> tuple[Panel, ...]:
     panels = []
     for title in titles:
         own = [metric for metric in plotted if metric.panel == title]
-        colours = (BLUE, ORANGE) if len(own) > 1 else (GREY,)
+        colours = (BLUE, ORANGE, GREY)[: len(own)] if len(own) > 1 else (GREY,)
         curves = tuple((metric.name, metric.curve, colour) for metric, colour in zip(own, colours, strict=True))
         panels.append(Panel(title, own[0].unit, curves))
     return tuple(panels)
