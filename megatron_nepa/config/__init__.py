@@ -16,6 +16,7 @@ from megatron_nepa.config.finetuning import (
     ValidationConfig,
 )
 from megatron_nepa.config.flags import SHORT_NAMES, flag_of
+from megatron_nepa.config.jepa import JepaObjective
 from megatron_nepa.config.model import IMAGE_CHANNELS, ModelConfig
 from megatron_nepa.config.modes import refuse_ignored
 from megatron_nepa.config.objectives import (
@@ -31,6 +32,7 @@ from megatron_nepa.config.probing import FrozenTrunkConfig, ProbingConfig
 from megatron_nepa.config.run import Run, RunConfig, override
 from megatron_nepa.config.sections import (
     ActivationCheckpointing,
+    AverageDecay,
     DataConfig,
     Decay,
     OptimizerConfig,
@@ -52,6 +54,7 @@ __all__ = [
     "ActivationCheckpointing",
     "AimObjective",
     "AugmentationConfig",
+    "AverageDecay",
     "ClassificationConfig",
     "ConfigError",
     "CropConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "FinetuningConfig",
     "FrozenTrunkConfig",
     "HeadConfig",
+    "JepaObjective",
     "LayerDecayConfig",
     "MaeObjective",
     "MaskConfig",

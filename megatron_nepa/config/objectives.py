@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from megatron_nepa.config.checks import multiples_around, one_of, require
+from megatron_nepa.config.jepa import JepaObjective
 from megatron_nepa.config.model import ModelConfig
 from megatron_nepa.config.sections import ParallelConfig
 
@@ -134,7 +135,7 @@ class MaeObjective:
             )
 
 
-ObjectiveConfig = NepaObjective | AimObjective | MaeObjective
+ObjectiveConfig = NepaObjective | AimObjective | MaeObjective | JepaObjective
 OBJECTIVES: tuple[type[ObjectiveConfig], ...] = get_args(ObjectiveConfig)
 
 

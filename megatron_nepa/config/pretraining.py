@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_nepa.config.checks import require
+from megatron_nepa.config.jepa import JepaObjective
 from megatron_nepa.config.objectives import NepaObjective, ObjectiveConfig
 from megatron_nepa.config.run import RunConfig
+from megatron_nepa.config.sections import AverageDecay
 
 NEIGHBOURS = 20  # that vote where no number is given, as in DINO
 
@@ -67,7 +69,15 @@ class PretrainingConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check(self.model, self.parallel)
+        if isinstance(self.objective, JepaObjective):
+            self.objective.check_average(self.optimizer)
         require_block("probe.block", self.probe.block, self.model.num_layers)
+
+    def average_decay(self, total_steps: int) -> AverageDecay:
+        """How the weight average follows the weights: as the objective says, where its targets come from it."""
+        if isinstance(self.objective, JepaObjective):
+            return self.objective.average_decay(total_steps)
+        return super().average_decay(total_steps)
 
 
 def require_block(name: str, block: int | None, num_layers: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_nepa.config.checks import divisors, multiples_around, one_of, require, require_finite
 from megatron_nepa.config.model import ModelConfig
-from megatron_nepa.config.sections import DataConfig, OptimizerConfig, ParallelConfig
+from megatron_nepa.config.sections import AverageDecay, DataConfig, OptimizerConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,10 @@ class RunConfig:
     def trained_dtype(self) -> Literal["bf16", "fp32"]:
         """Dtype of the weights that are trained, beside their fp32 masters; the trunk computes in ``dtype``."""
         return self.dtype
+
+    def average_decay(self, total_steps: int) -> AverageDecay:
+        """How the weight average of a run of ``total_steps`` steps follows the weights."""
+        return self.optimizer.average_decay
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches of one optimizer step on each of ``data_parallel_size`` replicas."""

@@ -99,6 +99,43 @@ class DataConfig:
         require(self.remote_cache != "", "data.remote_cache is empty; give a folder (an unset shell variable?).")
 
 
+@dataclass(frozen=True)
+class AverageDecay:
+    """How an average forgets the weights it began with.
+
+    Attributes:
+        decay: share of the average that stays in an update; 0 where there is no average.
+        warmup: whether it is at most (1 + step) / (10 + step), so that the average follows runs of any length.
+        rise_steps: updates over which the decay rises linearly from ``decay`` to 1 (JEPA); None keeps it.
+    """
+
+    decay: float
+    warmup: bool = False
+    rise_steps: int | None = None
+
+    def at(self, step: int) -> float:
+        """The decay of the update after applied step number ``step``, counted from 1."""
+        decay = self.decay
+        if self.rise_steps is not None:
+            decay += (1 - decay) * min((step - 1) / self.rise_steps, 1.0)
+        return min(decay, (1 + step) / (10 + step)) if self.warmup else decay
+
+    def initial_share(self, steps: int) -> float:
+        """The share of the average, after ``steps`` updates, that is still the weights it began with."""
+        if not self.warmup and self.rise_steps is None:
+            return self.decay**steps
+        share = 1.0
+        for step in range(1, steps + 1):
+            share *= self.at(step)
+            if share < 1e-6:  # with the warm-up after some 40 steps
+                break
+        return share
+
+    def is_young(self, steps: int) -> bool:
+        """Whether the average after ``steps`` updates is still so near to its beginning that it says little."""
+        return self.decay > 0 and self.initial_share(steps) > MOST_INITIAL_SHARE
+
+
 Decay = Literal["cosine", "linear"]  # shape of a learning rate's fall
 
 
@@ -145,21 +182,7 @@ class OptimizerConfig:
         require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
         require(self.clip_grad >= 0, f"optimizer.clip_grad is {self.clip_grad}; it must not be negative.")
 
-    def ema_decay_at(self, step: int) -> float:
-        """The average's decay in its update after applied step number ``step``, counted from 1."""
-        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
-
-    def ema_initial_share(self, steps: int) -> float:
-        """The share of the average, after ``steps`` updates, that is still the weights it began with."""
-        if not self.ema_warmup:
-            return self.ema_decay**steps
-        share = 1.0
-        for step in range(1, steps + 1):
-            share *= self.ema_decay_at(step)
-            if share < 1e-6:  # after some 40 steps
-                break
-        return share
-
-    def ema_is_young(self, steps: int) -> bool:
-        """Whether the average after ``steps`` updates is still so near to its beginning that it says little."""
-        return self.ema_decay > 0 and self.ema_initial_share(steps) > MOST_INITIAL_SHARE
+    @property
+    def average_decay(self) -> AverageDecay:
+        """How the weight average follows the weights."""
+        return AverageDecay(self.ema_decay, self.ema_warmup)

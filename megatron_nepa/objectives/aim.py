@@ -45,7 +45,7 @@ class AimForPretraining(PixelModel):
         self.pixel_head = Head(config, objective.head_layers, build)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
-    def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
+    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
         """Loss of a micro-batch: the mean squared error of the pixels of the patches after the prefix."""
         trunk, objective = self.trunk, self.objective
         num_prefix, num_patches = int(trunk.config.bos_token), trunk.config.num_patches

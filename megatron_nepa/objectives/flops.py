@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_nepa.config import (
     IMAGE_CHANNELS,
     AimObjective,
+    JepaObjective,
     MaeObjective,
     ModelConfig,
     NepaObjective,
@@ -25,6 +26,8 @@ def pretraining_flops(run: PretrainingConfig) -> int:
             return 3 * (forward_flops(run.model) + _aim_flops(run.model, run.objective))
         case MaeObjective():
             return 3 * _mae_flops(run.model, run.objective)
+        case JepaObjective():
+            return _jepa_flops(run.model, run.objective)
 
 
 def _aim_flops(model: ModelConfig, objective: AimObjective) -> int:
@@ -46,6 +49,23 @@ def _mae_flops(model: ModelConfig, objective: MaeObjective) -> int:
     prediction = decoder.sequence_length * decoder.hidden_size * _pixels(model)
     blocks = blocks_flops(model, tokens) + blocks_flops(decoder, decoder.sequence_length)
     return 2 * (embedding + prediction) + blocks
+
+
+def _jepa_flops(model: ModelConfig, objective: JepaObjective) -> int:
+    """Three passes of the context encoder and of the predictor, and the one forward pass of the targets' encoder.
+
+    The size of a target block changes from step to step: that of the mean scale and aspect is counted.
+    """
+    context = objective.num_context(model.num_patches)
+    predictor = objective.predictor_model(model)
+    rows, columns = objective.mean_block_sides(model.grid_size, model.grid_size)
+    block = rows * columns
+    embedding = 2 * context * _pixels(model) * model.hidden_size
+    # into the predictor's width, of the context once; back, of the block's patches
+    projections = 2 * (context + objective.num_targets * block) * model.hidden_size * predictor.hidden_size
+    sequences = objective.num_targets * blocks_flops(predictor, context + block)
+    trained = embedding + blocks_flops(model, context) + projections + sequences
+    return 3 * trained + forward_flops(model)
 
 
 def _pixels(model: ModelConfig) -> int:

@@ -46,7 +46,7 @@ class MaeForPretraining(PixelModel):
         self.pixel_decoder = Decoder(config.hidden_size, objective.decoder_model(config), build)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
-    def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
+    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
         """Loss of a micro-batch: the mean squared error of the masked patches' pixels."""
         trunk, objective = self.trunk, self.objective
         order = self.order(sample_index)

@@ -28,7 +28,7 @@ class NepaForPretraining(PretrainingModel):
         self.trunk = Trunk(config, build, objective.mask_ratio)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
-    def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
+    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
         """Loss of a micro-batch: the mean negative cosine of its pairs."""
         trunk = self.trunk
         output = trunk(images, sample_index)

@@ -28,8 +28,8 @@ class PretrainingOutput(NamedTuple):
 class PretrainingModel(nn.Module, ABC):
     """A trunk and what an objective adds to it.
 
-    Whatever it draws is a function of the run's seed and the sample's number, and its loss is a mean over the samples:
-    results then do not depend on ranks, micro-batches or restarts. Its own parameters are made by
+    Whatever it draws is a function of the run's seed and the sample's number or its step, and its loss is a mean over
+    the samples: results then do not depend on ranks, micro-batches or restarts. Its own parameters are made by
     :func:`~megatron_nepa.parallel.parameters.parameter` or the layers of :mod:`megatron_nepa.parallel`, and drawn by
     :func:`~megatron_nepa.parallel.parameters.initialize_parameters`. They are the run's alone: fine-tuning, probes and
     exports take the trunk and leave them.
@@ -41,5 +41,12 @@ class PretrainingModel(nn.Module, ABC):
     trunk: Trunk
 
     @abstractmethod
-    def forward(self, images: Tensor, sample_index: Tensor) -> PretrainingOutput:
-        """Loss of a micro-batch; the arguments are those of :meth:`~megatron_nepa.models.trunk.Trunk.forward`."""
+    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
+        """Loss of a micro-batch.
+
+        Args:
+            images: as :meth:`~megatron_nepa.models.trunk.Trunk.forward` takes them.
+            sample_index: sample numbers of the whole micro-batch, int64 [B].
+            step: optimizer step that the samples belong to, counted from 0: for draws of which shapes depend, since
+                the host knows it.
+        """

@@ -101,7 +101,8 @@ def sum_split_gradients(
     """
     if tensor.size == 1:  # also where a copied module's parameters have lost their rules
         return list(parameters)
-    shared = [p is not None and p.gradient_rule in split for p in parameters]  # type: ignore[attr-defined]
+    # what is not trained has no gradient to sum
+    shared = [p is not None and p.requires_grad and p.gradient_rule in split for p in parameters]  # type: ignore[attr-defined]
     summed = iter(all_reduce_gradients([p for p, share in zip(parameters, shared, strict=True) if share], tensor))
     return [next(summed) if share else p for p, share in zip(parameters, shared, strict=True)]
 

@@ -13,27 +13,32 @@ A tensor-parallel rank calls, in one micro-batch, with [N, D] all rows in bf16 (
 | forward again, under full activation checkpointing | | | 2 [N, D] |
 | outside the blocks, where ranks share the images | 1 [N, D] | | 1: embedding |
 
-DeepSpeed's step adds all-reduces of single numbers, for the gradient norm and for what is not finite: 3 over either
-group under ZeRO 2, 1 over the tensor-parallel ranks under ZeRO 1.
+DeepSpeed's step adds all-reduces of single numbers, for the gradient norm of each parameter group and for what is not
+finite: 3 over either group under ZeRO 2, 1 over the tensor-parallel ranks under ZeRO 1.
 
 Over the data-parallel ranks, with P the rank's numbers: ZeRO 2 reduces every part of the gradients to its owner in
 fp32, 4 P bytes a micro-batch, in a call for each owner that has a part of a bucket; ZeRO 1 all-reduces 4 P bytes once a
 step; both gather 2 P bytes of new weights at its end, a call for each of the two parameter groups.
+
+JEPA calls the trunk's for its context's rows, for the predictor's, and forward alone for the targets' encoder, and
+gathers 2 T bytes of the trunk's average once a step, a call for each of the trunk's two parameter groups, while the
+context is encoded. Its predictor has two parameter groups of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
+from megatron_nepa.config import IMAGE_CHANNELS, JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
 from megatron_nepa.planning.cluster import COLLECTIVE_START, GPUS_PER_NODE, Gpu, Ring, ring_of
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BF16, BUCKET_NUMBERS, FP32, JOINED_NUMBERS
+from megatron_nepa.planning.stacks import Stack, count_copied, count_trained, stacks_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "reduce"]
 Phase = Literal["forward", "backward", "recompute", "step"]
-Behind = Literal["input_gradient", "weight_gradient", "backward"] | None
+Behind = Literal["input_gradient", "weight_gradient", "backward", "context"] | None
 
 
 @dataclass(frozen=True)
@@ -85,51 +90,103 @@ def data_ring(gpu: Gpu, layout: Layout) -> Ring:
     return ring_of(gpu, layout.data_parallel_size, max(1, GPUS_PER_NODE // layout.tensor_parallel_size))
 
 
-def plan_collectives(model: ModelConfig, layout: Layout) -> list[Collective]:
+def plan_collectives(
+    model: ModelConfig, layout: Layout, objective: ObjectiveConfig = NepaObjective()
+) -> list[Collective]:
     """Every collective of a micro-batch and of a step, as the table of this module lists them."""
-    return _tensor_collectives(model, layout) + _data_collectives(model, layout)
+    return _tensor_collectives(model, layout, objective) + _data_collectives(model, layout, objective)
 
 
-def _norm_collective(group: Literal["tensor", "data"], zero_stage: int) -> Collective:
-    # whether a gradient is not finite (a byte), the squared norm and its check
-    calls, numbers = (3, 1 + 2 * FP32) if zero_stage == 2 else (1, FP32)
+def _parameter_groups(objective: ObjectiveConfig) -> int:
+    """Of the optimizer: with weight decay and without, of JEPA's trunk and of its predictor."""
+    return 4 if isinstance(objective, JepaObjective) else 2
+
+
+def _norm_collective(group: Literal["tensor", "data"], zero_stage: int, groups: int) -> Collective:
+    # whether a gradient is not finite (a byte), and the squared norm of every parameter group
+    calls, numbers = (1 + groups, 1 + groups * FP32) if zero_stage == 2 else (1, FP32)
     return Collective("gradient norm", "all_reduce", group, "step", calls, numbers)
 
 
-def _tensor_collectives(model: ModelConfig, layout: Layout) -> list[Collective]:
-    size, layers = layout.tensor_parallel_size, model.num_layers
-    if size == 1:
+def _tensor_collectives(model: ModelConfig, layout: Layout, objective: ObjectiveConfig) -> list[Collective]:
+    if layout.tensor_parallel_size == 1:
         return []
-    rows = BF16 * layout.all_rows(model) * model.hidden_size
-    affine = model.qk_norm == "affine"
-    found: list[Collective] = []
+    stacks = stacks_of(model, layout, objective)
+    found: dict[tuple[str, Phase], Collective] = {}
+    each = [collective for stack in stacks for collective in _stack_collectives(stack)]
+    each += _outer_collectives(model, layout, objective, stacks)
+    for collective in each:
+        key = (collective.what, collective.phase)
+        if key in found:
+            calls, numbers = found[key].calls + collective.calls, found[key].bytes + collective.bytes
+            collective = replace(collective, calls=calls, bytes=numbers)
+        found[key] = collective
+    return [*found.values(), _norm_collective("tensor", layout.zero_stage, _parameter_groups(objective))]
 
-    def add(what: str, kind: Kind, phase: Phase, calls: int, of: float, behind: Behind = None) -> None:
-        if calls:
-            found.append(Collective(what, kind, "tensor", phase, calls, calls * of, behind))
 
-    again = layers if layout.activation_checkpointing == "full" else 0
+def _call(what: str, kind: Kind, phase: Phase, calls: int, of: float, behind: Behind = None) -> list[Collective]:
+    """Calls of the tensor-parallel ranks, of ``of`` bytes each."""
+    return [Collective(what, kind, "tensor", phase, calls, calls * of, behind)] if calls else []
+
+
+def _stack_collectives(stack: Stack) -> list[Collective]:
+    """Those inside the blocks, and of the norm before them."""
+    model, layout = stack.model, stack.layout
+    layers, rows = model.num_layers, BF16 * layout.all_rows(model) * model.hidden_size
+    again = layers if layout.activation_checkpointing == "full" and stack.trained else 0
+    back = layers if stack.trained else 0
     if layout.sequence_parallel:
-        for phase, blocks in (("forward", layers), ("recompute", again)):
-            add("rows before qkv and up", "all_gather", phase, 2 * blocks, rows)  # type: ignore[arg-type]
-            add("rows after out and down", "reduce_scatter", phase, 2 * blocks, rows)  # type: ignore[arg-type]
-        add("rows of qkv and up again", "all_gather", "backward", 2 * layers, rows, "input_gradient")
-        add("gradient of out and down", "all_gather", "backward", 2 * layers, rows)
-        add("gradient of qkv and up", "reduce_scatter", "backward", 2 * layers, rows, "weight_gradient")
-        vectors = count_parameters(model, size).block_replicated
-        add("a block's replicated parameters", "all_reduce", "backward", layers, BF16 * vectors)
-        add("first norm", "all_reduce", "backward", 1, 2 * BF16 * model.hidden_size)
-        add("embedding", "all_reduce", "backward", 1, BF16 * _embedding_numbers(model, with_positions=True))
-        add("loss", "all_reduce", "forward", 1, 4 * FP32)
-    else:
-        add("rows after out and down", "all_reduce", "forward", 2 * layers, rows)
-        add("rows after out and down", "all_reduce", "recompute", 2 * again, rows)
-        add("gradient of qkv and up", "all_reduce", "backward", 2 * layers, rows, "weight_gradient")
-        add("affine QK-norm", "all_reduce", "backward", layers * affine, 2 * BF16 * model.head_size)
-        if layout.images_per_rank < layout.micro_batch_size:
-            add("embedded rows", "all_gather", "forward", 1, rows)
-            add("embedding", "all_reduce", "backward", 1, BF16 * _embedding_numbers(model, with_positions=False))
-    return [*found, _norm_collective("tensor", layout.zero_stage)]
+        vectors = count_parameters(model, layout.tensor_parallel_size).block_replicated
+        return [
+            *_call("rows before qkv and up", "all_gather", "forward", 2 * layers, rows),
+            *_call("rows after out and down", "reduce_scatter", "forward", 2 * layers, rows),
+            *_call("rows before qkv and up", "all_gather", "recompute", 2 * again, rows),
+            *_call("rows after out and down", "reduce_scatter", "recompute", 2 * again, rows),
+            *_call("rows of qkv and up again", "all_gather", "backward", 2 * back, rows, "input_gradient"),
+            *_call("gradient of out and down", "all_gather", "backward", 2 * back, rows),
+            *_call("gradient of qkv and up", "reduce_scatter", "backward", 2 * back, rows, "weight_gradient"),
+            *_call("a block's replicated parameters", "all_reduce", "backward", back, BF16 * vectors),
+            *_call("first norm", "all_reduce", "backward", int(stack.trained), 2 * BF16 * model.hidden_size),
+        ]
+    affine = back if model.qk_norm == "affine" else 0
+    return [
+        *_call("rows after out and down", "all_reduce", "forward", 2 * layers, rows),
+        *_call("rows after out and down", "all_reduce", "recompute", 2 * again, rows),
+        *_call("gradient of qkv and up", "all_reduce", "backward", 2 * back, rows, "weight_gradient"),
+        *_call("affine QK-norm", "all_reduce", "backward", affine, 2 * BF16 * model.head_size),
+    ]
+
+
+def _outer_collectives(
+    model: ModelConfig, layout: Layout, objective: ObjectiveConfig, stacks: list[Stack]
+) -> list[Collective]:
+    """Those of the embedding, of the loss and between the stacks."""
+    if not layout.sequence_parallel:
+        if layout.images_per_rank == layout.micro_batch_size:
+            return []
+        embedded = [stack for stack in stacks if stack.model.hidden_size == model.hidden_size]
+        rows = [BF16 * layout.all_rows(stack.model) * model.hidden_size for stack in embedded]
+        numbers = _embedding_numbers(model, with_positions=False)
+        return [
+            *(each for of in rows for each in _call("embedded rows", "all_gather", "forward", 1, of)),
+            *_call("embedding", "all_reduce", "backward", 1, BF16 * numbers),
+        ]
+    found = _call("embedding", "all_reduce", "backward", 1, BF16 * _embedding_numbers(model, with_positions=True))
+    if not isinstance(objective, JepaObjective):
+        return [*found, *_call("loss", "all_reduce", "forward", 1, 4 * FP32)]
+    width = objective.predictor_hidden_size
+    numbers = 2 * width * model.hidden_size + 2 * width + model.hidden_size
+    found += _call("the predictor's outer layers", "all_reduce", "backward", 1, BF16 * numbers)
+    found += _call("loss", "all_reduce", "forward", 1, 3 * FP32)
+    if layout.micro_batch_size % layout.tensor_parallel_size:  # rows that cut a sample are joined
+        context, _, targets = stacks
+        rows_of_context = layout.all_rows(context.model)
+        found += _call("the context's features", "all_gather", "forward", 1, BF16 * rows_of_context * width)
+        kept = layout.micro_batch_size * context.model.sequence_length
+        found += _call("gradient of the context's features", "all_reduce", "backward", 1, BF16 * kept * width)
+        rows_of_targets = layout.all_rows(targets.model)
+        found += _call("the targets", "all_gather", "forward", 1, BF16 * rows_of_targets * model.hidden_size)
+    return found
 
 
 def _embedding_numbers(model: ModelConfig, with_positions: bool) -> int:
@@ -138,18 +195,23 @@ def _embedding_numbers(model: ModelConfig, with_positions: bool) -> int:
     return (IMAGE_CHANNELS * model.patch_size**2 + 1 + int(model.bos_token) + positions) * width
 
 
-def _data_collectives(model: ModelConfig, layout: Layout) -> list[Collective]:
+def _data_collectives(model: ModelConfig, layout: Layout, objective: ObjectiveConfig) -> list[Collective]:
     replicas = layout.data_parallel_size
     if replicas == 1:
         return []
-    numbers = count_parameters(model, layout.tensor_parallel_size).local
+    numbers = count_trained(model, layout.tensor_parallel_size, objective)
+    groups = _parameter_groups(objective)
     if layout.zero_stage == 2:
-        # an estimate: a bucket that is full cuts an owner's part of either parameter group
-        calls = replicas + 2 * (-(-numbers // BUCKET_NUMBERS) - 1)
+        # an estimate: a bucket that is full cuts an owner's part of any parameter group
+        calls = replicas + groups * (-(-numbers // BUCKET_NUMBERS) - 1)
         name, behind = "gradients, each part to its owner", "backward"
         gradients = Collective(name, "reduce", "data", "backward", calls, FP32 * numbers, behind)  # type: ignore[arg-type]
     else:
         calls = 1 if numbers <= JOINED_NUMBERS else 2
         gradients = Collective("gradients", "all_reduce", "data", "step", calls, FP32 * numbers)
-    weights = Collective("new weights", "all_gather", "data", "step", 2, BF16 * numbers)
-    return [gradients, weights] + [_norm_collective("data", 2)] * (layout.zero_stage == 2)
+    weights = Collective("new weights", "all_gather", "data", "step", groups, BF16 * numbers)
+    found = [gradients, weights]
+    if isinstance(objective, JepaObjective):
+        trunk = BF16 * count_copied(model, layout.tensor_parallel_size)
+        found.append(Collective("average of the trunk", "all_gather", "data", "step", 2, trunk, "context"))
+    return found + [_norm_collective("data", 2, groups)] * (layout.zero_stage == 2)

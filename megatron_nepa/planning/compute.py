@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
+from megatron_nepa.config import IMAGE_CHANNELS, JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
 from megatron_nepa.planning.cluster import Gpu
-from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.memory import BF16
+from megatron_nepa.planning.stacks import stacks_of
 
 # what reads and writes an element: AdamW gradient, master, moments in and out (28 bytes), average (12), gradient norm
 # and clipping (12), bf16 weights (6)
@@ -65,8 +66,12 @@ def block_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
     return work
 
 
-def outer_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
-    """Patch embedding, first norm and loss of one micro-batch."""
+def outer_work(
+    model: ModelConfig, layout: Layout, gpu: Gpu, objective: ObjectiveConfig = NepaObjective()
+) -> list[Work]:
+    """Patch embedding, first norm and loss of one micro-batch, and the predictor's first and last layer."""
+    if isinstance(objective, JepaObjective):
+        return _outer_work_of_jepa(model, layout, gpu, objective)
     stream = BF16 * layout.own_rows(model) * model.hidden_size
     pixels = IMAGE_CHANNELS * model.patch_size**2
     rows = layout.images_per_rank * model.num_patches
@@ -79,14 +84,36 @@ def outer_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
     ]
 
 
-def gradient_seconds(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
-    """DeepSpeed's own passes over the gradients of one micro-batch."""
-    return GRADIENT_BYTES * count_parameters(model, layout.tensor_parallel_size).local / gpu.memory_bandwidth
+def _outer_work_of_jepa(model: ModelConfig, layout: Layout, gpu: Gpu, objective: JepaObjective) -> list[Work]:
+    context, predictor, _ = stacks_of(model, layout, objective)
+    pixels, width = IMAGE_CHANNELS * model.patch_size**2, model.hidden_size
+    images = layout.images_per_rank
+    num_context = context.model.sequence_length
+    embedding = _product("patch embedding", images * num_context, pixels, width, gpu)
+    embedding = [work for work in embedding if work.phase != "input_gradient"]
+    embedding += _product("targets' patch embedding", images * model.num_patches, pixels, width, gpu)[:1]
+    context_rows = layout.own_rows(context.model)
+    sequences = predictor.layout.own_rows(predictor.model)
+    predicted = sequences * (1 - num_context / predictor.model.sequence_length)
+    narrow = predictor.model.hidden_size
+    norms = 7 * BF16 * (context_rows * width + sequences * narrow)
+    targets_norm = 7 * BF16 * layout.own_rows(model) * width
+    return [
+        *embedding,
+        *_product("predictor's first layer", context_rows, width, narrow, gpu),
+        *_product("predictor's last layer", predicted, narrow, width, gpu),
+        *_fused("first norms", norms + targets_norm, norms, gpu),
+        *_fused("loss", 18 * predicted * width, 14 * predicted * width, gpu),
+    ]
 
 
-def optimizer_seconds(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
-    """Norm, clipping, AdamW, weight average and the new bf16 weights of the part that a rank owns."""
-    owned = count_parameters(model, layout.tensor_parallel_size).local / layout.data_parallel_size
+def gradient_seconds(numbers: float, gpu: Gpu) -> float:
+    """DeepSpeed's own passes over the gradients of one micro-batch, of a rank's ``numbers``."""
+    return GRADIENT_BYTES * numbers / gpu.memory_bandwidth
+
+
+def optimizer_seconds(owned: float, gpu: Gpu) -> float:
+    """Norm, clipping, AdamW, weight average and the new bf16 weights of the numbers that a rank owns."""
     return OPTIMIZER_BYTES * owned / gpu.memory_bandwidth
 
 

@@ -11,6 +11,7 @@ parallelism, else N), in bytes:
 | accumulation, fp32 | 4 R | 4 P |
 | masters, moments, average, fp32 | 4 R, 8 R, 4 R | the same |
 | buckets | 2 of ``reduce_bucket_size`` in bf16 | none |
+| JEPA: copy of the trunk's average, bf16 | 2 T, T the trunk's numbers | the same |
 
 A block keeps 16 n D of its rows (two norms' outputs, two branches, two fp32 streams; 12 n D without LayerScale),
 (8 N D + 2 F' N) / t inside its branches, F' being 3 F for SwiGLU and 2 F for GELU, and the statistics of QK-norm and
@@ -19,6 +20,11 @@ LayerScale, where the first branch is then kept) and the hidden layer after its 
 at a time computes again. Under full activation checkpointing a block keeps its inputs, 6 n D, and one at a time the
 rest.
 
+JEPA keeps the blocks of its context and of its predictor, whose sequences are counted at the largest target block; its
+loss has 18 bytes a channel of a predicted patch (a prediction in bf16, it and its target in fp32 and normalised, and
+the distance). Its largest moment may be the pass of the targets' encoder, which keeps nothing but holds one block's
+temporaries, 6 n D + 4 N F / t, beside all else. The copy is gathered where it lies: a step needs no more for it.
+
 Start-up is not planned: the weights are drawn in fp32, 4 P, before DeepSpeed casts them.
 """
 
@@ -26,8 +32,9 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 
-from megatron_nepa.config import IMAGE_CHANNELS, ModelConfig
-from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.config import IMAGE_CHANNELS, JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
+from megatron_nepa.planning.layout import Layout
+from megatron_nepa.planning.stacks import Stack, count_all, count_copied, count_trained, stacks_of
 from megatron_nepa.training.engine.deepspeed_config import DEFAULT_CONFIG
 
 BF16, FP32 = 2, 4
@@ -46,6 +53,7 @@ class Memory:
     masters: float = 0
     moments: float = 0
     average: float = 0
+    average_copy: float = 0
     activations: float = 0
     loss: float = 0
     workspace: float = 0
@@ -57,24 +65,41 @@ class Memory:
         return float(sum(astuple(self)))
 
 
-def plan_memory(model: ModelConfig, layout: Layout, accumulation_steps: int, has_average: bool) -> Memory:
+def plan_memory(
+    model: ModelConfig,
+    layout: Layout,
+    accumulation_steps: int,
+    has_average: bool,
+    objective: ObjectiveConfig = NepaObjective(),
+) -> Memory:
     """The largest of three moments: the backward of the last seam and of the last feed-forward layer, and a reduction.
+
+    JEPA has a fourth, the pass of the targets' encoder.
 
     Args:
         model: the trunk.
         layout: how the run is spread.
         accumulation_steps: micro-batches of a step.
         has_average: whether a weight average is kept.
+        objective: what the trunk is trained for.
     """
-    numbers = count_parameters(model, layout.tensor_parallel_size).local
+    held = count_all(model, layout.tensor_parallel_size, objective).local
+    numbers = count_trained(model, layout.tensor_parallel_size, objective)
     owned = numbers / layout.data_parallel_size
     state = Memory(
-        weights=BF16 * numbers, masters=FP32 * owned, moments=2 * FP32 * owned, average=FP32 * owned * has_average
+        weights=BF16 * held, masters=FP32 * owned, moments=2 * FP32 * owned, average=FP32 * owned * has_average
     )
-    activations = activation_bytes(model, layout)
-    forward = replace(
-        state, activations=activations, loss=2 * BF16 * layout.own_rows(model) * model.hidden_size
-    )  # prediction and target
+    stacks = stacks_of(model, layout, objective)
+    trained = [stack for stack in stacks if stack.trained]
+    activations = sum(activation_bytes(stack.model, stack.layout) for stack in trained)
+    if isinstance(objective, JepaObjective):
+        copy = BF16 * count_copied(model, layout.tensor_parallel_size)
+        state = replace(state, average_copy=copy)
+        activations += _image_bytes(model, layout, objective) - len(trained) * _all_image_bytes(model, layout)
+        loss = 18 * _predicted_rows(stacks[1], objective) * model.hidden_size
+    else:
+        loss = 2 * BF16 * layout.own_rows(model) * model.hidden_size  # prediction and target
+    forward = replace(state, activations=activations, loss=loss)
     if layout.zero_stage == 1:
         # the last micro-batch's gradients stay until the next has made its own
         kept = BF16 * numbers if accumulation_steps > 1 else 0
@@ -95,10 +120,39 @@ def plan_memory(model: ModelConfig, layout: Layout, accumulation_steps: int, has
         passed = min(1, BUCKET_NUMBERS / numbers)  # share of the backward pass, and of the activations
         end = replace(state, accumulation=FP32 * owned, workspace=copies, buckets=buckets)
         end = replace(end, activations=activations * (1 - passed), loss=forward.loss)
-    seam = replace(forward, workspace=_seam_bytes(model, layout))
+    last = trained[-1]  # whose backward pass is the first
+    seam = replace(forward, workspace=_seam_bytes(last.model, last.layout))
     # by then the first gradient of a matrix is there, and with it ZeRO 2's buckets
-    matrices = replace(forward, workspace=_feed_forward_bytes(model, layout), buckets=buckets)
-    return max(seam, matrices, end, key=lambda memory: memory.total)
+    matrices = forward
+    if isinstance(objective, JepaObjective):  # of its loss the two fp32 tensors of the health figures are left
+        matrices = replace(matrices, loss=8 / 18 * forward.loss)
+    matrices = replace(matrices, workspace=_feed_forward_bytes(last.model, last.layout), buckets=buckets)
+    targets = [replace(forward, loss=0, workspace=_untrained_bytes(stack)) for stack in stacks if not stack.trained]
+    return max(seam, matrices, end, *targets, key=lambda memory: memory.total)
+
+
+def _all_image_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Of the images as loaded, and cut into patches."""
+    return 2 * BF16 * layout.images_per_rank * IMAGE_CHANNELS * model.image_size**2
+
+
+def _image_bytes(model: ModelConfig, layout: Layout, objective: JepaObjective) -> float:
+    """Of the images as loaded, and of the context's patches."""
+    share = objective.num_context(model.num_patches) / model.num_patches
+    return (1 + share) / 2 * _all_image_bytes(model, layout)
+
+
+def _predicted_rows(predictor: Stack, objective: JepaObjective) -> float:
+    model = predictor.model
+    block = objective.most_target_patches(model.grid_size, model.grid_size)
+    return predictor.layout.own_rows(model) * block / model.sequence_length
+
+
+def _untrained_bytes(stack: Stack) -> float:
+    """Temporaries of a block that keeps nothing: its stream, its norm, the hidden layer before and after activation."""
+    model, layout = stack.model, stack.layout
+    hidden = 2 * BF16 * layout.all_rows(model) * model.mlp_hidden_size / layout.tensor_parallel_size
+    return (FP32 + BF16) * layout.own_rows(model) * model.hidden_size + hidden
 
 
 def _largest_matrix(model: ModelConfig, layout: Layout) -> float:
@@ -109,8 +163,7 @@ def _largest_matrix(model: ModelConfig, layout: Layout) -> float:
 def activation_bytes(model: ModelConfig, layout: Layout) -> float:
     """What autograd keeps of a micro-batch until its backward pass."""
     rows, width = layout.own_rows(model), model.hidden_size
-    pixels = layout.images_per_rank * IMAGE_CHANNELS * model.image_size**2
-    images = 2 * BF16 * pixels  # as loaded, and cut into patches
+    images = _all_image_bytes(model, layout)
     first_stream = (FP32 + 2 * FP32 / width) * rows * width  # input and statistics of the first norm
     inputs = (FP32 + BF16) * rows * width
     block = block_bytes(model, layout)

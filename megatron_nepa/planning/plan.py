@@ -10,8 +10,10 @@ from typing import get_args
 from megatron_nepa.config import (
     ActivationCheckpointing,
     ConfigError,
+    JepaObjective,
     ModelConfig,
     NepaObjective,
+    ObjectiveConfig,
     PretrainingConfig,
     divisors,
     multiples_around,
@@ -22,8 +24,9 @@ from megatron_nepa.objectives.flops import pretraining_flops
 from megatron_nepa.planning.cluster import GPUS_PER_NODE, Gpu
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, gradient_seconds, optimizer_seconds, outer_work
-from megatron_nepa.planning.layout import Layout, count_parameters
+from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.memory import BUCKET_NUMBERS, Memory, plan_memory
+from megatron_nepa.planning.stacks import count_trained, stacks_of
 
 LARGEST_MICRO_BATCH = 1024
 # Seconds that a block's kernels, about 50 forward and backward, take the host to launch at 10 us each: an assumption,
@@ -93,9 +96,9 @@ def predict(run: PretrainingConfig, layout: Layout, gpu: Gpu) -> Plan:
             divide, a batch that the replicas do not.
     """
     require(
-        isinstance(run.objective, NepaObjective),
-        f"the plan's formulas are of the objective nepa, and {run.recipe} trains {run.objective.name}: give another "
-        "--recipe.",
+        isinstance(run.objective, NepaObjective | JepaObjective),
+        f"the plan's formulas are of the objectives nepa and jepa, and {run.recipe} trains {run.objective.name}: give "
+        "another --recipe.",
     )
     size = layout.tensor_parallel_size
     require(
@@ -105,10 +108,12 @@ def predict(run: PretrainingConfig, layout: Layout, gpu: Gpu) -> Plan:
     )
     run = layout.apply(run)
     accumulation = run.accumulation_steps(layout.data_parallel_size)
-    memory = plan_memory(run.model, layout, accumulation, run.optimizer.ema_decay > 0)
+    memory = plan_memory(run.model, layout, accumulation, run.optimizer.ema_decay > 0, run.objective)
     rings = {"tensor": tensor_ring(gpu, layout), "data": data_ring(gpu, layout)}
-    collectives = [(each, each.seconds(rings[each.group])) for each in plan_collectives(run.model, layout)]
-    time = step_time(run.model, layout, gpu, accumulation, collectives)
+    collectives = [
+        (each, each.seconds(rings[each.group])) for each in plan_collectives(run.model, layout, run.objective)
+    ]
+    time = step_time(run.model, layout, gpu, accumulation, collectives, run.objective)
     rate = run.global_batch_size / time.total
     block_seconds = sum(work.seconds for work in block_work(run.model, layout, gpu))
     return Plan(
@@ -130,29 +135,43 @@ def step_time(
     gpu: Gpu,
     accumulation_steps: int,
     collectives: list[tuple[Collective, float]],
+    objective: ObjectiveConfig = NepaObjective(),
 ) -> StepTime:
     """Add up kernels, and the collectives that nothing hides.
 
     The gathers and scatters of a column-parallel layer's backward pass run behind its two products. ZeRO 2's
-    reductions run behind the backward pass, but for the last bucket's: its gradients are the last ones.
+    reductions run behind the backward pass, but for the last bucket's: its gradients are the last ones. JEPA's gather
+    of the average runs behind the context's blocks.
     """
-    block, outside = block_work(model, layout, gpu), outer_work(model, layout, gpu)
-    layers = model.num_layers
-    forward = layers * _seconds(block, "forward") + _seconds(outside, "forward")
-    backward = sum(layers * work.seconds for work in block if work.phase != "forward")
+    stacks = stacks_of(model, layout, objective)
+    blocks = [block_work(stack.model, stack.layout, gpu) for stack in stacks]
+    outside = outer_work(model, layout, gpu, objective)
+    forward, backward = _seconds(outside, "forward"), 0.0
+    recompute = 0.0
+    hidden = {"input_gradient": 0.0, "weight_gradient": 0.0}
+    for stack, block in zip(stacks, blocks, strict=True):
+        layers = stack.model.num_layers
+        forward += layers * _seconds(block, "forward")
+        if stack.trained:
+            backward += sum(layers * work.seconds for work in block if work.phase != "forward")
+            recompute += layers * _recompute_seconds(block, layout)
+            column_parallel = [work for work in block if work.name in ("qkv", "up")]
+            for phase in hidden:
+                hidden[phase] += layers * _seconds(column_parallel, phase)
     backward += sum(work.seconds for work in outside if work.phase != "forward")
-    recompute = layers * _recompute_seconds(block, layout)
-    gradients = gradient_seconds(model, layout, gpu)
+    numbers = count_trained(model, layout.tensor_parallel_size, objective)
+    gradients = gradient_seconds(numbers, gpu)
+    context = stacks[0].model.num_layers * _seconds(blocks[0], "forward")
 
-    column_parallel = [work for work in block if work.name in ("qkv", "up")]
     waiting = {"tensor": 0.0, "data": 0.0}
     for collective, seconds in collectives:
         if collective.behind == "backward":
-            numbers = count_parameters(model, layout.tensor_parallel_size).local
             last_bucket = seconds / -(-numbers // BUCKET_NUMBERS)
             seconds = max(last_bucket, seconds - backward - recompute)
+        elif collective.behind == "context":
+            seconds = max(0.0, seconds - context)
         elif collective.behind is not None:
-            seconds = max(0.0, seconds - layers * _seconds(column_parallel, collective.behind))
+            seconds = max(0.0, seconds - hidden[collective.behind])
         waiting[collective.group] += seconds * (1 if collective.phase == "step" else accumulation_steps)
     return StepTime(
         forward=accumulation_steps * forward,
@@ -161,7 +180,7 @@ def step_time(
         tensor_collectives=waiting["tensor"],
         data_collectives=waiting["data"],
         gradients=accumulation_steps * gradients,
-        optimizer=optimizer_seconds(model, layout, gpu),
+        optimizer=optimizer_seconds(numbers / layout.data_parallel_size, gpu),
     )
 
 
@@ -215,7 +234,8 @@ def layouts(run: PretrainingConfig, gpus: int) -> Iterator[Layout]:
         replicas, rest = divmod(gpus, size)
         if rest or run.global_batch_size % replicas:  # rest is not 0 where replicas is
             continue
-        if run.model.num_heads % size or run.model.mlp_hidden_size % size:
+        shapes = [stack.model for stack in stacks_of(run.model, Layout(gpus), run.objective)]
+        if any(shape.num_heads % size or shape.mlp_hidden_size % size for shape in shapes):
             continue
         batch = run.global_batch_size // replicas
         powers = [2**i for i in range(LARGEST_MICRO_BATCH.bit_length()) if batch % 2**i == 0]

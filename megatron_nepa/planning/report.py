@@ -11,9 +11,9 @@ from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.command import start_command
 from megatron_nepa.planning.communication import data_ring, tensor_ring
 from megatron_nepa.planning.compute import Work, block_work, outer_work
-from megatron_nepa.planning.layout import count_parameters
 from megatron_nepa.planning.plan import Plan
 from megatron_nepa.planning.requirements import Requirements
+from megatron_nepa.planning.stacks import count_all, stacks_of
 
 
 def format_table(plans: list[Plan], needs: list[Requirements]) -> str:
@@ -109,8 +109,13 @@ def _kernel_lines(run: PretrainingConfig, plan: Plan, gpu: Gpu) -> list[str]:
 
 def _all_work(run: PretrainingConfig, plan: Plan, gpu: Gpu) -> list[tuple[Work, int]]:
     """The kernels of a micro-batch, each with how many times it runs."""
-    inside = [(work, run.model.num_layers) for work in block_work(run.model, plan.layout, gpu)]
-    return inside + [(work, 1) for work in outer_work(run.model, plan.layout, gpu)]
+    inside = [
+        (work, stack.model.num_layers)
+        for stack in stacks_of(run.model, plan.layout, run.objective)
+        for work in block_work(stack.model, stack.layout, gpu)
+        if stack.trained or work.phase == "forward"
+    ]
+    return inside + [(work, 1) for work in outer_work(run.model, plan.layout, gpu, run.objective)]
 
 
 def to_dict(run: PretrainingConfig, plan: Plan, need: Requirements) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def to_dict(run: PretrainingConfig, plan: Plan, need: Requirements) -> dict[str,
 
 def heading(run: PretrainingConfig, gpus: int, gpu: Gpu) -> str:
     """What is planned, in a line."""
-    numbers = count_parameters(run.model).local
+    numbers = count_all(run.model, 1, run.objective).local
     return (
         f"{run.recipe} on {gpus} x {gpu.name}: {numbers / 1e6:,.1f} million parameters, "
         f"{run.global_batch_size:,} images a step. Predicted, not measured."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_nepa.config import RunConfig
+from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.planning.cluster import GPUS_PER_NODE
-from megatron_nepa.planning.layout import count_parameters
 from megatron_nepa.planning.memory import FP32
 from megatron_nepa.planning.plan import Plan
+from megatron_nepa.planning.stacks import count_all
 
 IMAGES_PER_CORE = 862.0  # decoded, cropped and resized on a core of an EPYC (Zen 4; tools/RESULTS.md)
 IMAGE_BYTES = 108e3  # mean JPEG of ImageNet's training archive: 138 GB of 1,281,167 images
@@ -39,7 +39,7 @@ class Requirements:
     checkpoint_bytes: float
 
 
-def requirements(run: RunConfig, plan: Plan, num_images: int) -> Requirements:
+def requirements(run: PretrainingConfig, plan: Plan, num_images: int) -> Requirements:
     """What ``plan`` asks for.
 
     Args:
@@ -60,5 +60,5 @@ def requirements(run: RunConfig, plan: Plan, num_images: int) -> Requirements:
         images_per_node=rate,
         read_bytes_per_node=rate * IMAGE_BYTES,
         cores_per_node=rate / IMAGES_PER_CORE,
-        checkpoint_bytes=FP32 * tensors * count_parameters(run.model).local,
+        checkpoint_bytes=FP32 * tensors * count_all(run.model, 1, run.objective).local,
     )

@@ -13,6 +13,7 @@ from typing import Literal
 from megatron_nepa.config import (
     AimObjective,
     DataConfig,
+    JepaObjective,
     MaeObjective,
     ModelConfig,
     OptimizerConfig,
@@ -136,6 +137,47 @@ def mae_l() -> PretrainingConfig:
     return replace(mae_b(), recipe="mae_l", model=model, output_dir="runs/mae_l", micro_batch_size=128)
 
 
+def jepa_b() -> PretrainingConfig:
+    """JEPA-B: I-JEPA's ViT and settings (600 epochs, 40 of warm-up), at the patch size of the other recipes."""
+    return PretrainingConfig(
+        recipe="jepa_b",
+        model=_jepa_vit(num_layers=12, hidden_size=768, num_heads=12),
+        objective=JepaObjective(),
+        data=DataConfig(crop_scale_min=0.3),
+        # 1e-3 at a batch of 2,048 and 40 of 600 epochs of warm-up. I-JEPA starts at 2e-4, ends at 1e-6, and raises the
+        # weight decay from 0.04 to 0.4: here it stays at their mean. It does not clip gradients.
+        optimizer=OptimizerConfig(
+            base_lr=1.25e-4,
+            min_lr=1e-6,
+            warmup_ratio=40 / 600,
+            weight_decay=0.22,
+            beta2=0.999,
+            clip_grad=0.0,
+            ema_decay=0.996,
+        ),
+        output_dir="runs/jepa_b",
+        epochs=600,
+        global_batch_size=2048,
+        micro_batch_size=128,
+    )
+
+
+def jepa_l() -> PretrainingConfig:
+    """JEPA-L: as B, with a predictor of 12 blocks."""
+    return replace(
+        jepa_b(),
+        recipe="jepa_l",
+        model=_jepa_vit(num_layers=24, hidden_size=1024, num_heads=16),
+        objective=JepaObjective(predictor_num_layers=12),
+        output_dir="runs/jepa_l",
+        micro_batch_size=64,
+    )
+
+
+def _jepa_vit(num_layers: int, hidden_size: int, num_heads: int) -> ModelConfig:
+    return replace(_plain_vit(num_layers, hidden_size, num_heads), bos_token=False)  # I-JEPA's has no class token
+
+
 def _plain_vit(num_layers: int, hidden_size: int, num_heads: int) -> ModelConfig:
     """A ViT as MAE trains it: GELU, class token, fixed positions; no RoPE, QK-norm or LayerScale."""
     return ModelConfig(
@@ -194,5 +236,7 @@ PRETRAINING_RECIPES: dict[str, Callable[[], PretrainingConfig]] = {
         aim_b,
         mae_b,
         mae_l,
+        jepa_b,
+        jepa_l,
     )
 }

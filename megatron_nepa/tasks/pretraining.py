@@ -76,7 +76,7 @@ class PretrainingTask(Task):
 
     def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch."""
-        output: PretrainingOutput = engine.forward(batch.images, batch.sample_index)
+        output: PretrainingOutput = engine.forward(batch.images, batch.sample_index, batch.step)
         self._output = output
         return output.loss, {"loss": output.loss.detach(), **output.metrics}
 

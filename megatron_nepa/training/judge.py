@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
-from megatron_nepa.config import OptimizerConfig
+from megatron_nepa.config import AverageDecay
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.evaluation import best_of, describe_lag, evaluate_engine
 from megatron_nepa.training.reporting.log import Log
@@ -22,7 +22,7 @@ class Judge:
     Args:
         evaluator: that measures, or None where nothing is ever due.
         engine: with the weights.
-        optimizer: the config of the weight average.
+        decay: of the weight average.
         checkpoints: the run's checkpoints.
         metrics_path: the run's metrics.jsonl, which knows what was evaluated before.
         total_steps: optimizer steps of the whole run, after which an evaluation is always due.
@@ -33,13 +33,13 @@ class Judge:
         self,
         evaluator: Evaluator | None,
         engine: TrainingEngine,
-        optimizer: OptimizerConfig,
+        decay: AverageDecay,
         checkpoints: CheckpointStore,
         metrics_path: Path,
         total_steps: int,
         log: Log,
     ) -> None:
-        self.evaluator, self.engine, self.optimizer = evaluator, engine, optimizer
+        self.evaluator, self.engine, self.decay = evaluator, engine, decay
         self.checkpoints, self.metrics_path = checkpoints, metrics_path
         self.total_steps, self.log = total_steps, log
         self.topology = engine.topology
@@ -83,8 +83,8 @@ class Judge:
         if results is None:
             self.log.message(f"the evaluation after step {progress.step} was cut short")
         elif progress.step > 0:
-            optimizer, steps = self.optimizer, progress.applied_steps
-            initial_share, is_young = optimizer.ema_initial_share(steps), optimizer.ema_is_young(steps)
+            steps = progress.applied_steps
+            initial_share, is_young = self.decay.initial_share(steps), self.decay.is_young(steps)
             self.log.warn(describe_lag(self.evaluator, results, initial_share, is_young))
         return results
 
@@ -113,4 +113,4 @@ class Judge:
     def _best_of(self, results: dict[str, float]) -> tuple[str, float] | None:
         """The result by which the best checkpoint is kept, by its name in the log."""
         assert self.evaluator is not None
-        return best_of(self.evaluator, results, self.optimizer.ema_is_young(self.engine.applied_steps))
+        return best_of(self.evaluator, results, self.decay.is_young(self.engine.applied_steps))

@@ -66,7 +66,13 @@ class TrainingLoop:
         self.profiler = StepProfiler(profiled, record.profile_path, topology.device)
         self.stepper = Stepper(run, task, engine, loader, rates, peak_flops, self.clock, self.stall, self.profiler)
         self.judge = Judge(
-            task.evaluator, engine, run.optimizer, self.checkpoints, record.metrics_path, total_steps, log
+            task.evaluator,
+            engine,
+            run.average_decay(total_steps),
+            self.checkpoints,
+            record.metrics_path,
+            total_steps,
+            log,
         )
         description = {**run.to_dict(), **({"classes": list(task.classes)} if task.classes else {})}
         self.saves = Saves(engine, record, description, run.async_save, self.clock, self.stall, log)

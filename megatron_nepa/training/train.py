@@ -64,7 +64,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     with waiting_for("drawing the weights", topology.is_main):
         model = task.build_model(kernels)
     with waiting_for("setting up DeepSpeed", topology.is_main):
-        engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model))
+        engine = TrainingEngine(model, run, ds_config, topology, rates.groups(model), run.average_decay(total_steps))
     progress, start = Progress(), None
     if found.checkpoint is not None:
         with waiting_for(f"reading {found.checkpoint}", topology.is_main):

@@ -88,7 +88,7 @@ class Case:
 
     def loss(self, engine: TrainingEngine, images: Tensor, sample_index: Tensor) -> Tensor:
         """Loss of one micro-batch, equal on its tensor-parallel ranks."""
-        loss: Tensor = engine.forward(images, sample_index).loss
+        loss: Tensor = engine.forward(images, sample_index, int(sample_index[0]) // self.global_batch_size).loss
         return loss
 
 
@@ -138,7 +138,8 @@ def build_engine(case: Case, mutation: Mutation | None = None, kernels: Kernels 
     spread_vectors(model)
     if mutation is not None:
         mutation(model, topology)
-    return TrainingEngine(model, run, resolve(run, config, topology.data_size), topology)
+    resolved = resolve(run, config, topology.data_size)
+    return TrainingEngine(model, run, resolved, topology, decay=run.average_decay(case.steps))
 
 
 @torch.no_grad()

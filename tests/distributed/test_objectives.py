@@ -89,7 +89,8 @@ def train_and_save(case: Case, folder: Path) -> None:
 
 def load_and_train(case: Case, checkpoint: Path) -> Outcome:
     engine = build_engine(case)
-    load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
+    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
+    engine.applied_steps = progress.applied_steps
     outcome = Outcome()
     for step in range(1, case.steps):
         loss, norm = train_step(engine, case, step)

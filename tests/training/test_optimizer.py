@@ -59,7 +59,7 @@ def test_the_cpu_optimizer_is_torchs_fused_adamw() -> None:
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_average_equals_its_definition(warmup: bool) -> None:
     masters = [torch.randn(7), torch.randn(3)]
-    config = OptimizerConfig(ema_decay=0.9, ema_warmup=warmup)
+    config = OptimizerConfig(ema_decay=0.9, ema_warmup=warmup).average_decay
     average = ExponentialMovingAverage(masters, config)
     expected = copy.deepcopy(masters)
     initial_share = 1.0
@@ -70,7 +70,7 @@ def test_the_average_equals_its_definition(warmup: bool) -> None:
         decay = min(0.9, (1 + step) / (10 + step)) if warmup else 0.9
         expected = [decay * e + (1 - decay) * m for e, m in zip(expected, masters, strict=True)]
         initial_share *= decay
-        assert config.ema_initial_share(step) == pytest.approx(initial_share, abs=1e-6)
+        assert config.initial_share(step) == pytest.approx(initial_share, abs=1e-6)
     torch.testing.assert_close(average.tensors, expected)
 
 

@@ -93,7 +93,10 @@ def export_universal(source: Path, folder: Path) -> Path:
             torch.save({"param": value, **split}, target / "zero" / name / f"{_FILES[kind]}.pt")
         # torch's AdamW counts in a tensor, and DeepSpeed hands it on as it is
         torch.save(torch.tensor(float(progress["applied_steps"])), target / "zero" / name / "step.pt")
-    torch.save(_optimizer_state(run["optimizer"], progress), target / "zero/optimizer_state.pt")
+    torch.save(
+        _optimizer_state(run["optimizer"], progress, run.get("objective", {}).get("name", "nepa")),
+        target / "zero/optimizer_state.pt",
+    )
     torch.save(_model_states(progress), target / "mp_rank_00_model_states.pt")
     if average:
         write_safetensors(average, target / _EMA)
@@ -166,7 +169,7 @@ def import_universal(folder: Path, target: Path) -> str:
     return f"step {progress['step']} of {source}{note}"
 
 
-def _optimizer_state(optimizer: dict[str, Any], progress: dict[str, int]) -> dict[str, Any]:
+def _optimizer_state(optimizer: dict[str, Any], progress: dict[str, int], objective: str) -> dict[str, Any]:
     import deepspeed
 
     common = {
@@ -175,10 +178,10 @@ def _optimizer_state(optimizer: dict[str, Any], progress: dict[str, int]) -> dic
         "step": progress["applied_steps"],  # where DeepSpeed's FusedAdam counts
         "params": [],
     }
-    groups = [
-        {"name": "decay", "weight_decay": optimizer["weight_decay"], **common},
-        {"name": "no_decay", "weight_decay": 0.0, **common},
-    ]
+    decays = {"decay": optimizer["weight_decay"], "no_decay": 0.0}
+    if objective == "jepa":  # whose trunk has groups of its own
+        decays |= {f"head, {kind}": decay for kind, decay in decays.items()}
+    groups = [{"name": name, "weight_decay": decays[name], **common} for name in sorted(decays)]
     return {"param_groups": groups, "ds_version": deepspeed.__version__, "clip_grad": optimizer["clip_grad"]}
 
 

@@ -29,6 +29,7 @@ from megatron_nepa.checkpoint.saving.checkpoints_folder import (
     sync_folder,
 )
 from megatron_nepa.config import (
+    JepaObjective,
     ModelConfig,
     NepaObjective,
     OptimizerConfig,
@@ -122,9 +123,9 @@ def describe_origin(checkpoint: Path, manifest: dict[str, Any], kind: Literal["e
         return f"raw weights of {checkpoint}"
     optimizer, steps = manifest["run"].get("optimizer", {}), manifest["progress"]["applied_steps"]
     known = {key: optimizer[key] for key in ("ema_decay", "ema_warmup") if key in optimizer}
-    average = OptimizerConfig(**known)
-    young = f", {average.ema_initial_share(steps):.0%} of which is still the weights that its run began with"
-    return f"average of {checkpoint}{young if known and average.ema_is_young(steps) else ''}"
+    average = OptimizerConfig(**known).average_decay
+    young = f", {average.initial_share(steps):.0%} of which is still the weights that its run began with"
+    return f"average of {checkpoint}{young if known and average.is_young(steps) else ''}"
 
 
 def write_weights(weights: Weights, folder: Path) -> None:
@@ -241,8 +242,10 @@ def parameter_forms(run: Mapping[str, Any], names: Collection[str]) -> dict[str,
     objective = read_objective(run)
     if objective is None or isinstance(objective, NepaObjective):
         return trunk_layouts(model, MASK_TOKEN in names)
+    decay = objective.momentum if isinstance(objective, JepaObjective) else 0.0
+    config = PretrainingConfig(model=model, objective=objective, optimizer=OptimizerConfig(ema_decay=decay), steps=1)
     with torch.device("meta"):
-        whole = build_objective(PretrainingConfig(model=model, objective=objective, steps=1), Build())
+        whole = build_objective(config, Build())
     return {name: ParameterForm(param.shape, layout_of(param)) for name, param in whole.named_parameters()}
 
 

@@ -39,6 +39,8 @@ class Batch:
     labels: Tensor | None = None
     # the image of the index that each shows, int64 [b] on the host; none where there is no index
     image_index: IntArray | None = None
+    # optimizer step that the samples belong to, counted from 0
+    step: int = 0
 
 
 class PretrainingLoader:
@@ -85,7 +87,8 @@ class PretrainingLoader:
         if self._flip_key is not None:
             local = sample_index[share.local_start : share.local_start + share.local_size]
             flip = uniform_tensor(self._flip_key, local, 1)[:, 0] < 0.5
-        return Batch(normalise(images, flip, self._dtype), sample_index, image_index=numbers)
+        step = share.step_of(first)
+        return Batch(normalise(images, flip, self._dtype), sample_index, image_index=numbers, step=step)
 
     @property
     def consumed_samples(self) -> int:
@@ -126,7 +129,8 @@ class SyntheticLoader:
     def __next__(self) -> Batch:
         first = self._share.first_sample(self._micro_batch)
         self._micro_batch += 1
-        return Batch(self._images, torch.arange(first, first + self._share.micro_batch_size, device=self._device))
+        sample_index = torch.arange(first, first + self._share.micro_batch_size, device=self._device)
+        return Batch(self._images, sample_index, step=self._share.step_of(first))
 
     @property
     def consumed_samples(self) -> int:

@@ -65,6 +65,10 @@ class Share:
         place = accumulation * self.data_size + self.data_rank
         return step * self.global_batch_size + place * self.micro_batch_size
 
+    def step_of(self, sample: int) -> int:
+        """The optimizer step, counted from 0, that a sample belongs to."""
+        return sample // self.global_batch_size
+
     def first_micro_batch(self, consumed_samples: int) -> int:
         """The micro-batch at which a run continues that has consumed this many samples."""
         require(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_nepa.config import OptimizerConfig
+from megatron_nepa.config import AverageDecay
 
 
 class ExponentialMovingAverage:
@@ -22,15 +22,15 @@ class ExponentialMovingAverage:
 
     Args:
         masters: this rank's fp32 tensors, read at every update.
-        config: whose ``ema_decay`` and ``ema_warmup`` give d.
+        decay: gives d.
     """
 
-    def __init__(self, masters: Sequence[Tensor], config: OptimizerConfig) -> None:
+    def __init__(self, masters: Sequence[Tensor], decay: AverageDecay) -> None:
         self.masters = list(masters)
-        self.config = config
+        self.decay = decay
         self.tensors = [master.detach().clone() for master in self.masters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average after applied step number ``step``, counted from 1."""
-        torch._foreach_lerp_(self.tensors, self.masters, 1 - self.config.ema_decay_at(step))
+        torch._foreach_lerp_(self.tensors, self.masters, 1 - self.decay.at(step))

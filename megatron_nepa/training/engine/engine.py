@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from megatron_nepa.checkpoint.format.masters import Masters, find_masters, join_fragments
 from megatron_nepa.checkpoint.format.state import TrainState
-from megatron_nepa.config import ConfigError, RunConfig
+from megatron_nepa.config import AverageDecay, ConfigError, RunConfig
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.engine.average_copy import AverageCopy, ComputesWithAverage
 from megatron_nepa.training.engine.ema import ExponentialMovingAverage
 from megatron_nepa.training.engine.extensions import build_extensions
 from megatron_nepa.training.engine.learning_rates import LearningRates
@@ -48,6 +49,7 @@ class TrainingEngine:
         ds_config: as :func:`megatron_nepa.training.engine.deepspeed_config.resolve` returns it.
         topology: this rank's place.
         groups: parameter groups of the optimizer, each with a "name"; None takes those of pre-training.
+        decay: of the weight average; None takes that of ``run.optimizer``.
 
     Raises:
         ConfigError: for a set-up that DeepSpeed cannot start.
@@ -60,6 +62,7 @@ class TrainingEngine:
         ds_config: dict[str, Any],
         topology: Topology,
         groups: list[dict[str, Any]] | None = None,
+        decay: AverageDecay | None = None,
     ) -> None:
         self.run = run
         self.topology = topology
@@ -79,13 +82,22 @@ class TrainingEngine:
             logger.warning("optimizer: torch's fused AdamW, since DeepSpeed's cannot be built: %s", missing)
         if groups is None:
             groups = LearningRates(run, total_steps=1).groups(model)
+        flattened = [list(group["params"]) for group in groups]  # DeepSpeed replaces them by its own
         optimizer = build_optimizer(groups, run.optimizer, topology.device, offload, built=missing is None)
         self.deepspeed = _initialize(model, optimizer, ds_config, topology)
         self.module: nn.Module = self.deepspeed.module
         self.masters: Masters = find_masters(self.deepspeed, self.module)
         self.ema: ExponentialMovingAverage | None = None
-        if run.optimizer.ema_decay > 0:
-            self.ema = ExponentialMovingAverage(self.masters.flats, run.optimizer)
+        decay = decay or run.optimizer.average_decay
+        if decay.decay > 0:
+            self.ema = ExponentialMovingAverage(self.masters.flats, decay)
+        self.average_copy: AverageCopy | None = None
+        if isinstance(self.module, ComputesWithAverage):
+            assert self.ema is not None, "the model computes with a weight average that the run does not keep"
+            self.average_copy = AverageCopy(
+                self.module.trunk, "trunk.", self.masters, self.ema.tensors, flattened, topology
+            )
+            self.module.targets.attach(self.average_copy)
         self.applied_steps = 0
         self.skipped_in_a_row = 0
 
@@ -126,6 +138,8 @@ class TrainingEngine:
             self.skipped_in_a_row = 0
             if self.ema is not None:
                 self.ema.update(self.applied_steps)
+            if self.average_copy is not None:
+                self.average_copy.outdate()
         else:
             self.skipped_in_a_row += 1
         return result

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from megatron_nepa.config import LayerDecayConfig, OptimizerConfig, RunConfig
+from megatron_nepa.training.engine.average_copy import ComputesWithAverage
 from megatron_nepa.training.engine.schedule import warmup_decay
 
 HEAD = "head"
@@ -53,7 +54,8 @@ class LearningRates:
         """The trainable parameters of ``model`` as groups for an optimizer, each with "name" and "weight_decay".
 
         Biases, norms, LayerScale, the mask token and (unless ``decay_bos_token``) the BOS token are vectors and are not
-        decayed.
+        decayed. A model that computes with the average of its trunk has groups of the trunk alone, so that the average
+        is joined without the rest.
         """
         optimizer = self.run.optimizer
         groups: dict[str, dict[str, Any]] = {}
@@ -61,9 +63,11 @@ class LearningRates:
             if not param.requires_grad:
                 continue
             layer = self._layer(name)
+            if isinstance(model, ComputesWithAverage) and not name.startswith("trunk."):
+                layer = Layer(HEAD, 0)
             decays = _decays(name, param, optimizer)
             kind = "decay" if decays else "no_decay"
-            group = kind if self.layer_decay is None else f"{layer.name}, {kind}"
+            group = kind if layer.name == "all" else f"{layer.name}, {kind}"
             weight_decay = optimizer.weight_decay if decays else 0.0
             entry = groups.setdefault(group, {"name": group, "params": [], "weight_decay": weight_decay})
             entry["params"].append(param)

@@ -38,11 +38,15 @@ def describe_start(
         "kernels: " + ", ".join(f"{name} {served}" for name, served in kernels.describe().items()),
         f"MFU is of {peak_source}",
     ]
-    if run.optimizer.ema_is_young(total_steps):
+    average = run.average_decay(total_steps)
+    if average.is_young(total_steps):
+        remedy = "give --optimizer.ema_warmup, or --optimizer.ema_decay 0"
+        if average.rise_steps is not None:
+            remedy = "train for longer, or lower objective.momentum and with it optimizer.ema_decay"
         lines.append(
             f"warning: the weight average (optimizer.ema_decay {run.optimizer.ema_decay:g}) cannot follow a run of "
-            f"{total_steps} steps: {run.optimizer.ema_initial_share(total_steps):.0%} of it will still be the weights "
-            "that the run began with; give --optimizer.ema_warmup, or --optimizer.ema_decay 0"
+            f"{total_steps} steps: {average.initial_share(total_steps):.0%} of it will still be the weights "
+            f"that the run began with; {remedy}"
         )
     lines += [f"warning: checkpoint passed over: {damage}" for damage in found.damage]
     if found.checkpoint is not None:
