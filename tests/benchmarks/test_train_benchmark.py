@@ -262,7 +262,7 @@ def test_the_tool_compares_in_turns(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "report.json").read_text())
     assert [contest["name"].strip() for contest in found["contests"]] == [
-        name.strip() for name in (train.SHIPPED, train.REFERENCE, train.PEER, train.COMPILED_PEER)
+        name.strip() for name in (train.SHIPPED, train.REFERENCE, train.PEER)
     ]
     assert all(contest["images_per_second"] > 0 and contest["peak_memory_gb"] > 0 for contest in found["contests"])
 

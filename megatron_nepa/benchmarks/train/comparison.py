@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         action="store_true",
-        help="also time, in turns, the release's step in transformers as it is and compiled, and this code uncompiled "
-        "with reference kernels",
+        help="also time, in turns, the release's step in transformers, compiled too under --compile, and this code "
+        "uncompiled with reference kernels",
     )
     parser.add_argument("--no_ceiling", action="store_true", help="do not time the parts of the step alone")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
 
     communication, count = 0.0, Count(options.rounds)
     if world_size == 1:
-        contests, count = compare(list(training_flags), run.global_batch_size, device, options)
+        contests, count = compare(list(training_flags), run.global_batch_size, device, run.compile, options)
     else:  # every rank makes the same rounds
         local = Local(TrainingSteps(setting))
         local.time(WARMUP_STEPS)
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, training_flags: Sequence[str]) -> TrainRepo
 
 
 def compare(
-    training_flags: list[str], images_per_step: int, device: torch.device, options: argparse.Namespace
+    training_flags: list[str], images_per_step: int, device: torch.device, compiled: bool, options: argparse.Namespace
 ) -> tuple[list[Contest], Count]:
     """This code as asked for and, with ``--baseline``, with reference kernels and the peer; and the count of rounds."""
     builders: dict[str, tuple[Build, list[str]]] = {SHIPPED: (build_steps, training_flags)}
@@ -119,7 +119,8 @@ def compare(
         builders |= {
             REFERENCE: (build_steps, plain),
             PEER: (build_peer_steps, training_flags),
-            COMPILED_PEER: (build_compiled_peer_steps, training_flags),
         }
+        if compiled:
+            builders[COMPILED_PEER] = (build_compiled_peer_steps, training_flags)
     starts = {name: partial(Remote, *each, options.accumulation) for name, each in builders.items()}
     return compete(starts, images_per_step, options.rounds, options.timed_steps, partial(Probe.now, device))
