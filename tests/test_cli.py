@@ -154,6 +154,8 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], recipes: 
         (["--tensor_parallel_size", "3", "--compile"], "--compile serves tensor_parallel_size 1"),
         (["--steps", "3", "--epochs", "3"], "set either steps or epochs"),
         (["--objective.mask_ratio", "1.5"], r"must lie in \[0, 1\)"),
+        (["--recipe", "aim_b", "--objective.mask_ratio", "0.4"], "mask_ratio is of the objective nepa or mae, which"),
+        (["--recipe", "mae_b", "--model.causal", "true"], "set model.causal to false"),
     ],
 )
 def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
