@@ -9,6 +9,7 @@
     python tools/index_dataset.py s3://bucket/imagenet/train --out train.index
     python tools/index_dataset.py "https://host/imagenet-train-{0000..1023}.tar" --out train.index
     python tools/index_dataset.py train.index --to_shards /lustre/shards --resize 512 --out /lustre/shards/index
+    python tools/index_dataset.py train.index --overlap val.index       # images that both have, byte for byte
     deepspeed pretrain_nepa.py --data train.index ...
 
 An interrupted run continues when the same command is given again.
@@ -30,7 +31,7 @@ from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.labels import with_labels
 from megatron_nepa.data.index.listing import Known, Source
-from megatron_nepa.data.index.sources import open_source, tables_in
+from megatron_nepa.data.index.sources import list_source, open_source, tables_in
 from megatron_nepa.data.index.table_values import NotInPlaceError
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.unpack_tables import unpack_tables
@@ -48,9 +49,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="an ImageFolder tree, a flat folder, a tar file or a folder of tar shards, ImageNet's training archive, "
         "a folder with images/ and annotations/, a folder that Hugging Face's datasets saved, parquet or Arrow files, "
         "the URL of a folder of tar shards or of shards (s3://, gs://, https://, ...), a text file of such URLs, "
-        "or an index (with --to_shards)",
+        "or an index (with --to_shards or --overlap)",
     )
-    parser.add_argument("--out", required=True, help="folder of the index; must not exist")
+    parser.add_argument("--out", help="folder of the index; must not exist")
+    parser.add_argument("--overlap", metavar="SET", help="write no index, say what of this set is in source too")
     parser.add_argument(
         "--verify",
         choices=["header", "full"],
@@ -74,9 +76,13 @@ def main() -> None:
     """Index, and pack where asked; quarantined images are printed."""
     args = parse_arguments()
     try:
-        for name in ("source", "out", "to_shards", "labels", "devkit_meta"):
+        for name in ("source", "overlap", "out", "to_shards", "labels", "devkit_meta"):
             require(getattr(args, name) != "", f"{name} is empty; give a path (an unset shell variable?).")
         require(args.workers is None or args.workers >= 1, f"--workers is {args.workers}; it must be at least 1.")
+        if args.overlap is not None:
+            print(overlap(args))
+            return
+        require(args.out is not None, "give the folder of the index as --out, or a set to compare with as --overlap.")
         require(
             args.resize is None or args.to_shards is not None,
             "--resize scales the images of shards: give --to_shards, or drop it.",
@@ -102,6 +108,19 @@ def main() -> None:
         f"{len(index.quarantine)} left out; "
         f"largest {index.width.max()} x {index.height.max()}" + "".join(f"; {note}" for note in index.notes)
     )
+
+
+def overlap(args: argparse.Namespace) -> str:
+    """What the source shares with the set of --overlap, in a sentence."""
+    from megatron_nepa.data.indexing.overlap import find_overlap
+
+    for name in ("out", "to_shards", "labels"):
+        require(getattr(args, name) is None, f"--overlap compares two sets and writes nothing: drop --{name}.")
+    first, second = (
+        load_index(path) if is_index(path) else list_source(path, args.split) for path in (args.source, args.overlap)
+    )
+    found = find_overlap(first, second, args.workers)
+    return found.describe(args.source, args.overlap, len(second))
 
 
 def source_of(args: argparse.Namespace) -> Source:
