@@ -53,7 +53,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=8, help="in nodes of eight (8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (h100)")
     parser.add_argument("--global_batch_size", type=int, help="images of a step (the recipe's)")
-    parser.add_argument("--num_images", type=int, default=IMAGENET_IMAGES, help="of the data (1,281,167: ImageNet)")
+    parser.add_argument(
+        "--num_images", type=int, default=IMAGENET_IMAGES, help="of all sources of the data (1,281,167: ImageNet)"
+    )
     parser.add_argument("--top", type=int, default=10, help="plans that are printed (10)")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON, in bytes and seconds")
     parser.add_argument("--plot", type=path_argument, metavar="FILE.png", help="draw images/s from 8 to 4,096 GPUs")

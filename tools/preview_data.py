@@ -2,11 +2,13 @@
 
     python tools/preview_data.py /data/imagenet/train --recipe nepa_b --out sheet.png
     python tools/preview_data.py train.index --recipe imagenet_ft_b --out sheet.png --seed 3
+    python tools/preview_data.py a.index=0.7,photos=0.3 --recipe nepa_b --out sheet.png
     python tools/preview_data.py ADEChallengeData2016 --recipe ade20k_upernet_b --count 8 --out sheet.png
 
-DATA is an index, or anything that tools/index_dataset.py reads. Each sample is drawn twice: stored, with its crop
-framed, and as the training pipeline hands it to the model: cropped, mirrored, augmented, with the patches in grey that
-the mask token replaces. Other flags are those of the recipe's training script, such as --data.crop_scale_min 0.2.
+DATA is an index, anything that tools/index_dataset.py reads, or a mixture of such. Each sample is drawn twice: stored,
+with its crop framed, and as the training pipeline hands it to the model: cropped, mirrored, augmented, with the patches
+in grey that the mask token replaces. Other flags are those of the recipe's training script, such as
+--data.crop_scale_min 0.2.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import argparse
 from pathlib import Path
 
 from megatron_nepa.cli import parse_command_line, path_argument
-from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.config import ConfigError, PretrainingConfig, RunConfig, require
+from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import read_sizes
 from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.index.mixture import Mixture
+from megatron_nepa.data.index.mixture_grammar import BLOCK, read_mixture
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, PROBING_RECIPES, SEGMENTATION_RECIPES
 from megatron_nepa.terminal import tool
@@ -26,7 +31,9 @@ from megatron_nepa.terminal import tool
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and the flags that are the run's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=path_argument, metavar="DATA", help="an index, a folder, an archive or tables")
+    parser.add_argument(
+        "data", type=path_argument, metavar="DATA", help="an index, a folder, an archive, tables or a mixture"
+    )
     parser.add_argument("--recipe", default="quickstart", help="of the run (default: quickstart)")
     parser.add_argument("--out", type=path_argument, required=True, metavar="PNG", help="the picture")
     parser.add_argument("--count", type=int, default=16, help="samples that are drawn (default: 16)")
@@ -46,6 +53,24 @@ def run_of(recipe: str, data: Path, flags: list[str]) -> RunConfig:
     raise ConfigError(f"--recipe {recipe} is unknown; there are {', '.join(known)}.")
 
 
+def images_of(args: argparse.Namespace, run: RunConfig) -> DatasetIndex | Mixture:
+    """The set or mixture to look at, with the sizes of its images."""
+
+    def open_one(path: str) -> DatasetIndex:
+        return load_index(path) if is_index(path) else read_sizes(list_source(path, args.split))
+
+    parts = read_mixture(str(args.data))
+    if parts is None:
+        return open_one(str(args.data))
+    require(
+        isinstance(run, PretrainingConfig),
+        f"{args.data} is a mixture of sets, which pre-training alone draws from, not --recipe {args.recipe}: give one.",
+    )
+    from megatron_nepa.data.loaders.sources import mixture_of  # brings torch
+
+    return mixture_of(parts, open_one)
+
+
 def main() -> None:
     """Draw the sheet and print the summary."""
     args, flags = parse_arguments()
@@ -56,12 +81,17 @@ def main() -> None:
     require(args.out.suffix == ".png", f"--out {args.out} is no PNG file: give a name that ends in .png.")
     require(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}.")
     run = run_of(args.recipe, args.data, flags)
-    index = load_index(args.data) if is_index(args.data) else read_sizes(list_source(args.data, args.split))
-    summary = DataSummary.of(index, run.model.image_size)
-    for line in (*summary.lines(), *index.notes):
-        print(line)
-    samples = first_samples(run, index, min(args.count, len(index)))
+    index = images_of(args, run)
     side = run.model.image_size
+    summary = DataSummary.of(index, side)
+    if isinstance(index, Mixture):
+        for source in index.sources:
+            own = DataSummary.of(source.index, side)
+            print(f"{source.name}, {source.per_block / BLOCK:.2%} of the samples:")
+            print(*(f"  {line}" for line in (*own.lines(), *source.index.notes)), sep="\n")
+    else:
+        print(*summary.lines(), *index.notes, sep="\n")
+    samples = first_samples(run, index, min(args.count, len(index)))
     headline = f"{args.data}: the first {len(samples)} samples of {args.recipe}, seed {run.seed}"
     explained = f"left: stored, with the crop framed; right: as the model is given it, {side} x {side} pixels"
     draw_sheet(args.out, samples, summary, f"{headline}\n{explained}")

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.mixture import Mixture, sets_of
 
 _MOST_READ = 100_000  # images whose sizes are looked at; evenly spread where there are more
 _MOST_FILES = 2_000  # files that the system is asked about
@@ -47,13 +48,16 @@ class DataSummary:
     image_size: int
 
     @classmethod
-    def of(cls, index: DatasetIndex, image_size: int) -> DataSummary:
+    def of(cls, index: DatasetIndex | Mixture, image_size: int) -> DataSummary:
         """Look at an index, evenly spread where it is large.
 
         Args:
-            index: the images, their sizes known.
+            index: the images, their sizes known. Those of a mixture are looked at together, without their classes,
+                which mean something else in each set.
             image_size: side of the crops that a run takes.
         """
+        if isinstance(index, Mixture):
+            return cls._joined([cls.of(one, image_size) for one in sets_of(index)])
         rows = _spread(len(index), _MOST_READ)
         label = np.asarray(index.label[rows]).astype(np.int64)
         known = label[label >= 0]
@@ -69,6 +73,21 @@ class DataSummary:
             size=_bytes(index),
             left_out=len(index.quarantine),
             image_size=image_size,
+        )
+
+    @classmethod
+    def _joined(cls, parts: list[DataSummary]) -> DataSummary:
+        return cls(
+            images=sum(part.images for part in parts),
+            looked_at=sum(part.looked_at for part in parts),
+            classes=(),
+            per_class=np.zeros(0, np.int64),
+            unlabelled=sum(part.unlabelled for part in parts),
+            width=np.concatenate([part.width for part in parts]),
+            height=np.concatenate([part.height for part in parts]),
+            size=np.concatenate([part.size for part in parts]),
+            left_out=sum(part.left_out for part in parts),
+            image_size=parts[0].image_size,
         )
 
     def odd(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from megatron_nepa.config import (
 from megatron_nepa.data.decoding.masks import load_mask
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import open_image
+from megatron_nepa.data.index.mixture import Mixture
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.loaders.classification import FinetuningLoader
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader
@@ -60,12 +61,12 @@ class Sample:
     target: str
 
 
-def first_samples(run: RunConfig, index: DatasetIndex, count: int) -> list[Sample]:
+def first_samples(run: RunConfig, index: DatasetIndex | Mixture, count: int) -> list[Sample]:
     """The first ``count`` samples of a run.
 
     Args:
         run: of any task.
-        index: the run's images.
+        index: the run's images; a mixture of a pre-training run.
         count: how many.
 
     Raises:
@@ -76,12 +77,13 @@ def first_samples(run: RunConfig, index: DatasetIndex, count: int) -> list[Sampl
     assert batch.image_index is not None
     pixels = batch.images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     numbers, samples = batch.image_index[:count].tolist(), np.arange(count)
-    store = ImageStore(index)
-    originals = [_decoded(store, i) for i in numbers]
+    places = [_place(index, i) for i in numbers]
+    originals = [_decoded(ImageStore(one), row) for one, row, _ in places]
     boxes: list[Any] = [None] * count
-    targets = [_class_of(index, i) for i in numbers]
+    targets = [_class_of(one, row) for one, row, _ in places]
     seen = [pixels[k] for k in range(count)]
     if isinstance(run, SegmentationConfig):
+        assert isinstance(index, DatasetIndex)
         assert batch.labels is not None
         colours = class_colours(run.masks.num_classes)
         seen = [coloured(seen[k], batch.labels[k].numpy(), colours) for k in range(count)]
@@ -94,6 +96,7 @@ def first_samples(run: RunConfig, index: DatasetIndex, count: int) -> list[Sampl
         width, height = np.asarray(index.width[numbers]), np.asarray(index.height[numbers])
         boxes = crop_boxes(run.seed, samples, width, height, run.data.crop_scale_min).tolist()
         if batch.labels is not None:
+            assert isinstance(index, DatasetIndex)
             targets = [_soft(batch.labels[k].float().numpy(), index.classes) for k in range(count)]
         if isinstance(run, PretrainingConfig):
             seen = _masked(run, seen, samples)
@@ -101,7 +104,7 @@ def first_samples(run: RunConfig, index: DatasetIndex, count: int) -> list[Sampl
     return [
         Sample(
             number=k,
-            name=index.names[numbers[k]],
+            name=places[k][2] + places[k][0].names[places[k][1]],
             original=originals[k],
             box=None if boxes[k] is None else tuple(boxes[k]),
             seen=seen[k],
@@ -111,14 +114,24 @@ def first_samples(run: RunConfig, index: DatasetIndex, count: int) -> list[Sampl
     ]
 
 
-def _first_batch(run: RunConfig, index: DatasetIndex, count: int) -> Batch:
+def _place(index: DatasetIndex | Mixture, image: int) -> tuple[DatasetIndex, int, str]:
+    """The set that an image is of, its number there, and what its name begins with."""
+    if not isinstance(index, Mixture):
+        return index, image, ""
+    source, row = index.locate(image)
+    return index.sources[source].index, row, f"{index.sources[source].name}: "
+
+
+def _first_batch(run: RunConfig, index: DatasetIndex | Mixture, count: int) -> Batch:
     """The first micro-batch of one rank, of at least ``count`` samples, on the CPU."""
     group = run.augmentation.mix_group if isinstance(run, ClassificationConfig) else 1
     size = -(-count // group) * group
     feed = Feed(Share(size, size, 1, 0, 1, 0, 1), run.seed, torch.device("cpu"), torch.float32)
     loader: PretrainingLoader | FinetuningLoader | SegmentationLoader
     side = run.model.image_size
-    if isinstance(run, SegmentationConfig):
+    if isinstance(index, Mixture):
+        loader = PretrainingLoader(index, run.data, side, feed)
+    elif isinstance(run, SegmentationConfig):
         loader = SegmentationLoader(index, run.data, run.crops, run.masks, side, feed)
     elif isinstance(run, ProbingConfig):
         loader = FinetuningLoader(index, run.data, CROPS_ONLY, side, index.num_classes, feed)

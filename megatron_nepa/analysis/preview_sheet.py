@@ -113,7 +113,7 @@ def _histogram(axes: Axes, values: npt.NDArray[np.number], reach: float | None =
 def _draw_classes(axes: Axes, summary: DataSummary) -> None:
     if not len(summary.per_class):
         axes.set_axis_off()
-        axes.set_title("no labels")
+        axes.set_title("no labels" if summary.unlabelled == summary.looked_at else "classes of several sets")
         return
     counts = np.sort(summary.per_class)[::-1]
     places = np.arange(1, len(counts) + 1)

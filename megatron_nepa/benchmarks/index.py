@@ -29,7 +29,7 @@ from megatron_nepa.data.index.index_file import load_index, save_index
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.write_shards import write_shards
-from megatron_nepa.data.sampling.order import crop_boxes
+from megatron_nepa.data.sampling.order import SetOrder, crop_boxes
 from megatron_nepa.data.sampling.rank_share import Share
 
 SIZES = (1_281_167, 100_000_000, 1_000_000_000)
@@ -82,8 +82,8 @@ def measure(images: int, real: DatasetIndex, folder: Path, batch: int, batches: 
     share = Share(batch, batch, 1, 0, 1, 0, 1)
     first = max(0, images // batch - batches // 2)
     store = ImageStore(index)
-    config = DataConfig()
-    reader = SampleReader(index, config, THREADS, SEED, share.local_samples, lambda sample, image: store.read(image))
+    config, order = DataConfig(), SetOrder(SEED, len(index))
+    reader = SampleReader(index, config, THREADS, order, share.local_samples, lambda sample, image: store.read(image))
     size, first_ms, memory = 0, 0.0, []
     for number in range(first, first + batches):
         contents, shown = reader(number)

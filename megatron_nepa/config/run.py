@@ -26,7 +26,7 @@ class RunConfig:
     output_dir: str = "runs/quickstart"
     # optimizer steps of the run; none takes epochs
     steps: int | None = None
-    # passes over the data; used where steps is none
+    # passes over the data, of a mixture over as many samples as its sources have images; used where steps is none
     epochs: float | None = None
     # images of one optimizer step, over all ranks and accumulation
     global_batch_size: int = 4096

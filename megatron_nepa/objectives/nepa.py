@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import ModelConfig, NepaObjective
+from megatron_nepa.kernels.cosine_loss.reference import loss_by_sample
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.objectives.objective import PretrainingModel, PretrainingOutput
@@ -22,14 +23,25 @@ class NepaForPretraining(PretrainingModel):
         build: ranks, kernels and seed.
     """
 
+    by_sample = True
+
     def __init__(self, config: ModelConfig, objective: NepaObjective = NepaObjective(), build: Build = Build()) -> None:
         super().__init__()
         self.objective = objective
         self.trunk = Trunk(config, build, objective.mask_ratio)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
-    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
-        """Loss of a micro-batch: the mean negative cosine of its pairs."""
+    def forward(
+        self, images: Tensor, sample_index: Tensor, step: int = 0, by_sample: bool = False
+    ) -> PretrainingOutput:
+        """Loss of a micro-batch: the mean negative cosine of its pairs.
+
+        Args:
+            images: as :meth:`~megatron_nepa.models.trunk.Trunk.forward` takes them.
+            sample_index: sample numbers of the whole micro-batch, int64 [B].
+            step: plays no part.
+            by_sample: give the loss of each sample besides.
+        """
         trunk = self.trunk
         output = trunk(images, sample_index)
         embedding, prediction, rows = output.embedding, output.output, output.rows
@@ -37,16 +49,18 @@ class NepaForPretraining(PretrainingModel):
         shift = int(self.objective.shift)
         # without the shift every patch predicts itself; the BOS token is no patch and stays out
         skip = int(trunk.config.bos_token and shift == 0)
-        share, health = trunk.kernels.cosine_loss(
-            prediction, target, shift, skip, output.period, rows.first, rows.num_rows
-        )
+        layout = (shift, skip, output.period, rows.first, rows.num_rows)
+        share, health = trunk.kernels.cosine_loss(prediction, target, *layout)
+        losses = loss_by_sample(prediction.detach(), target.detach(), *layout) if by_sample else None
         if trunk.sequence_parallel:
-            loss_and_health = reduce_from_group(torch.cat((share[None], health)), trunk.tensor)
-            share, health = loss_and_health[0], loss_and_health[1:].detach()
+            parts = [share[None], health, *(() if losses is None else (losses,))]
+            loss, health, *rest = reduce_from_group(torch.cat(parts), trunk.tensor).split([len(part) for part in parts])
+            share, health, losses = loss[0], health.detach(), rest[0].detach() if rest else None
         _, prediction_norm, target_norm = health
         return PretrainingOutput(
             share,
             metrics={"prediction_norm": prediction_norm, "target_norm": target_norm},
             # without the halo row
             embeddings={"target": embedding.detach()[: prediction.shape[0]], "prediction": prediction.detach()},
+            sample_loss=losses,
         )

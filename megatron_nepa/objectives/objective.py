@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,11 +18,14 @@ class PretrainingOutput(NamedTuple):
         metrics: what the log shows besides, by name: means over the same, detached fp32 scalars.
         embeddings: this rank's rows of which the log shows the spread, by name, detached, each [m, D]: a collapse shows
             there, not in the loss.
+        sample_loss: where it was asked for, the loss of each of the replica's samples, detached, fp32 [B], equal on its
+            tensor-parallel ranks; their mean is the loss.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     embeddings: dict[str, Tensor]
+    sample_loss: Tensor | None = None
 
 
 class PretrainingModel(nn.Module, ABC):
@@ -36,9 +39,12 @@ class PretrainingModel(nn.Module, ABC):
 
     Attributes:
         trunk: what is pre-trained.
+        by_sample: whether :meth:`forward` takes a fourth argument, which asks for the loss of each sample: a mixture's
+            log then has that of each source.
     """
 
     trunk: Trunk
+    by_sample: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:

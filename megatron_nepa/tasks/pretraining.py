@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import DataConfig, PretrainingConfig
 from megatron_nepa.data.decoding.timed_settings import Decoded
-from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader, build_index
+from megatron_nepa.data.index.mixture import Mixture
+from megatron_nepa.data.index.mixture_grammar import BLOCK
+from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader
+from megatron_nepa.data.loaders.sources import build_sources
 from megatron_nepa.data.sampling.feed import Feed
+from megatron_nepa.data.sampling.mixing import passes
+from megatron_nepa.data.sampling.mixture_state import continued, state_of
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.build import Build
 from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.objectives.flops import pretraining_flops
 from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.reporting.health import embedding_health, health_size, read_health
+from megatron_nepa.training.reporting.metric_display import by_source
 from megatron_nepa.training.task import Task
 
 if TYPE_CHECKING:
@@ -40,7 +49,7 @@ class PretrainingTask(Task):
     def __init__(self, run: PretrainingConfig, topology: Topology) -> None:
         self.run = run
         self.topology = topology
-        self.index = build_index(run.data, verbose=topology.is_main)
+        self.index = build_sources(run.data, verbose=topology.is_main)
         self.num_images = None if self.index is None else len(self.index)
         self.data_fingerprint = None if self.index is None else self.index.fingerprint()
         self.reads_remote = self.index is not None and self.index.is_remote
@@ -55,6 +64,28 @@ class PretrainingTask(Task):
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The model, drawn from the run's seed."""
         return build_objective(self.run, Build.of(self.run, self.topology.tensor, kernels))
+
+    def data_state(self, progress: Progress, total_steps: int) -> tuple[Progress, list[str]]:
+        """A mixture goes on with the sources and shares of the checkpoint, or from there with others."""
+        if not isinstance(self.index, Mixture):
+            return super().data_state(progress, total_steps)
+        self.index, changes = continued(self.index, progress.mixture, progress.samples, self.run.seed)
+        end = passes(self.index, self.run.seed, total_steps * self.run.global_batch_size)
+        lines = [
+            f"{source.name}: {source.per_block / BLOCK:.2%} of the samples, {counted(len(source.index), 'image')}, "
+            f"{end[source.name]:.2f} passes by the end"
+            for source in self.index.sources
+        ]
+        if changes:
+            lines.append(f"warning: the data change at sample {progress.samples}: {'; '.join(changes)}")
+        return replace(progress, mixture=state_of(self.index)), lines
+
+    def passes(self, samples: int) -> dict[str, float]:
+        """Also by source: an epoch of a mixture is as many samples as all of its sources have images."""
+        own: dict[str, float] = {}
+        if isinstance(self.index, Mixture):
+            own = by_source("epoch", passes(self.index, self.run.seed, samples))
+        return super().passes(samples) | own
 
     def build_loader(self, feed: Feed, data: DataConfig) -> PretrainingLoader | SyntheticLoader:
         """This rank's micro-batches."""
@@ -76,9 +107,11 @@ class PretrainingTask(Task):
 
     def forward(self, engine: TrainingEngine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch."""
-        output: PretrainingOutput = engine.forward(batch.images, batch.sample_index, batch.step)
+        # of a mixture also the loss of each sample, where the objective has such
+        more = (True,) if batch.source_weights and engine.module.by_sample else ()
+        output: PretrainingOutput = engine.forward(batch.images, batch.sample_index, batch.step, *more)
         self._output = output
-        return output.loss, {"loss": output.loss.detach(), **output.metrics}
+        return output.loss, {"loss": output.loss.detach(), **output.metrics, **_loss_by_source(output, batch)}
 
     def health(self) -> Tensor | None:
         """Spread of this rank's last embeddings: a collapse shows here, not in the loss."""
@@ -99,3 +132,12 @@ class PretrainingTask(Task):
                 f"{name}_mean_direction": spread.mean_direction,
             }
         return found
+
+
+def _loss_by_source(output: PretrainingOutput, batch: Batch) -> dict[str, Tensor]:
+    losses = output.sample_loss
+    if losses is None:
+        return {}
+    # where rather than times: a loss that is not finite is its own source's alone
+    sums = {name: torch.where(each > 0, each * losses, 0.0).sum() for name, each in batch.source_weights.items()}
+    return by_source("loss", sums)

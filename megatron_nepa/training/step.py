@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -97,12 +98,12 @@ class Stepper:
         self.stall.at("in the weight update", number)
         with self.profiler.part("optimizer"):
             update = self.engine.step(learning_rates)
-        progress = Progress(
+        progress = replace(
+            progress,
             step=number,
             samples=progress.samples + self.run.global_batch_size,
             applied_steps=self.engine.applied_steps,
             skipped_in_a_row=self.engine.skipped_in_a_row,
-            order=progress.order,
         )
         row = self._row(progress, max(learning_rates.values()), self.clock.end_step(), data_seconds)
         return StepResult(progress, update.applied, row, {**scalars, "grad_norm": update.grad_norm})
@@ -134,10 +135,9 @@ class Stepper:
         return scalars, data_seconds
 
     def _row(self, progress: Progress, learning_rate: float, seconds: float, data_seconds: float) -> Row:
-        row: Row = {"step": progress.step}
-        if self.task.num_images is not None:
-            row["epoch"] = progress.samples / self.task.num_images
-        return row | {
+        return {
+            "step": progress.step,
+            **self.task.passes(progress.samples),
             "samples": progress.samples,
             "lr": learning_rate,
             "step_ms": seconds * 1e3,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.decoding.timed_settings import Decoded
 from megatron_nepa.data.sampling.feed import Feed
@@ -70,7 +72,8 @@ class Task(ABC):
 
     Attributes:
         num_images: of the training data, or None where it is endless.
-        data_fingerprint: equal for equal training data, or None where there are no files.
+        data_fingerprint: equal for equal training data, by source where there are several; None where there are no
+            files.
         flops_per_image: model FLOPs of one training step on one image.
         evaluator: measures the model while it is trained, or None.
         classes: names of what the head tells apart, by number; () where there are none. Checkpoints hold them.
@@ -79,7 +82,7 @@ class Task(ABC):
     """
 
     num_images: int | None
-    data_fingerprint: str | None
+    data_fingerprint: str | dict[str, str] | None
     flops_per_image: float
     evaluator: Evaluator | None = None
     classes: tuple[str, ...] = ()
@@ -89,6 +92,21 @@ class Task(ABC):
     @abstractmethod
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The freshly initialised fp32 model."""
+
+    def data_state(self, progress: Progress, total_steps: int) -> tuple[Progress, list[str]]:
+        """Where the data of the run go on from ``progress``, and what the console says of it; called once, before
+        :meth:`build_loader`.
+
+        Raises:
+            ConfigError: data that cannot go on from there.
+        """
+        changed = progress.mixture is not None
+        said = ["warning: the checkpoint's run drew from a mixture, this one draws from one set"] if changed else []
+        return replace(progress, mixture=None), said
+
+    def passes(self, samples: int) -> dict[str, float]:
+        """Passes over the training data after that many samples of the run, by their names in the log."""
+        return {} if self.num_images is None else {"epoch": samples / self.num_images}
 
     @abstractmethod
     def build_loader(self, feed: Feed, data: DataConfig) -> Loader:

@@ -84,6 +84,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
             f"{run.global_batch_size}: take its --global_batch_size {found.manifest['run']['global_batch_size']}, or "
             "start from its weights with --init_from."
         )
+    progress, data_said = task.data_state(progress, total_steps)
     record.lock(topology)  # every rank has checked the folder before the main one writes there
 
     with waiting_for("measuring this device's matrix products", topology.is_main):
@@ -105,6 +106,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log = RunLog(record.path, run, total_steps, progress.step)
         log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
+        for line in data_said:
+            log.message(line)
     with waiting_for("building the data pipeline", topology.is_main):
         loader = task.build_loader(feed, data)
     if task.reads_remote:

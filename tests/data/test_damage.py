@@ -29,6 +29,7 @@ from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import write_shards
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
 from megatron_nepa.data.sampling.feed import Feed
+from megatron_nepa.data.sampling.order import SetOrder
 from megatron_nepa.data.sampling.rank_share import Share
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +128,8 @@ def test_a_bad_image_counts_once(capsys: pytest.CaptureFixture[str]) -> None:
 
         sides = np.ones(20, np.int32)
         index = DatasetIndex(Path(), PackedNames.pack(map(str, range(20))), sides, sides, sides)
-        reader = SampleReader(index, DataConfig(), 2, 0, lambda batch: np.arange(20) + 20 * batch, read)
+        order = SetOrder(0, len(index))
+        reader = SampleReader(index, DataConfig(), 2, order, lambda batch: np.arange(20) + 20 * batch, read)
         for epoch in range(epochs):
             reader(epoch)
         reader.close()

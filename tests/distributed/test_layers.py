@@ -36,7 +36,8 @@ LAYOUTS: list[Layout] = [
 ]
 
 
-def loss_and_gradients(layout: Layout, tensor: TensorGroup) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(layout: Layout, tensor: TensorGroup) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of the samples and their mean, [batch + 1], and every gradient."""
     config, objective, parallel, batch = layout
     model = NepaForPretraining(config, objective, Build(parallel, tensor, seed=SEED))
     spread_vectors(model)
@@ -44,9 +45,10 @@ def loss_and_gradients(layout: Layout, tensor: TensorGroup) -> tuple[float, dict
     share = batch // tensor.size if batch % tensor.size == 0 else batch
     first = tensor.rank * share if share < batch else 0
     images = sample_images(range(first, first + share), config, torch.float64)
-    output = model(images, torch.arange(batch))
+    output = model(images, torch.arange(batch), by_sample=True)
     output.loss.backward()
-    return output.loss.item(), {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    losses = torch.cat((output.sample_loss, output.loss.detach()[None]))
+    return losses, {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
 def compare_all(layouts: list[Layout]) -> list[str]:
@@ -57,10 +59,10 @@ def compare_all(layouts: list[Layout]) -> list[str]:
     for layout in layouts:
         size = layout[2].tensor_parallel_size
         tensor = TensorGroup(rank % size, size, groups[size][rank // size])
-        loss, gradients = loss_and_gradients(layout, tensor)
-        expected_loss, expected = loss_and_gradients((*layout[:2], ParallelConfig(), layout[3]), TensorGroup())
-        if not abs(loss - expected_loss) <= 1e-11:
-            problems.append(f"{layout[2:]} loss {loss} and {expected_loss}")
+        losses, gradients = loss_and_gradients(layout, tensor)
+        expected_losses, expected = loss_and_gradients((*layout[:2], ParallelConfig(), layout[3]), TensorGroup())
+        if not (losses - expected_losses).abs().max() <= 1e-11 or not abs(losses[:-1].mean() - losses[-1]) <= 1e-11:
+            problems.append(f"{layout[2:]} losses {losses} and {expected_losses}")
         if gradients.keys() != expected.keys():
             problems.append(f"{layout[2:]} gradients of {gradients.keys() ^ expected.keys()}")
         shards = shards_of(layout, expected, tensor)

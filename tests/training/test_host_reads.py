@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,8 +70,9 @@ def reads_of_a_run(output_dir: str, images: str, steps: int) -> int:
     return len(counter.ours)
 
 
-def test_the_loop_reads_no_more_in_a_longer_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", ["{0}", "{0}=0.7,{1}=0.3"], ids=["one set", "mixture"])
+def test_the_loop_reads_no_more_in_a_longer_run(data: str, tmp_path: Path) -> None:
     """Starting, logging once and saving once read; the steps between do not."""
-    images = make_images(tmp_path / "images")
-    short, long = (run_ranks(1, reads_of_a_run, str(tmp_path / f"{n}"), str(images), n)[0] for n in (2, 7))
+    images = data.format(make_images(tmp_path / "images"), make_images(tmp_path / "more", 5))
+    short, long = (run_ranks(1, reads_of_a_run, str(tmp_path / f"{n}"), images, n)[0] for n in (2, 7))
     assert short == long

@@ -45,10 +45,12 @@ class Progress:
 
     Attributes:
         step: optimizer steps done, skipped ones included.
-        samples: samples consumed; the whole state of the data.
+        samples: samples consumed; with order and mixture the whole state of the data.
         applied_steps: steps that changed the weights.
         skipped_in_a_row: newest steps that did not, because a gradient was not finite.
         order: version of the order that the run's images come in.
+        mixture: of a run on several sources, what their samples are a function of besides seed and k
+            (:mod:`megatron_nepa.data.sampling.mixture_state`).
     """
 
     step: int = 0
@@ -56,6 +58,7 @@ class Progress:
     applied_steps: int = 0
     skipped_in_a_row: int = 0
     order: int = ORDER_VERSION
+    mixture: dict[str, Any] | None = None
 
 
 class CheckpointStore:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline, undecodable_slots
-from megatron_nepa.data.decoding.encoded_images import EncodedImages
+from megatron_nepa.data.decoding.encoded_images import encoded_images
 from megatron_nepa.data.decoding.pipelines import DecoderOptions, ImagePipeline, Interpolation
 from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.decoding.substitution import SubstitutingPipeline
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.mixture import Mixture
 from megatron_nepa.data.sampling.feed import Feed
+from megatron_nepa.data.sampling.mixing import sample_order
 from megatron_nepa.data.sampling.order import IntArray, crop_boxes
 
 
@@ -33,7 +35,7 @@ class CropStream:
 
     def __init__(
         self,
-        index: DatasetIndex,
+        index: DatasetIndex | Mixture,
         config: DataConfig,
         image_size: int,
         feed: Feed,
@@ -42,16 +44,15 @@ class CropStream:
     ) -> None:
         self._index, self._config, self._seed, self._share = index, config, feed.seed, feed.share
         self._image_size, self._options, self._interpolation = image_size, options, interpolation
-        self._store = EncodedImages(index)
+        self._store = encoded_images(index)
         self._reader = SampleReader(
             index,
             config,
             options.num_threads,
-            feed.seed,
+            sample_order(index, feed.seed, feed.order),
             feed.share.local_samples,
             lambda sample, image: self._store.read(image),
             feed.bad_image_log,
-            feed.order,
             self._store.together,
         )
         self._images: dict[int, IntArray] = {}  # that the micro-batches under way show

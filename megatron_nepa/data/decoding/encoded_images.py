@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.mixture import Mixture
 from megatron_nepa.data.index.storage import ImageStore
 
 
@@ -62,6 +63,45 @@ class EncodedImages:
     def close(self) -> None:
         """Close the open files."""
         self._store.close()
+
+
+class MixedImages:
+    """:class:`EncodedImages` of a mixture, whose images are numbered through.
+
+    Args:
+        mixture: the sources.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self._images = [EncodedImages(source.index) for source in mixture.sources]
+
+    def read(self, image: int) -> npt.NDArray[np.uint8]:
+        """As :meth:`EncodedImages.read`."""
+        source, row = self._mixture.locate(image)
+        return self._images[source].read(row)
+
+    @contextlib.contextmanager
+    def together(self, images: Sequence[int]) -> Iterator[None]:
+        """As :meth:`EncodedImages.together`, source by source."""
+        rows: dict[int, list[int]] = {}
+        for image in images:
+            source, row = self._mixture.locate(image)
+            rows.setdefault(source, []).append(row)
+        with contextlib.ExitStack() as stack:
+            for source, mine in rows.items():
+                stack.enter_context(self._images[source].together(mine))
+            yield
+
+    def close(self) -> None:
+        """Close the open files."""
+        for images in self._images:
+            images.close()
+
+
+def encoded_images(index: DatasetIndex | Mixture) -> EncodedImages | MixedImages:
+    """The images of an index or a mixture for DALI."""
+    return MixedImages(index) if isinstance(index, Mixture) else EncodedImages(index)
 
 
 def _is_whole_png(png: npt.NDArray[np.uint8]) -> bool:

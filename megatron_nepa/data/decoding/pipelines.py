@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.mixture import Mixture, sets_of
 
 Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -35,10 +36,11 @@ class DecoderOptions:
     height_hint: int
 
     @classmethod
-    def of(cls, config: DataConfig, index: DatasetIndex, device: torch.device) -> DecoderOptions:
+    def of(cls, config: DataConfig, index: DatasetIndex | Mixture, device: torch.device) -> DecoderOptions:
         """The options of ``config``, with size hints from the images of ``index``."""
         # not the largest: one panorama would reserve its size for every image in flight
-        width, height = (int(np.percentile(side[:1_000_000], 99.9)) for side in (index.width, index.height))
+        hints = [[np.percentile(side[:1_000_000], 99.9) for side in (one.width, one.height)] for one in sets_of(index)]
+        width, height = (int(max(sides)) for sides in zip(*hints, strict=True))
         load = UNTIMED_LOAD if config.hw_decoder_load is None else config.hw_decoder_load
         if torch.are_deterministic_algorithms_enabled():
             load = float(round(load))  # one decoder for all: which images a split gives to which is not known to repeat

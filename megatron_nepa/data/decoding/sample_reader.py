@@ -1,8 +1,9 @@
 """What each sample shows, read ahead of the decoder, and what happens when an image is bad.
 
-A sample whose image cannot be read or decoded shows the first image further on in its epoch's permutation that can,
-with the crop that (seed, k) draws for that image's size. This too is a pure function of (seed, k) and the files: which
-rank meets the sample, when, and what it met before play no part. The list of bad images is a record, never an input.
+A sample whose image cannot be read or decoded shows the first image further on in its epoch's permutation that can, of
+a mixture in that of its own source, with the crop that (seed, k) draws for that image's size. This too is a pure
+function of (seed, k) and the files: which rank meets the sample, when, and what it met before play no part. The list of
+bad images is a record, never an input.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +24,9 @@ from megatron_nepa.config import ConfigError, DataConfig, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
 from megatron_nepa.data.index.index_file import let_go
+from megatron_nepa.data.index.mixture import Mixture, sets_of
 from megatron_nepa.data.remote.files import CONNECTIONS
-from megatron_nepa.data.sampling.order import ORDER_VERSION, IntArray, image_of_sample
+from megatron_nepa.data.sampling.order import IntArray, SampleOrder
 
 _ALWAYS_ALLOWED = 10  # bad images, before the allowed share of few images says anything
 
@@ -73,7 +76,7 @@ class ReadAhead(Generic[T]):
         return [self._pool.submit(self._read, part) for part in parts if len(part)]
 
 
-def reading_ahead(index: DatasetIndex, threads: int, batch: int) -> tuple[int, int]:
+def reading_ahead(index: DatasetIndex | Mixture, threads: int, batch: int) -> tuple[int, int]:
     """Threads that read, and batches that they read ahead of the one in use.
 
     A thread waits for the answer of a remote source, where it is busy with a local file: it takes as many threads as
@@ -86,7 +89,8 @@ def reading_ahead(index: DatasetIndex, threads: int, batch: int) -> tuple[int, i
     """
     if not index.is_remote:
         return threads, 1
-    mean = max(1.0, float(np.mean(index.size[:_SIZES_LOOKED_AT])))
+    sizes = [float(np.mean(one.size[:_SIZES_LOOKED_AT])) for one in sets_of(index) if one.is_remote]
+    mean = max(1.0, *sizes)
     batches = min(-(-_REMOTE_AHEAD // max(batch, 1)), int(_REMOTE_BYTES / (mean * max(batch, 1))))
     return CONNECTIONS, max(1, batches)
 
@@ -98,34 +102,33 @@ class SampleReader(Generic[T]):
         index: the images.
         config: its on_bad_image and max_bad_share.
         threads: that read.
-        seed: the run's seed.
+        order: which of them each sample shows.
         samples_of: sample numbers of a micro-batch, int64 [n].
         read: called in threads with a sample and the image that it is to show; raises UnreadableImageError.
         bad_image_log: JSON-lines file that bad images are appended to.
-        order: version of the order that the run was begun with.
         together: gives a context in which a thread reads some images, which may be neighbours.
     """
 
     def __init__(
         self,
-        index: DatasetIndex,
+        index: DatasetIndex | Mixture,
         config: DataConfig,
         threads: int,
-        seed: int,
+        order: SampleOrder,
         samples_of: Callable[[int], IntArray],
         read: Callable[[int, int], T],
         bad_image_log: Path | None = None,
-        order: int = ORDER_VERSION,
         together: Callable[[list[int]], AbstractContextManager[None]] = lambda images: nullcontext(),
     ) -> None:
-        self._index, self._config, self._seed, self._order = index, config, seed, order
+        self._index, self._config, self._order = index, config, order
         self._samples_of, self._read, self._together, self._log = samples_of, read, together, bad_image_log
         threads, depth = reading_ahead(index, threads, len(samples_of(0)))
         self._read_ahead = ReadAhead(samples_of, self._read_samples, threads, depth)
         self._undecodable: dict[int, set[int]] = {}  # sample -> places further on that are known not to decode
         self._bad: set[tuple[int, int]] = set()  # (sample, image)
-        self._bad_images: set[int] = set()
-        self._newest, self._num_samples = -1, 0  # the last micro-batch that was asked for, and the samples until there
+        self._bad_images: dict[int, set[int]] = defaultdict(set)  # source -> its images
+        self._newest = -1  # the last micro-batch that was asked for
+        self._num_samples: Counter[int] = Counter()  # of each source until there
 
     def __call__(self, micro_batch: int) -> tuple[list[T], IntArray]:
         """What ``read`` gave for each sample of ``micro_batch``, and the images shown, int64 [n].
@@ -136,10 +139,12 @@ class SampleReader(Generic[T]):
             ConfigError: a bad image under on_bad_image "fail", or too many.
         """
         parts = self._read_ahead(micro_batch)
-        let_go(self._index)  # the next micro-batch's rows are others
+        for index in sets_of(self._index):
+            let_go(index)  # the next micro-batch's rows are others
         images = np.array([image for _, shown in parts for image in shown])
         if micro_batch > self._newest:  # it is asked for again where the decoder refuses an image of it
-            self._newest, self._num_samples = micro_batch, self._num_samples + len(images)
+            self._newest = micro_batch
+            self._num_samples.update(self._order.source(self._samples_of(micro_batch)).tolist())
         return [item for items, _ in parts for item in items], images
 
     @property
@@ -152,7 +157,7 @@ class SampleReader(Generic[T]):
         self._read_ahead.close()
 
     def _read_samples(self, samples: IntArray) -> tuple[list[T], list[int]]:
-        images = self._images(samples).tolist()
+        images = self._order.images(samples).tolist()
         with self._together(images):
             return self._read_images(samples, images)
 
@@ -168,15 +173,21 @@ class SampleReader(Generic[T]):
                     except UnreadableImageError as reason:
                         self._record(sample, images[i], f"{self._index.where(images[i])}: {reason}")
                 skip += 1
-                require(skip < len(self._index), f"none of the {len(self._index)} images can be read or decoded.")
+                choices = self._order.choices(self._source(sample))
+                require(skip < choices, f"none of the {choices} images{self._of(sample)} can be read or decoded.")
                 images[i] = self._image(sample, skip)
         return items, images
 
     def _image(self, sample: int, skip: int) -> int:
-        return int(self._images(np.array([sample]), skip)[0])
+        return int(self._order.images(np.array([sample]), skip)[0])
 
-    def _images(self, samples: IntArray, skip: int = 0) -> IntArray:
-        return image_of_sample(self._seed, samples, len(self._index), skip, self._order)
+    def _source(self, sample: int) -> int:
+        return int(self._order.source(np.array([sample]))[0])
+
+    def _of(self, sample: int) -> str:
+        """Which source's images a sample may show, for messages."""
+        index = self._index
+        return f" of {index.sources[self._source(sample)].name}" if isinstance(index, Mixture) else ""
 
     def reject(self, micro_batch: int, slots: list[int], reason: str) -> None:
         """Take the images in ``slots`` of ``micro_batch`` for undecodable: the next call gives others in their place.
@@ -202,17 +213,22 @@ class SampleReader(Generic[T]):
         if self._config.on_bad_image == "fail":
             raise ConfigError(f"sample {sample} cannot be decoded: {reason} (data.on_bad_image is fail).")
         self._bad.add((sample, image))
-        self._bad_images.add(image)  # counted once, however often it comes round in many epochs
-        bad, read = len(self._bad_images), min(self._num_samples, len(self._index))
+        source = self._source(sample)
+        self._bad_images[source].add(image)  # counted once, however often it comes round in many epochs
+        bad, read = len(self._bad_images[source]), min(self._num_samples[source], self._order.choices(source))
         if bad > _ALWAYS_ALLOWED + self._config.max_bad_share * read:
             raise ConfigError(
-                f"{bad} of the first {read} images of this rank cannot be used, more than data.max_bad_share "
-                f"{self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
+                f"{bad} of the first {read} images{self._of(sample)} of this rank cannot be used, more than "
+                f"data.max_bad_share {self._config.max_bad_share} (and {_ALWAYS_ALLOWED}); the last is {reason}."
             )
         if len(self._bad) <= _SAID:
             print(f"sample {sample} shows another image: {reason}", file=sys.stderr, flush=True)
         if self._log is not None:
-            row = {"sample": sample, "image": image, "reason": reason}
+            row: dict[str, int | str] = {"sample": sample}
+            if isinstance(self._index, Mixture):
+                number, image = self._index.locate(image)
+                row["source"] = self._index.sources[number].name
+            row |= {"image": image, "reason": reason}
             # one short write in append mode: ranks do not cut each other's lines. A full disk, or a folder that is
             # gone, costs the record, as it does the metrics
             with contextlib.suppress(OSError), open(self._log, "a") as file:

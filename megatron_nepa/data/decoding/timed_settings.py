@@ -21,9 +21,11 @@ import torch.distributed as dist
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.index.mixture import Mixture
 from megatron_nepa.data.remote.folder import SourceLostError
 from megatron_nepa.data.sampling.feed import Feed
-from megatron_nepa.data.sampling.order import crop_boxes, image_of_sample
+from megatron_nepa.data.sampling.mixing import sample_order
+from megatron_nepa.data.sampling.order import crop_boxes
 from megatron_nepa.parallel.launcher import ranks_of_this_node
 
 if TYPE_CHECKING:  # they bring DALI, which synthetic images do without
@@ -53,7 +55,7 @@ class Decoded:
         scale_min: least share of an image's area in a crop; 1 decodes whole images.
     """
 
-    index: DatasetIndex
+    index: DatasetIndex | Mixture
     image_size: int
     device: torch.device
     scale_min: float
@@ -134,11 +136,11 @@ def fastest(
 def _first_batch(decoded: Decoded, feed: Feed, options: DecoderOptions) -> EncodedBatch:
     """The crops of the rank's first micro-batch that can be decoded."""
     from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, undecodable_slots
-    from megatron_nepa.data.decoding.encoded_images import EncodedImages
+    from megatron_nepa.data.decoding.encoded_images import encoded_images
 
-    index, store = decoded.index, EncodedImages(decoded.index)
+    index, store = decoded.index, encoded_images(decoded.index)
     samples = feed.share.local_samples(feed.share.first_micro_batch(feed.consumed_samples))[:MOST_IMAGES]
-    images = image_of_sample(feed.seed, samples, len(index), 0, feed.order)
+    images = sample_order(index, feed.seed, feed.order).images(samples)
     boxes = crop_boxes(feed.seed, samples, index.width[images], index.height[images], decoded.scale_min)
     files, readable = [], []
     try:

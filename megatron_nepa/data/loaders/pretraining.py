@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,13 @@ from megatron_nepa.data.index.builtin import builtin_folder
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import is_index, load_index
+from megatron_nepa.data.index.mixture import Mixture
+from megatron_nepa.data.index.mixture_grammar import read_mixture
 from megatron_nepa.data.index.remote_shards import check_remote
 from megatron_nepa.data.remote.folder import Access, RemoteFolder, is_url
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray, flip_key
+from megatron_nepa.data.sampling.source_weights import SourceWeights
 from megatron_nepa.parallel.random import uniform_tensor
 from megatron_nepa.terminal import counted
 
@@ -41,6 +44,9 @@ class Batch:
     image_index: IntArray | None = None
     # optimizer step that the samples belong to, counted from 0
     step: int = 0
+    # of a mixture: the sources that the step shows samples of, by name, each with its weights, fp32 [micro_batch_size]:
+    # the mean over a step's micro-batches of (weights x each sample's loss) summed is the mean loss of its samples
+    source_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PretrainingLoader:
@@ -62,7 +68,7 @@ class PretrainingLoader:
 
     def __init__(
         self,
-        index: DatasetIndex,
+        index: DatasetIndex | Mixture,
         config: DataConfig,
         image_size: int,
         feed: Feed,
@@ -74,21 +80,24 @@ class PretrainingLoader:
         self._crops = CropStream(index, config, image_size, feed, DecoderOptions.of(config, index, feed.device))
         self._share, self._device, self._dtype = feed.share, feed.device, feed.dtype
         self._flip_key = flip_key(feed.seed) if config.horizontal_flip else None
+        self._weights = SourceWeights(index, feed) if isinstance(index, Mixture) else None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         share = self._share
-        first = share.first_sample(self._crops.micro_batch)
+        micro_batch = self._crops.micro_batch
+        first = share.first_sample(micro_batch)
         images, numbers = next(self._crops)
         sample_index = torch.arange(first, first + share.micro_batch_size, device=self._device)
         flip = None
         if self._flip_key is not None:
             local = sample_index[share.local_start : share.local_start + share.local_size]
             flip = uniform_tensor(self._flip_key, local, 1)[:, 0] < 0.5
-        step = share.step_of(first)
-        return Batch(normalise(images, flip, self._dtype), sample_index, image_index=numbers, step=step)
+        weights = {} if self._weights is None else self._weights.of(micro_batch)
+        step, pixels = share.step_of(first), normalise(images, flip, self._dtype)
+        return Batch(pixels, sample_index, image_index=numbers, step=step, source_weights=weights)
 
     @property
     def consumed_samples(self) -> int:
@@ -153,10 +162,23 @@ def build_index(config: DataConfig, verbose: bool = True) -> DatasetIndex | None
         The index; None for synthetic images.
 
     Raises:
-        ConfigError: a missing or empty folder, or one without a readable image.
+        ConfigError: a missing or empty folder, or one without a readable image; a mixture.
     """
     if config.path == SYNTHETIC:
         return None
+    require(
+        config.path is None or read_mixture(config.path) is None,
+        f"{config.path} is a mixture of sets, which pre-training alone draws from: give one set.",
+    )
+    return open_set(config, verbose)
+
+
+def open_set(config: DataConfig, verbose: bool) -> DatasetIndex:
+    """An index, an ImageFolder tree, a flat folder or, where ``config.path`` is None, the built-in photographs.
+
+    Raises:
+        ConfigError: a missing or empty folder, or one without a readable image.
+    """
     if config.path is not None and is_index(config.path):
         index = load_index(config.path)
         if isinstance(index.root, RemoteFolder):

@@ -30,6 +30,7 @@ from megatron_nepa.data.index.pairs import require_masks
 from megatron_nepa.data.loaders.evaluation import Geometry, OnePassLoader, Side
 from megatron_nepa.data.loaders.pretraining import Batch
 from megatron_nepa.data.sampling.feed import Feed
+from megatron_nepa.data.sampling.mixing import sample_order
 from megatron_nepa.data.sampling.order import IntArray, flips
 from megatron_nepa.data.transfer import to_device
 from megatron_nepa.parallel.random import derive_key, uniform
@@ -84,11 +85,10 @@ class SegmentationLoader:
             index,
             config,
             self._options.num_threads,
-            feed.seed,
+            sample_order(index, feed.seed, feed.order),
             feed.share.local_samples,
             self._read,
             feed.bad_image_log,
-            feed.order,
         )
         # masks and image numbers of the micro-batches under way
         self._shown: dict[int, tuple[list[npt.NDArray[np.uint8]], IntArray]] = {}

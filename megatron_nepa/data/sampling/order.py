@@ -9,7 +9,8 @@ by k.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,24 @@ def require_known_order(version: int, source: str) -> None:
     )
 
 
-@lru_cache(maxsize=4)  # two epochs of two loaders
+class SampleOrder(Protocol):
+    """Which image each sample of a run shows."""
+
+    def images(self, sample: IntArray, skip: int = 0) -> IntArray:
+        """The image of each sample, int64 [n].
+
+        Args:
+            sample: sample numbers k, int64 [n].
+            skip: how many images further on, for a sample whose own image cannot be decoded.
+        """
+
+    def source(self, sample: IntArray) -> IntArray:
+        """The number of the set that each sample is drawn from, int64 [n]; zeros where there is one."""
+
+    def choices(self, source: int) -> int:
+        """How many images a sample of that set may show."""
+
+
 def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
     """The shuffled order of epoch ``epoch``: every image once.
 
@@ -61,15 +79,50 @@ def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
     return order
 
 
-@lru_cache(maxsize=8)
-def _bijection(seed: int, epoch: int, num_images: int) -> KeyedBijection:
-    return KeyedBijection.derive(seed, _BIJECTION, epoch, num_images)
+class SetOrder:
+    """The order of one set: an epoch after the other, each image once in it.
+
+    It keeps the two epochs that a batch may straddle: of a shuffle, 8 bytes an image.
+
+    Args:
+        seed: of the order.
+        num_images: images N of the set.
+        version: of the order, 1 or 2: the one that the run was begun with.
+    """
+
+    def __init__(self, seed: int, num_images: int, version: int = ORDER_VERSION) -> None:
+        self._num_images, self._version = num_images, version
+        self._permutation = lru_cache(maxsize=2)(partial(permutation, seed, num_images=num_images))
+        self._bijection = lru_cache(maxsize=2)(lambda epoch: KeyedBijection.derive(seed, _BIJECTION, epoch, num_images))
+
+    def images(self, sample: IntArray, skip: int = 0) -> IntArray:
+        """The image in [0, N) that each sample shows; ``skip`` goes on in the same epoch's permutation."""
+        epoch, position = np.divmod(sample, self._num_images)
+        position = (position + skip) % self._num_images
+        image = np.empty_like(position)
+        computed = self._version > 1 and self._num_images > LARGEST_SHUFFLE
+        for value in np.unique(epoch):
+            rows, number = epoch == value, int(value)
+            places = position[rows]
+            image[rows] = self._bijection(number)(places) if computed else self._permutation(number)[places]
+        return image
+
+    def source(self, sample: IntArray) -> IntArray:
+        """Zeros: there is one set."""
+        return np.zeros_like(sample)
+
+    def choices(self, source: int) -> int:
+        """All of its images."""
+        return self._num_images
+
+
+_set_order = lru_cache(maxsize=2)(SetOrder)  # of two loaders
 
 
 def image_of_sample(
     seed: int, sample: IntArray, num_images: int, skip: int = 0, version: int = ORDER_VERSION
 ) -> IntArray:
-    """The image that each sample of the run shows.
+    """The image that each sample of a run on one set shows.
 
     Args:
         seed: the run's seed.
@@ -81,17 +134,7 @@ def image_of_sample(
     Returns:
         int64 [n] in [0, num_images).
     """
-    epoch, position = np.divmod(sample, num_images)
-    position = (position + skip) % num_images
-    image = np.empty_like(position)
-    computed = version > 1 and num_images > LARGEST_SHUFFLE
-    for value in np.unique(epoch):
-        rows, number = epoch == value, int(value)
-        if computed:
-            image[rows] = _bijection(seed, number, num_images)(position[rows])
-        else:
-            image[rows] = permutation(seed, number, num_images)[position[rows]]
-    return image
+    return _set_order(seed, num_images, version).images(sample, skip)
 
 
 def crop_boxes(

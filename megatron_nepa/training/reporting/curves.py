@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from megatron_nepa.training.reporting.metric_display import METRICS
+from megatron_nepa.training.reporting.metric_display import METRICS, sources_of
 from megatron_nepa.training.reporting.metrics_file import read_metrics
 from megatron_nepa.training.reporting.plot_style import BLUE, GREY, ORANGE, STYLE, save_figure
 
@@ -49,9 +50,20 @@ def panels_of(figure: str) -> tuple[Panel, ...]:
     return tuple(panels)
 
 
+def panels_of_sources(metrics: Iterable[str]) -> tuple[Panel, ...]:
+    """The plots of a mixture: loss and passes of each source; none of a run on one set."""
+
+    def curves(metric: str) -> tuple[tuple[str, str, str], ...]:
+        sources = sorted(sources_of(metrics, metric))
+        return tuple((f"{metric}/{name}", name, f"C{i}") for i, name in enumerate(sources))
+
+    panels = Panel("Loss by source", "loss", curves("loss")), Panel("Passes by source", "passes", curves("epoch"))
+    return panels if panels[0].curves else ()
+
+
 def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
-    """Draw a run's metrics.jsonl: loss.png (loss and learning rate), health.png (embeddings and gradient) and, of a run
-    that was evaluated or probed, evaluation.png.
+    """Draw a run's metrics.jsonl: loss.png (loss and learning rate), health.png (embeddings and gradient), of a run
+    that was evaluated or probed evaluation.png, and of one on a mixture sources.png.
 
     A value that was not finite leaves a gap; a metric that was never logged is left out. Each file is replaced in one
     piece.
@@ -71,7 +83,8 @@ def draw_figures(metrics_path: Path, figures_dir: Path) -> list[Path]:
     with rc_context(STYLE):  # type: ignore[arg-type]
         if "loss" in metrics:
             drawn.append(save_figure(_loss_figure(metrics), figures_dir / "loss.png"))
-        for name, every in (("health.png", panels_of("health")), ("evaluation.png", panels_of("evaluation"))):
+        files = [(f"{figure}.png", panels_of(figure)) for figure in ("health", "evaluation")]
+        for name, every in (*files, ("sources.png", panels_of_sources(metrics))):
             panels = [panel for panel in every if any(key in metrics for key, _, _ in panel.curves)]
             if panels:
                 drawn.append(save_figure(_panel_figure(metrics, panels), figures_dir / name))
@@ -111,7 +124,7 @@ def _panel_figure(metrics: dict[str, Series], panels: list[Panel]) -> Figure:
             _curve(axes, metrics[key], colour, name, log)
         if log:
             axes.set_yscale("log")
-        else:
+        elif shown.min() >= 0:
             axes.set_ylim(0, 1.1 * shown.max() or 1)
         axes.set(title=panel.title, ylabel=panel.unit)
         if len(present) > 1:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from megatron_nepa.config import RunConfig
-from megatron_nepa.training.reporting.metric_display import METRICS
+from megatron_nepa.training.reporting.metric_display import METRICS, console_of_sources
 from megatron_nepa.training.reporting.waiting import waiting_for
 
 Row = dict[str, float | int]
@@ -202,7 +202,7 @@ def dense_line(row: Row, total_steps: int) -> str:
 
 def _parts(row: Row) -> list[str]:
     shown = (metric.console(row[metric.name]) for metric in METRICS if metric.console and metric.name in row)
-    return [part for part in shown if part]
+    return [part for part in shown if part] + console_of_sources(row)
 
 
 def _ordered(row: Row) -> dict[str, float | int | None]:

@@ -6,8 +6,8 @@ that is not in the table is still logged, after those that are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple, TypeVar
 
 from megatron_nepa.terminal import percent
 
@@ -20,6 +20,33 @@ def _short(value: float) -> str:
 def describe_result(name: str, value: float) -> str:
     """A result of an evaluation as consoles show it: a loss as a number, everything else as a share."""
     return f"{name} {f'{value:.4f}' if name.endswith('loss') else percent(value)}"
+
+
+_BY_SOURCE = "/"  # between the name of a metric and that of the source of a mixture that it is of
+_MOST_SOURCES = 4  # on the console; metrics.jsonl and the plots have all
+
+
+T = TypeVar("T")
+
+
+def by_source(metric: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Values of the sources of a mixture, by their names in the log, such as "loss/photos.index"."""
+    return {f"{metric}{_BY_SOURCE}{source}": value for source, value in values.items()}
+
+
+def sources_of(row: Iterable[str], metric: str) -> list[str]:
+    """The sources that a row, or several, has a metric of."""
+    return [name.removeprefix(metric + _BY_SOURCE) for name in row if name.startswith(metric + _BY_SOURCE)]
+
+
+def console_of_sources(row: Mapping[str, float]) -> list[str]:
+    """The parts of a step's line that are of the sources of a mixture: loss and passes of each."""
+    parts = []
+    sources = sources_of(row, "epoch")
+    for source in sources if len(sources) <= _MOST_SOURCES else []:
+        loss, epoch = row.get(f"loss{_BY_SOURCE}{source}"), row[f"epoch{_BY_SOURCE}{source}"]
+        parts.append(f"{source} {'none' if loss is None else f'{loss:.4f}'} (pass {epoch:.2f})")
+    return parts
 
 
 class Metric(NamedTuple):

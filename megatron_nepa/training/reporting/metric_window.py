@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.reporting.non_finite import ranks_not_finite
@@ -27,17 +27,20 @@ class MetricWindow:
     """
 
     def __init__(self, topology: Topology) -> None:
-        self.names: list[str] = []  # of the device scalars, those of the first step
+        self.names: list[str] = []  # of the device scalars of all steps
         self.topology = topology
         self.not_finite: dict[int, list[int]] = {}
         self._rows: list[Row] = []
         self._scalars: list[Tensor] = []
+        self._present: list[tuple[str, ...]] = []  # names of each step's scalars
 
     def add(self, row: Row, scalars: Mapping[str, Tensor]) -> None:
-        """Add a step: its host numbers, and its device scalars, fp32 [] or [1], by the same names every step."""
-        self.names = self.names or list(scalars)
+        """Add a step: its host numbers, and its device scalars, fp32 [] or [1], by the same names on every rank."""
+        self.names += [name for name in scalars if name not in self.names]
+        nothing = torch.zeros_like(next(iter(scalars.values()))).view(1)
         self._rows.append(row)
-        self._scalars.append(torch.cat([scalars[name].view(1) for name in self.names]))
+        self._present.append(tuple(scalars))
+        self._scalars.append(torch.cat([scalars[name].view(1) if name in scalars else nothing for name in self.names]))
 
     def read(self, extra: Tensor | None = None) -> tuple[list[Row], Tensor]:
         """The complete rows, oldest first, and ``extra`` on the host; empties the window.
@@ -49,7 +52,8 @@ class MetricWindow:
         """
         if not self._rows:
             return [], torch.empty(0)
-        own = torch.stack(self._scalars)
+        # a step that came before a name was known has none of it
+        own = torch.stack([nn.functional.pad(values, (0, len(self.names) - len(values))) for values in self._scalars])
         values = own.clone()
         if self.topology.data_size > 1:
             dist.all_reduce(values, group=self.topology.data_group)
@@ -57,12 +61,15 @@ class MetricWindow:
         flat = values.flatten()
         host = (flat if extra is None else torch.cat((flat, extra))).cpu()
         table = host[: flat.numel()].view(len(self._rows), len(self.names)).tolist()
-        named = [dict(zip(self.names, line, strict=True)) for line in table]
+        named = [
+            {name: value for name, value in zip(self.names, line, strict=True) if name in present}
+            for line, present in zip(table, self._present, strict=True)
+        ]
         rows: list[Row] = [{**row, **scalars} for row, scalars in zip(self._rows, named, strict=True)]
         # every data-parallel rank has the same averages, so all of them come here or none
         steps = [i for i, line in enumerate(table) if not all(map(math.isfinite, line))]
         of_this_rank = [i for i, name in enumerate(self.names) if name != "grad_norm"]
         blamed = ranks_not_finite(own[steps][:, of_this_rank], self.topology) if steps else []
         self.not_finite = {int(rows[i]["step"]): ranks for i, ranks in zip(steps, blamed, strict=True)}
-        self._rows, self._scalars = [], []
+        self._rows, self._scalars, self._present = [], [], []
         return rows, host[flat.numel() :]

@@ -16,6 +16,7 @@ from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, o
 from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.data.index.mixture_grammar import BLOCK
 from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, try_to_write
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.reporting.metrics_file import truncate_metrics
@@ -46,6 +47,8 @@ _FREE_FIELDS = {
     "data.num_threads",
     "data.hw_decoder_load",
 }
+Fingerprint = str | dict[str, str] | None
+
 _MOST_NAMED = 6  # of them in a message
 _PACKAGES = (
     "megatron_nepa",
@@ -77,14 +80,15 @@ class RunRecord:
         self._config = ""  # what was written to config.json
         self.checkpoints = CheckpointStore.of(self.path, run.keep_last, run.keep_every)
 
-    def checkpoint_to_resume(self, topology: Topology, data_fingerprint: str | None) -> Found:
+    def checkpoint_to_resume(self, topology: Topology, data_fingerprint: Fingerprint) -> Found:
         """The checkpoint that this run continues; every rank calls it, and nothing changes on disk.
 
         ``--resume auto`` passes over damaged checkpoints, a path that is given must be intact.
 
         Args:
             topology: this rank's place.
-            data_fingerprint: of the training data, which a run keeps; its folder may move.
+            data_fingerprint: of the training data, by source where there are several, which a run keeps; their folders
+                may move.
 
         Raises:
             ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, all are damaged, or the
@@ -213,7 +217,7 @@ class RunRecord:
                 f"--output_dir {self.path}: {existing} cannot be written; give another folder.",
             )
 
-    def _refuse_another_run(self, data_fingerprint: str | None) -> None:
+    def _refuse_another_run(self, data_fingerprint: Fingerprint) -> None:
         if not self.config_path.is_file():
             return
         try:
@@ -236,11 +240,35 @@ class RunRecord:
             f"{more}): choose another folder (--resume PATH starts it from a checkpoint of this one), or "
             "remove this one.",
         )
+        recorded_print = recorded.get("data_fingerprint")
+        changed = _changed_sources(recorded_print, data_fingerprint)
         require(
-            recorded.get("data_fingerprint") == data_fingerprint,
+            not changed,
+            f"--output_dir {self.path} holds a run on another mixture ({'; '.join(changed)}): restore it, or choose "
+            "another --output_dir (--resume PATH starts it from a checkpoint of this one).",
+        )
+        moved = isinstance(recorded_print, dict) and isinstance(data_fingerprint, dict)  # names may be others
+        require(
+            moved or recorded_print == data_fingerprint,
             f"--output_dir {self.path} holds a run on other images: files were added, removed or changed since, or "
             f"--data is not {other_path}. Restore them, or choose another --output_dir.",
         )
+
+
+def _changed_sources(theirs: Fingerprint, ours: Fingerprint) -> list[str]:
+    """How two mixtures differ, source by source; nothing where one of them is none."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return []
+    there, here = ({value.rpartition(": ")[0]: name for name, value in side.items()} for side in (theirs, ours))
+    changed = []
+    for key, name in there.items():
+        if key not in here:
+            changed.append(f"{name} holds other images" if name in ours else f"{name} is there, not here")
+        elif theirs[name] != ours[here[key]]:
+            was, now = (side.rpartition(": ")[2] for side in (theirs[name], ours[here[key]]))
+            changed.append(f"{name} has {was} of {BLOCK} samples there, {now} here")
+    new = [name for key, name in here.items() if key not in there and name not in theirs]
+    return changed + [f"{name} is here, not there" for name in new]
 
 
 def numbers_of_the_run(run: dict[str, Any]) -> dict[str, Any]:
