@@ -53,8 +53,9 @@ class ParallelConfig:
 class DataConfig:
     """Where images come from and how they are augmented."""
 
-    # an ImageFolder tree, a flat folder of images or an index (of shards behind URLs, too); for pre-training several with
-    # their shares, as in a.index=0.7,b.index=0.3 or a JSON file; synthetic needs no files; none uses built-in photographs
+    # an ImageFolder tree, a flat folder of images or an index (of shards behind URLs, too); for pre-training several
+    # and their shares, as in a.index=0.7,b.index=0.3 or a JSON file; synthetic needs no files; none uses built-in
+    # photographs
     path: str | None = None
     # least share of the image's area that a random crop keeps
     crop_scale_min: float = 0.08

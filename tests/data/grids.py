@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_nepa.config import DataConfig
 from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.mixture import Mixture
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import IntArray
@@ -32,7 +33,7 @@ class Grid:
 GRIDS = (Grid(micro=4), Grid(2, 1, 4), Grid(4, 1, 1), Grid(1, 2, 8), Grid(1, 2, 1), Grid(2, 2, 2), Grid(1, 4, 8))
 
 
-def seen_on(grid: Grid, index: DatasetIndex, steps: int, consumed: int = 0) -> tuple[Tensor, IntArray]:
+def seen_on(grid: Grid, index: DatasetIndex | Mixture, steps: int, consumed: int = 0) -> tuple[Tensor, IntArray]:
     """Pixels [n, 3, SIZE, SIZE] and image numbers [n] of the samples that follow on ``consumed``.
 
     Every sample that a rank is given must be the one that is its due; those that several ranks are given, the same.

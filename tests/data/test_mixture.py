@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grids import GRIDS, Grid, seen_on
 from PIL import Image
 from scipy import stats
 from torchvision.transforms import functional
@@ -248,23 +249,24 @@ def test_pixels_are_of_the_sample_s_source(two: Mixture, whole: list[Batch]) -> 
         assert np.abs((pixels[k].numpy() + 1) * 127.5 - cut).max() <= 1.001
 
 
-@pytest.mark.parametrize(
-    ("data_size", "tensor_size", "micro"), [(1, 1, 4), (2, 1, 2), (1, 2, 8), (1, 2, 1), (2, 2, 2), (4, 2, 2)]
-)
-def test_grids_see_the_same_mixture(
-    two: Mixture, whole: list[Batch], data_size: int, tensor_size: int, micro: int
-) -> None:
-    """Samples, images, crops and pixels, after a restart too; and the weights add up to each source's mean."""
-    expected, start, steps = torch.cat([batch.images for batch in whole]), 2, 4
-    accumulation = GLOBAL // (micro * data_size)
-    seen = torch.full_like(expected, torch.nan)
-    losses = torch.arange(len(expected), dtype=torch.float32) ** 2
-    found: dict[int, dict[str, float]] = {}
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_grids_see_the_same_mixture(two: Mixture, grid: Grid) -> None:
+    """Samples, images, crops and pixels, on every grid and after a restart."""
+    pixels, images = seen_on(Grid(), two, 6)
+    again, shown_again = seen_on(grid, two, 4, consumed=2 * GLOBAL)
+    assert torch.equal(again, pixels[2 * GLOBAL :])
+    assert shown_again.tolist() == images[2 * GLOBAL :].tolist()
+
+
+@pytest.mark.parametrize(("data_size", "tensor_size", "micro"), [(1, 1, 4), (2, 1, 2), (1, 2, 8), (2, 2, 2)])
+def test_weights_add_up_to_the_mean_of_each_source(two: Mixture, data_size: int, tensor_size: int, micro: int) -> None:
+    """Over the micro-batches of a step, whatever the grid; tensor-parallel ranks have the same."""
+    accumulation, losses = GLOBAL // (micro * data_size), torch.arange(64, dtype=torch.float32) ** 2
+    found: dict[tuple[int, int], dict[str, float]] = {}
     for data_rank in range(data_size):
         for tensor_rank in range(tensor_size):
             one = loader(
                 two,
-                consumed_samples=start * GLOBAL,
                 micro_batch_size=micro,
                 accumulation_steps=accumulation,
                 data_rank=data_rank,
@@ -272,19 +274,13 @@ def test_grids_see_the_same_mixture(
                 tensor_rank=tensor_rank,
                 tensor_size=tensor_size,
             )
-            for number, batch in enumerate(take(one, steps * accumulation)):
-                local = batch.sample_index
-                if micro % tensor_size == 0:
-                    local = local[tensor_rank * (micro // tensor_size) :][: micro // tensor_size]
-                seen[local] = batch.images
-                step = found.setdefault(start + number // accumulation, {})
-                for name, weights in batch.source_weights.items() if tensor_rank == 0 else ():
+            for number, batch in enumerate(take(one, 3 * accumulation)):
+                step = found.setdefault((number // accumulation, tensor_rank), {})
+                for name, weights in batch.source_weights.items():
                     part = (weights * losses[batch.sample_index]).sum().item() / accumulation / data_size
                     step[name] = step.get(name, 0.0) + part
-    stop = (start + steps) * GLOBAL
-    assert torch.equal(seen[start * GLOBAL : stop], expected[start * GLOBAL : stop])
-    for step, values in found.items():
-        samples = np.arange(step * GLOBAL, (step + 1) * GLOBAL)
+    for (number, _), values in found.items():
+        samples = np.arange(number * GLOBAL, (number + 1) * GLOBAL)
         source = sources_of(samples, two)
         means = {one.name: float(losses[samples[source == i]].mean()) for i, one in enumerate(two.sources)}
         assert values == pytest.approx(means)

@@ -191,7 +191,7 @@ def _sizes(index: DatasetIndex, rows: Rows) -> tuple[Rows, int]:
     sizes = np.full(len(rows), -1, np.int64)
     for i, row in enumerate(rows.tolist()):
         try:
-            sizes[i] = os.stat(index.root / index.names[row]).st_size
+            sizes[i] = os.stat(str(index.root / index.names[row])).st_size
         except OSError:
             continue
     return sizes, int((sizes < 0).sum())
