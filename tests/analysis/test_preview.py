@@ -17,6 +17,7 @@ from megatron_nepa.analysis.data_summary import DataSummary
 from megatron_nepa.analysis.preview import first_samples
 from megatron_nepa.config import ConfigError, RunConfig
 from megatron_nepa.data.index.folder import read_sizes, scan_folder
+from megatron_nepa.data.index.mixture import Mixture, Source
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader
 from megatron_nepa.data.sampling.feed import Feed
@@ -187,3 +188,30 @@ def test_the_tool_draws(
     assert "15 images" in capsys.readouterr().out
     with Image.open(sheet) as drawn:
         assert drawn.width > 1500
+
+
+def test_a_mixture_is_shown_by_source(folder: Path, tmp_path: Path) -> None:
+    """What the loader of a run on it delivers, under the names of the sources; its figures are of all images."""
+    run = small(PRETRAINING_RECIPES["nepa_b_release"]())
+    few = replace(scan_folder(folder).select(np.arange(4)))
+    mixture = Mixture((Source("many", scan_folder(folder), 6000), Source("few", few, 4000)))
+    feed = Feed(Share(5, 5, 1, 0, 1, 0, 1), run.seed, torch.device("cpu"), torch.float32)
+    loader = PretrainingLoader(mixture, run.data, 32, feed)
+    expected = next(loader).images
+    loader.close()
+    samples = first_samples(run, mixture, 5)
+    for sample, pixels in zip(samples, expected, strict=True):
+        seen = torch.from_numpy(sample.seen).permute(2, 0, 1).float()
+        assert (seen - (pixels * 127.5 + 127.5)).abs().max() <= 0.5
+    assert {sample.name.partition(": ")[0] for sample in samples} == {"many", "few"}
+    summary = DataSummary.of(mixture, 32)
+    assert (summary.images, summary.looked_at, len(summary.width), summary.classes) == (19, 19, 19, ())
+
+
+def test_a_mixture_is_for_pretraining(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = f"{folder}/ant=0.5,{folder}/bee=0.5"
+    monkeypatch.setattr(
+        sys, "argv", ["preview_data", data, "--recipe=imagenet_ft_b", f"--out={tmp_path / 'sheet.png'}"]
+    )
+    with pytest.raises(ConfigError, match="is a mixture of sets, which pre-training alone draws from, not --recipe"):
+        runpy.run_path(str(TOOL))["main"]()

@@ -57,6 +57,19 @@ def test_every_curve_is_drawn(count: int, tmp_path: Path) -> None:
     assert all(pixels(pictures["health.png"], colour) > 500 for colour in (BLUE, ORANGE, GREY))
 
 
+def test_a_mixture_has_a_figure_of_its_sources(tmp_path: Path) -> None:
+    """A curve for each, of losses that may be negative, also where a step shows no sample of one."""
+    rows = []
+    for step in range(1, 21):
+        rows.append(row(step, **{"loss/a": -0.8 - step / 100, "epoch/a": step / 10, "epoch/b": step / 50}))
+        if step % 3:
+            rows[-1]["loss/b"] = -0.5 - step / 100
+    picture = draw(tmp_path, rows)["sources.png"]
+    left, right = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 :]
+    for half in (left, right):
+        assert all(pixels(half, colour) > 300 for colour in ("#1f77b4", "#ff7f0e"))
+
+
 def test_evaluations_and_probes_have_a_figure(tmp_path: Path) -> None:
     rows = [row(step) for step in range(1, 101)]
     for step in range(10, 101, 10):
