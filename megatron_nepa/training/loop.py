@@ -143,6 +143,8 @@ class TrainingLoop:
 
     def save_before_end(self, progress: Progress) -> str:
         """Save where the run stands, if that is not done, and say what to do; every rank calls it."""
+        if len(self.window):
+            self.write_log(progress, {})
         self.saves.conclude(wait=True)
         path = self.checkpoints.path_of(progress.step)
         if progress.step > 0 and not on_all_ranks(self.topology, path.is_dir)[0]:

@@ -44,7 +44,7 @@ def test_a_dead_server_ends_the_run_with_a_checkpoint_that_it_continues_from(tmp
     write_shards(scan_folder(make_images(tmp_path / "images")), tmp_path / "shards", 7, progress=False)
     local, remote = tmp_path / "local.index", tmp_path / "remote.index"
     build_and_save_index(open_source(tmp_path / "shards"), local, workers=1, progress=False)
-    flags = [*TINY, f"--steps={STEPS}", "--save_every=100", "--log_every=1", "--data.remote_patience=1"]
+    flags = [*TINY, f"--steps={STEPS}", "--save_every=100", "--log_every=10", "--data.remote_patience=1"]
     assert run_ranks(2, pretrain, [*flags, f"--data={local}", f"--output_dir={tmp_path}/whole"]) == [None, None]
     with serving(tmp_path / "shards") as server:
         build_and_save_index(open_source(server.url), remote, workers=1, progress=False)

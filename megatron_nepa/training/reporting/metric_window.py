@@ -34,6 +34,10 @@ class MetricWindow:
         self._scalars: list[Tensor] = []
         self._present: list[tuple[str, ...]] = []  # names of each step's scalars
 
+    def __len__(self) -> int:
+        """Steps since the last reading."""
+        return len(self._rows)
+
     def add(self, row: Row, scalars: Mapping[str, Tensor]) -> None:
         """Add a step: its host numbers, and its device scalars, fp32 [] or [1], by the same names on every rank."""
         self.names += [name for name in scalars if name not in self.names]
