@@ -23,8 +23,33 @@ FINETUNING_BATCH_SIZE = 64
 FINETUNING_RATE = 12e-3  # before scaling by the batch; so are those of pre-training
 PRETRAINING_RATE = 4e-3
 
-# what each objective adds to the network of examples/fashion_mnist, which is the same for all
-OBJECTIVES: dict[str, Flags] = {"nepa": {}}
+# the trunk is that of examples/fashion_mnist for all objectives; decoder and predictor are as narrow and shallow beside
+# it as their papers' beside ViT-B
+_SAME_TRUNK: Flags = {"model.rope": "true", "model.mlp": "swiglu", "model.qk_norm": "plain"}
+OBJECTIVES: dict[str, Flags] = {
+    "nepa": {},
+    "mae": {
+        **_SAME_TRUNK,
+        "recipe": "mae_b",
+        "model.causal": "false",
+        "objective.decoder_hidden_size": 64,
+        "objective.decoder_layers": 2,
+        "objective.decoder_heads": 2,
+        "objective.decoder_mlp_hidden_size": 176,
+    },
+    "jepa": {
+        **_SAME_TRUNK,
+        "recipe": "jepa_b",
+        "model.causal": "false",
+        "optimizer.ema_decay": 0.996,
+        "objective.predictor_hidden_size": 48,
+        "objective.predictor_num_layers": 2,
+        "objective.predictor_num_heads": 3,
+    },
+    "aim": {**_SAME_TRUNK, "recipe": "aim_b"},
+}
+# I-JEPA's encoder is the average of the one that is trained
+_WEIGHTS = {"jepa": "ema"}
 
 
 def frozen(flags: Flags) -> tuple[tuple[str, object], ...]:
@@ -101,9 +126,11 @@ class Cell:
         if self.start is not None:  # the checkpoint says what its network is
             flags = {name: value for name, value in flags.items() if name not in NETWORK or "model." not in name}
             flags |= {"model.causal": "false", "model.drop_path": 0}
+            flags |= FROM_PRETRAINED | {"init_weights": _WEIGHTS.get(self.start.objective, "raw")}
+        else:
+            flags |= FROM_SCRATCH
         return {
             **flags,
-            **(FROM_PRETRAINED if self.start is not None else FROM_SCRATCH),
             **dict(self.changes),
             "steps": self.steps,
             "seed": self.seed,

@@ -86,7 +86,7 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             time.sleep(SETTLE_SECONDS)
-            speed = _images_per_second(contenders[name], batch, batches, queued=2 * threads + PREFETCH)
+            speed = images_per_second(contenders[name], batch, batches, queued=2 * threads + PREFETCH)
             if number:  # the first round fills caches and starts threads
                 speeds[name].append(speed)
     loader.close()
@@ -107,7 +107,7 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     )
 
 
-def _images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: int) -> float:
+def images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: int) -> float:
     for _ in range(queued):  # decoded while others were timed: not this round's work
         next_batch()
     start = time.perf_counter()
