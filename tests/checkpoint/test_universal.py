@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_steps_trained_elsewhere_move_the_data_on(exported: tuple[Path, dict[str
         torch.save(5, path)
     assert "the weight average starts anew" in import_universal(tmp_path / "universal", tmp_path / "back")
     manifest = json.loads((tmp_path / "back/state.json").read_text())
-    assert manifest["progress"] == {"step": 6, "samples": 48, "applied_steps": 5, "skipped_in_a_row": 0, "order": 2}
+    assert manifest["progress"] == dataclasses.asdict(Progress(step=6, samples=48, applied_steps=5))
 
 
 def test_a_file_that_runs_code_is_refused(exported: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
