@@ -23,6 +23,10 @@ step; both gather 2 P bytes of new weights at its end, a call for each of the tw
 JEPA calls the trunk's for its context's rows, for the predictor's, and forward alone for the targets' encoder, and
 gathers 2 T bytes of the trunk's average once a step, a call for each of the trunk's two parameter groups, while the
 context is encoded. Its predictor has two parameter groups of its own.
+
+MAE calls the trunk's for the visible rows and for the decoder's. Each feed-forward layer of AIM's head calls half a
+block's for the rows. Both have one all-reduce more for each layer that every rank holds whole, and for the head's norms
+or the mask token; where ranks share the images without sequence parallelism, they gather the targets.
 """
 
 from __future__ import annotations
@@ -30,7 +34,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_nepa.config import IMAGE_CHANNELS, JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
+from megatron_nepa.config import (
+    IMAGE_CHANNELS,
+    AimObjective,
+    JepaObjective,
+    MaeObjective,
+    ModelConfig,
+    NepaObjective,
+    ObjectiveConfig,
+)
 from megatron_nepa.planning.cluster import COLLECTIVE_START, GPUS_PER_NODE, Gpu, Ring, ring_of
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.memory import BF16, BUCKET_NUMBERS, FP32, JOINED_NUMBERS
@@ -114,6 +126,8 @@ def _tensor_collectives(model: ModelConfig, layout: Layout, objective: Objective
     stacks = stacks_of(model, layout, objective)
     found: dict[tuple[str, Phase], Collective] = {}
     each = [collective for stack in stacks for collective in _stack_collectives(stack)]
+    if isinstance(objective, AimObjective):
+        each += _head_collectives(model, layout, objective.head_layers)
     each += _outer_collectives(model, layout, objective, stacks)
     for collective in each:
         key = (collective.what, collective.phase)
@@ -157,6 +171,25 @@ def _stack_collectives(stack: Stack) -> list[Collective]:
     ]
 
 
+def _head_collectives(model: ModelConfig, layout: Layout, layers: int) -> list[Collective]:
+    """Those of the feed-forward layers of AIM's head, which are not computed again."""
+    rows = BF16 * layout.all_rows(model) * model.hidden_size
+    if not layout.sequence_parallel:
+        return [
+            *_call("rows after the head's down", "all_reduce", "forward", layers, rows),
+            *_call("gradient of the head's up", "all_reduce", "backward", layers, rows, "weight_gradient"),
+        ]
+    vectors = (3 * layers + 2) * model.hidden_size
+    return [
+        *_call("rows before the head's up", "all_gather", "forward", layers, rows),
+        *_call("rows after the head's down", "reduce_scatter", "forward", layers, rows),
+        *_call("rows of the head's up again", "all_gather", "backward", layers, rows, "input_gradient"),
+        *_call("gradient of the head's down", "all_gather", "backward", layers, rows),
+        *_call("gradient of the head's up", "reduce_scatter", "backward", layers, rows, "weight_gradient"),
+        *_call("the head's vectors", "all_reduce", "backward", 1, BF16 * vectors),
+    ]
+
+
 def _outer_collectives(
     model: ModelConfig, layout: Layout, objective: ObjectiveConfig, stacks: list[Stack]
 ) -> list[Collective]:
@@ -164,16 +197,20 @@ def _outer_collectives(
     if not layout.sequence_parallel:
         if layout.images_per_rank == layout.micro_batch_size:
             return []
-        embedded = [stack for stack in stacks if stack.model.hidden_size == model.hidden_size]
-        rows = [BF16 * layout.all_rows(stack.model) * model.hidden_size for stack in embedded]
+        rows = [BF16 * layout.all_rows(stack.model) * model.hidden_size for stack in stacks if stack.embeds]
         numbers = _embedding_numbers(model, with_positions=False)
+        predicts_pixels = isinstance(objective, AimObjective | MaeObjective)
+        pixels = FP32 * layout.all_rows(model) * IMAGE_CHANNELS * model.patch_size**2
         return [
             *(each for of in rows for each in _call("embedded rows", "all_gather", "forward", 1, of)),
+            *_call("targets", "all_gather", "forward", int(predicts_pixels), pixels),
             *_call("embedding", "all_reduce", "backward", 1, BF16 * numbers),
         ]
     found = _call("embedding", "all_reduce", "backward", 1, BF16 * _embedding_numbers(model, with_positions=True))
-    if not isinstance(objective, JepaObjective):
+    if isinstance(objective, NepaObjective):
         return [*found, *_call("loss", "all_reduce", "forward", 1, 4 * FP32)]
+    if isinstance(objective, AimObjective | MaeObjective):
+        return found + _pixel_collectives(model, layout, objective, stacks)
     width = objective.predictor_hidden_size
     numbers = 2 * width * model.hidden_size + 2 * width + model.hidden_size
     found += _call("the predictor's outer layers", "all_reduce", "backward", 1, BF16 * numbers)
@@ -186,6 +223,24 @@ def _outer_collectives(
         found += _call("gradient of the context's features", "all_reduce", "backward", 1, BF16 * kept * width)
         rows_of_targets = layout.all_rows(targets.model)
         found += _call("the targets", "all_gather", "forward", 1, BF16 * rows_of_targets * model.hidden_size)
+    return found
+
+
+def _pixel_collectives(
+    model: ModelConfig, layout: Layout, objective: AimObjective | MaeObjective, stacks: list[Stack]
+) -> list[Collective]:
+    """Under sequence parallelism: of the layer that predicts pixels, of their loss, and before MAE's decoder."""
+    width, pixels = stacks[-1].model.hidden_size, IMAGE_CHANNELS * model.patch_size**2
+    found = _call("the pixels' layer", "all_reduce", "backward", 1, BF16 * (width + 1) * pixels)
+    found += _call("loss", "all_reduce", "forward", 1, FP32)
+    if isinstance(objective, AimObjective):
+        return found
+    found += _call("the decoder's first layer", "all_reduce", "backward", 1, BF16 * (model.hidden_size + 1) * width)
+    found += _call("mask token", "all_reduce", "backward", 1, BF16 * width)
+    if layout.micro_batch_size % layout.tensor_parallel_size:  # rows that cut a sample are joined
+        visible = BF16 * layout.all_rows(stacks[0].model) * width
+        found += _call("the visible patches", "all_gather", "forward", 1, visible)
+        found += _call("gradient of the visible patches", "all_reduce", "backward", 1, visible)
     return found
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_nepa.config import IMAGE_CHANNELS, JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
+from megatron_nepa.config import (
+    IMAGE_CHANNELS,
+    AimObjective,
+    JepaObjective,
+    MaeObjective,
+    ModelConfig,
+    NepaObjective,
+    ObjectiveConfig,
+)
 from megatron_nepa.planning.cluster import Gpu
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.memory import BF16
@@ -45,13 +53,9 @@ def block_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
     rows, own_rows = layout.all_rows(model), layout.own_rows(model)
     gates = 2 if model.mlp == "swiglu" else 1
     work = []
-    for name, inner, outer in (
-        ("qkv", width, 3 * width / size),
-        ("out", width / size, width),
-        ("up", width, gates * hidden / size),
-        ("down", hidden / size, width),
-    ):
-        work += _product(name, rows, inner, outer, gpu)
+    work += _product("qkv", rows, width, 3 * width / size, gpu)
+    work += _product("out", rows, width / size, width, gpu)
+    work += _feed_forward(model, layout, gpu)
     work += _attention(model, layout, gpu)
 
     heads = BF16 * rows * width / size  # bytes of one [B, T, H, d] tensor
@@ -60,18 +64,30 @@ def block_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
     affine = model.qk_norm == "affine"
     if model.qk_norm != "none" or model.rope:
         work += _fused("QK-norm and RoPE", (6 if affine else 4) * heads, 6 * heads, gpu)
-    work += _fused("SwiGLU", 3 * inside, 5 * inside, gpu) if gates == 2 else _fused("GELU", 2 * inside, 3 * inside, gpu)
     work += _fused("residual and norm", 2 * 6 * stream, 2 * 9 * stream, gpu)
     work += _fused("bias gradients", 0, 3 * heads + gates * inside, gpu)
     return work
 
 
+def _feed_forward(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
+    rows, width, hidden = layout.all_rows(model), model.hidden_size, model.mlp_hidden_size / layout.tensor_parallel_size
+    inside, gated = BF16 * rows * hidden, model.mlp == "swiglu"
+    return [
+        *_product("up", rows, width, (2 if gated else 1) * hidden, gpu),
+        *_product("down", rows, hidden, width, gpu),
+        *(_fused("SwiGLU", 3 * inside, 5 * inside, gpu) if gated else _fused("GELU", 2 * inside, 3 * inside, gpu)),
+    ]
+
+
 def outer_work(
     model: ModelConfig, layout: Layout, gpu: Gpu, objective: ObjectiveConfig = NepaObjective()
 ) -> list[Work]:
-    """Patch embedding, first norm and loss of one micro-batch, and the predictor's first and last layer."""
-    if isinstance(objective, JepaObjective):
-        return _outer_work_of_jepa(model, layout, gpu, objective)
+    """Patch embedding, first norms and loss of one micro-batch, and what an objective adds beside blocks."""
+    match objective:
+        case JepaObjective():
+            return _outer_work_of_jepa(model, layout, gpu, objective)
+        case AimObjective() | MaeObjective():
+            return _outer_work_of_pixels(model, layout, gpu, objective)
     stream = BF16 * layout.own_rows(model) * model.hidden_size
     pixels = IMAGE_CHANNELS * model.patch_size**2
     rows = layout.images_per_rank * model.num_patches
@@ -104,6 +120,37 @@ def _outer_work_of_jepa(model: ModelConfig, layout: Layout, gpu: Gpu, objective:
         *_product("predictor's last layer", predicted, narrow, width, gpu),
         *_fused("first norms", norms + targets_norm, norms, gpu),
         *_fused("loss", 18 * predicted * width, 14 * predicted * width, gpu),
+    ]
+
+
+def _outer_work_of_pixels(
+    model: ModelConfig, layout: Layout, gpu: Gpu, objective: AimObjective | MaeObjective
+) -> list[Work]:
+    pixels, width = IMAGE_CHANNELS * model.patch_size**2, model.hidden_size
+    stacks = stacks_of(model, layout, objective)
+    first, last = stacks[0].model, stacks[-1].model
+    embedded = layout.images_per_rank * (first.sequence_length - int(model.bos_token))
+    embedding = _product("patch embedding", embedded, pixels, width, gpu)
+    found = [work for work in embedding if work.phase != "input_gradient"]
+    norms = sum(7 * BF16 * layout.own_rows(stack.model) * stack.model.hidden_size for stack in stacks)
+    rows = layout.own_rows(last)
+    if isinstance(objective, AimObjective):
+        layer = [replace(work, name=f"head's {work.name}") for work in _feed_forward(model, layout, gpu)]
+        stream = BF16 * rows * width
+        layer += _fused("head's residual and norm", 6 * stream, 9 * stream, gpu)
+        found += objective.head_layers * layer
+        norms += 7 * stream
+    else:
+        found += _product("decoder's first layer", layout.own_rows(first), width, last.hidden_size, gpu)
+        # joined, put in their places, with positions, as the stream
+        tokens = rows * last.hidden_size
+        found += _fused("decoder's tokens", 18 * tokens, 14 * tokens, gpu)
+    return [
+        *found,
+        *_product("pixels' layer", rows, last.hidden_size, pixels, gpu),
+        *_fused("first norms", norms, norms, gpu),
+        # the targets are cut, widened and normalised: as many bytes again as the squared error moves forward
+        *_fused("loss", 2 * 30 * rows * pixels, 38 * rows * pixels, gpu),
     ]
 
 

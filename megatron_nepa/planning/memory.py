@@ -25,6 +25,11 @@ loss has 18 bytes a channel of a predicted patch (a prediction in bf16, it and i
 the distance). Its largest moment may be the pass of the targets' encoder, which keeps nothing but holds one block's
 temporaries, 6 n D + 4 N F / t, beside all else. The copy is gathered where it lies: a step needs no more for it.
 
+MAE keeps the blocks of its visible patches and of its decoder, and the output of both, 2 n D. AIM keeps the trunk's and
+its head's layers, each 6 n D and the hidden layers, and where it has a prefix a mask of 2 bytes a pair of tokens in
+every block. Their backward pass begins with the loss, PIXEL_BYTES a predicted number; then the layer that predicts
+pixels has the first matrix gradient, so that ZeRO 2's buckets are there at the seam.
+
 Start-up is not planned: the weights are drawn in fp32, 4 P, before DeepSpeed casts them.
 """
 
@@ -32,7 +37,15 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 
-from megatron_nepa.config import IMAGE_CHANNELS, JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
+from megatron_nepa.config import (
+    IMAGE_CHANNELS,
+    AimObjective,
+    JepaObjective,
+    MaeObjective,
+    ModelConfig,
+    NepaObjective,
+    ObjectiveConfig,
+)
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.stacks import Stack, count_all, count_copied, count_trained, stacks_of
 from megatron_nepa.training.engine.deepspeed_config import DEFAULT_CONFIG
@@ -40,6 +53,8 @@ from megatron_nepa.training.engine.deepspeed_config import DEFAULT_CONFIG
 BF16, FP32 = 2, 4
 # overlap_comm fills one while the other is sent
 BUCKET_NUMBERS: int = DEFAULT_CONFIG["zero_optimization"]["reduce_bucket_size"]
+# of the squared error of a predicted number: it, its gradient and the factors of that, in fp32
+PIXEL_BYTES = 20
 JOINED_NUMBERS = 500_000_000  # DeepSpeed's own bucket of ZeRO 1 with fp32 accumulation
 
 
@@ -74,7 +89,7 @@ def plan_memory(
 ) -> Memory:
     """The largest of three moments: the backward of the last seam and of the last feed-forward layer, and a reduction.
 
-    JEPA has a fourth, the pass of the targets' encoder.
+    JEPA has a fourth, the pass of the targets' encoder, and those that predict pixels that of the loss.
 
     Args:
         model: the trunk.
@@ -91,15 +106,20 @@ def plan_memory(
     )
     stacks = stacks_of(model, layout, objective)
     trained = [stack for stack in stacks if stack.trained]
-    activations = sum(activation_bytes(stack.model, stack.layout) for stack in trained)
-    if isinstance(objective, JepaObjective):
-        copy = BF16 * count_copied(model, layout.tensor_parallel_size)
-        state = replace(state, average_copy=copy)
-        activations += _image_bytes(model, layout, objective) - len(trained) * _all_image_bytes(model, layout)
-        loss = 18 * _predicted_rows(stacks[1], objective) * model.hidden_size
-    else:
-        loss = 2 * BF16 * layout.own_rows(model) * model.hidden_size  # prediction and target
-    forward = replace(state, activations=activations, loss=loss)
+    activations = _image_bytes(model, layout, objective) + sum(_stack_bytes(stack) for stack in trained)
+    again = max(_recomputed_bytes(stack) for stack in trained)  # one block at a time
+    head = 0.0
+    loss: float = 2 * BF16 * layout.own_rows(model) * model.hidden_size  # prediction and target
+    match objective:
+        case JepaObjective():
+            copy = BF16 * count_copied(model, layout.tensor_parallel_size)
+            state = replace(state, average_copy=copy)
+            loss = 18 * _predicted_rows(stacks[1], objective) * model.hidden_size
+        case MaeObjective():
+            loss = sum(_output_bytes(stack) for stack in stacks)
+        case AimObjective(head_layers=layers):
+            head = _head_bytes(model, layout, layers)
+    forward = replace(state, activations=activations + max(head, again), loss=loss)
     if layout.zero_stage == 1:
         # the last micro-batch's gradients stay until the next has made its own
         kept = BF16 * numbers if accumulation_steps > 1 else 0
@@ -119,27 +139,48 @@ def plan_memory(
         copies += BF16 * matrix if matrix > BUCKET_NUMBERS else 0
         passed = min(1, BUCKET_NUMBERS / numbers)  # share of the backward pass, and of the activations
         end = replace(state, accumulation=FP32 * owned, workspace=copies, buckets=buckets)
-        end = replace(end, activations=activations * (1 - passed), loss=forward.loss)
+        end = replace(end, activations=forward.activations * (1 - passed), loss=forward.loss)
     last = trained[-1]  # whose backward pass is the first
     seam = replace(forward, workspace=_seam_bytes(last.model, last.layout))
+    others = [replace(forward, loss=0, workspace=_untrained_bytes(stack)) for stack in stacks if not stack.trained]
+    if isinstance(objective, AimObjective | MaeObjective):
+        predicted = layout.own_rows(model) * IMAGE_CHANNELS * model.patch_size**2
+        others.append(replace(forward, activations=activations + head, workspace=PIXEL_BYTES * predicted))
+        seam = replace(seam, buckets=buckets)
     # by then the first gradient of a matrix is there, and with it ZeRO 2's buckets
     matrices = forward
     if isinstance(objective, JepaObjective):  # of its loss the two fp32 tensors of the health figures are left
         matrices = replace(matrices, loss=8 / 18 * forward.loss)
     matrices = replace(matrices, workspace=_feed_forward_bytes(last.model, last.layout), buckets=buckets)
-    targets = [replace(forward, loss=0, workspace=_untrained_bytes(stack)) for stack in stacks if not stack.trained]
-    return max(seam, matrices, end, *targets, key=lambda memory: memory.total)
+    return max(seam, matrices, end, *others, key=lambda memory: memory.total)
 
 
-def _all_image_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Of the images as loaded, and cut into patches."""
-    return 2 * BF16 * layout.images_per_rank * IMAGE_CHANNELS * model.image_size**2
+def _image_bytes(model: ModelConfig, layout: Layout, objective: ObjectiveConfig) -> float:
+    """Of the images as loaded, and of the patches that are embedded and trained."""
+    share = 1.0
+    if isinstance(objective, JepaObjective):
+        share = objective.num_context(model.num_patches) / model.num_patches
+    elif isinstance(objective, MaeObjective):
+        share = objective.num_visible(model.num_patches) / model.num_patches
+    return (1 + share) * BF16 * layout.images_per_rank * IMAGE_CHANNELS * model.image_size**2
 
 
-def _image_bytes(model: ModelConfig, layout: Layout, objective: JepaObjective) -> float:
-    """Of the images as loaded, and of the context's patches."""
-    share = objective.num_context(model.num_patches) / model.num_patches
-    return (1 + share) / 2 * _all_image_bytes(model, layout)
+def _output_bytes(stack: Stack) -> float:
+    """Of what its last norm makes."""
+    return BF16 * stack.layout.own_rows(stack.model) * stack.model.hidden_size
+
+
+def _head_bytes(model: ModelConfig, layout: Layout, layers: int) -> float:
+    """What AIM's head keeps: the input of each layer, the stream before each norm, and the hidden layers."""
+    rows = layout.own_rows(model) * model.hidden_size
+    return (layers * (FP32 + BF16) + FP32) * rows + layers * _hidden_bytes(model, layout)
+
+
+def _hidden_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Of the hidden layers that a feed-forward layer keeps."""
+    kept = 3 if model.mlp == "swiglu" else 2
+    kept -= int(layout.activation_checkpointing == "selective")
+    return BF16 * layout.all_rows(model) * kept * model.mlp_hidden_size / layout.tensor_parallel_size
 
 
 def _predicted_rows(predictor: Stack, objective: JepaObjective) -> float:
@@ -160,16 +201,25 @@ def _largest_matrix(model: ModelConfig, layout: Layout) -> float:
     return model.hidden_size * max(up, 3 * model.hidden_size) / layout.tensor_parallel_size
 
 
-def activation_bytes(model: ModelConfig, layout: Layout) -> float:
-    """What autograd keeps of a micro-batch until its backward pass."""
+def _stack_bytes(stack: Stack) -> float:
+    """What autograd keeps of a stack until its backward pass."""
+    model, layout = stack.model, stack.layout
     rows, width = layout.own_rows(model), model.hidden_size
-    images = _all_image_bytes(model, layout)
     first_stream = (FP32 + 2 * FP32 / width) * rows * width  # input and statistics of the first norm
     inputs = (FP32 + BF16) * rows * width
-    block = block_bytes(model, layout)
+    pairs = layout.micro_batch_size * model.sequence_length**2 * stack.masked
     if layout.activation_checkpointing == "full":
-        return images + model.num_layers * inputs + block - BF16 * rows * width
-    return images + first_stream + model.num_layers * block
+        return model.num_layers * inputs + pairs
+    return first_stream + model.num_layers * (block_bytes(model, layout) + BF16 * pairs) + pairs
+
+
+def _recomputed_bytes(stack: Stack) -> float:
+    """Of a block that is computed again from its inputs, beyond these; 0 where none is."""
+    model, layout = stack.model, stack.layout
+    if layout.activation_checkpointing != "full":
+        return 0.0
+    pairs = layout.micro_batch_size * model.sequence_length**2 * stack.masked
+    return block_bytes(model, layout) + BF16 * pairs - BF16 * layout.own_rows(model) * model.hidden_size
 
 
 def block_bytes(model: ModelConfig, layout: Layout) -> float:
@@ -178,17 +228,15 @@ def block_bytes(model: ModelConfig, layout: Layout) -> float:
     all_rows, own_rows = layout.all_rows(model), layout.own_rows(model)
     branches = 2 * BF16 if model.layer_scale_init is not None else 0
     on_own_rows = (2 * BF16 + 2 * FP32 + branches) * own_rows * width
-    hidden_layers = 3 if model.mlp == "swiglu" else 2
     if layout.activation_checkpointing == "selective":
-        hidden_layers -= 1
         on_own_rows -= (FP32 if model.layer_scale_init is not None else FP32 - BF16) * own_rows * width
-    projections = (3 * width + width + hidden_layers * model.mlp_hidden_size) / size
+    projections = 4 * width / size
     statistics = FP32 * model.num_heads / size  # of attention
     if model.qk_norm == "plain":
         statistics += 2 * FP32 * model.num_heads / size
     elif model.qk_norm == "affine":
         statistics += 2 * BF16 * width / size
-    return on_own_rows + all_rows * (BF16 * projections + statistics)
+    return on_own_rows + all_rows * (BF16 * projections + statistics) + _hidden_bytes(model, layout)
 
 
 def _seam_bytes(model: ModelConfig, layout: Layout) -> float:

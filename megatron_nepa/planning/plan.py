@@ -10,7 +10,6 @@ from typing import get_args
 from megatron_nepa.config import (
     ActivationCheckpointing,
     ConfigError,
-    JepaObjective,
     ModelConfig,
     NepaObjective,
     ObjectiveConfig,
@@ -95,11 +94,6 @@ def predict(run: PretrainingConfig, layout: Layout, gpu: Gpu) -> Plan:
         ConfigError: for a layout that does not fit the run: heads or widths that the tensor-parallel size does not
             divide, a batch that the replicas do not.
     """
-    require(
-        isinstance(run.objective, NepaObjective | JepaObjective),
-        f"the plan's formulas are of the objectives nepa and jepa, and {run.recipe} trains {run.objective.name}: give "
-        "another --recipe.",
-    )
     size = layout.tensor_parallel_size
     require(
         layout.gpus % size == 0,
@@ -115,7 +109,12 @@ def predict(run: PretrainingConfig, layout: Layout, gpu: Gpu) -> Plan:
     ]
     time = step_time(run.model, layout, gpu, accumulation, collectives, run.objective)
     rate = run.global_batch_size / time.total
-    block_seconds = sum(work.seconds for work in block_work(run.model, layout, gpu))
+    stacks = [stack for stack in stacks_of(run.model, layout, run.objective) if stack.trained]
+    blocks = [
+        (stack.model.num_layers, sum(work.seconds for work in block_work(stack.model, stack.layout, gpu)))
+        for stack in stacks
+    ]
+    block_seconds = sum(count * each for count, each in blocks) / sum(count for count, _ in blocks)
     return Plan(
         layout=layout,
         accumulation_steps=accumulation,

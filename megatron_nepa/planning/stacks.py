@@ -1,15 +1,24 @@
 """The stacks of blocks that an objective runs in a micro-batch, and the weights that it adds to the trunk's.
 
-The formulas of memory, collectives and time are those of a stack of blocks on some rows. JEPA has three: the trunk on
-the context's patches; the predictor, a sequence for each target block, of the largest size that can be drawn; and,
-forward alone, the trunk with the averaged weights on all patches.
+The formulas of memory, collectives and time are those of a stack of blocks on some rows. NEPA and AIM have one;
+AIM's prefix is a mask, under which attention computes all pairs. MAE has the trunk on the visible patches and the
+decoder on all. JEPA has three: the trunk on the context's patches; the predictor, a sequence for each target block, of
+the largest size that can be drawn; and, forward alone, the trunk with the averaged weights on all patches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from megatron_nepa.config import JepaObjective, ModelConfig, NepaObjective, ObjectiveConfig
+from megatron_nepa.config import (
+    IMAGE_CHANNELS,
+    AimObjective,
+    JepaObjective,
+    MaeObjective,
+    ModelConfig,
+    NepaObjective,
+    ObjectiveConfig,
+)
 from megatron_nepa.planning.layout import Layout, ParameterCount, count_parameters
 
 
@@ -38,16 +47,26 @@ class Stack:
         model: their shape and the length of their sequences.
         layout: the run's, with the stack's number of sequences as its micro-batch.
         trained: whether there is a backward pass.
+        embeds: whether it starts from patches, rather than from another stack's output.
+        masked: whether attention takes a mask of every sample.
     """
 
     model: ModelConfig
     layout: Layout
     trained: bool = True
+    embeds: bool = True
+    masked: bool = False
 
 
 def stacks_of(model: ModelConfig, layout: Layout, objective: ObjectiveConfig) -> list[Stack]:
     """Every stack of a micro-batch, in the order in which they run forward."""
     match objective:
+        case AimObjective(prefix=True):
+            return [Stack(replace(model, causal=False), layout, masked=True)]
+        case MaeObjective():
+            visible = objective.num_visible(model.num_patches) + int(model.bos_token)
+            decoder = Stack(objective.decoder_model(model), layout, embeds=False)
+            return [Stack(Sequences.of(model, visible), layout), decoder]
         case JepaObjective():
             context = objective.num_context(model.num_patches)
             block = objective.most_target_patches(model.grid_size, model.grid_size)
@@ -55,7 +74,7 @@ def stacks_of(model: ModelConfig, layout: Layout, objective: ObjectiveConfig) ->
             sequences = replace(layout, micro_batch_size=layout.micro_batch_size * objective.num_targets)
             return [
                 Stack(Sequences.of(model, context), layout),
-                Stack(predictor, sequences),
+                Stack(predictor, sequences, embeds=False),
                 Stack(model, layout, trained=False),
             ]
         case _:
@@ -65,27 +84,42 @@ def stacks_of(model: ModelConfig, layout: Layout, objective: ObjectiveConfig) ->
 def count_all(model: ModelConfig, tensor_parallel_size: int, objective: ObjectiveConfig) -> ParameterCount:
     """The numbers that a rank holds of the trunk's weights and of what the objective adds."""
     trunk = count_parameters(model, tensor_parallel_size)
-    if not isinstance(objective, JepaObjective):
-        return trunk
-    predictor = objective.predictor_model(model)
-    blocks = count_parameters(predictor, tensor_parallel_size)
-    width = predictor.hidden_size
-    # a layer in and one back, mask token, norm, fixed positions; the blocks' own count has a patch embedding besides
-    outside = 2 * width * model.hidden_size + model.hidden_size + 4 * width + model.num_patches * width
+    pixels, width = IMAGE_CHANNELS * model.patch_size**2, model.hidden_size
+    match objective:
+        case NepaObjective():
+            return trunk
+        case AimObjective(head_layers=layers):
+            gates = 2 if model.mlp == "swiglu" else 1
+            split = layers * ((gates + 1) * width + gates) * model.mlp_hidden_size // tensor_parallel_size
+            # biases and norms of the layers, another norm, and a linear layer
+            outside = (3 * layers + 2) * width + (width + 1) * pixels
+            return ParameterCount(trunk.split + split, trunk.block_replicated, trunk.replicated + outside)
+        case MaeObjective():
+            added = objective.decoder_model(model)
+            # layers in and out, mask token, norm, fixed positions
+            outside = (width + 1 + pixels + 3 + added.sequence_length) * added.hidden_size + pixels
+        case JepaObjective():
+            added = objective.predictor_model(model)
+            # likewise
+            outside = (2 * width + 4 + model.num_patches) * added.hidden_size + width
+    # the blocks' own count has a patch embedding besides
+    blocks = count_parameters(added, tensor_parallel_size)
     return ParameterCount(
         trunk.split + blocks.split,
         trunk.block_replicated,
-        trunk.replicated + predictor.num_layers * blocks.block_replicated + outside,
+        trunk.replicated + added.num_layers * blocks.block_replicated + outside,
     )
 
 
 def count_trained(model: ModelConfig, tensor_parallel_size: int, objective: ObjectiveConfig) -> int:
     """The numbers of :func:`count_all` that are trained: all but fixed positions."""
-    return count_all(model, tensor_parallel_size, objective).local - sum(
-        shape.num_patches * shape.hidden_size + int(shape.bos_token) * shape.hidden_size
-        for shape in (model, *((objective.predictor_model(model),) if isinstance(objective, JepaObjective) else ()))
-        if shape.position_embedding == "sincos"
-    )
+    shapes = [model]
+    if isinstance(objective, JepaObjective):
+        shapes.append(objective.predictor_model(model))
+    elif isinstance(objective, MaeObjective):
+        shapes.append(objective.decoder_model(model))
+    fixed = [shape.sequence_length * shape.hidden_size for shape in shapes if shape.position_embedding == "sincos"]
+    return count_all(model, tensor_parallel_size, objective).local - sum(fixed)
 
 
 def count_copied(model: ModelConfig, tensor_parallel_size: int) -> int:

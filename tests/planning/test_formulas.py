@@ -9,11 +9,13 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron_nepa.config import ActivationCheckpointing, ConfigError, ModelConfig, ParallelConfig
+from megatron_nepa.config import ActivationCheckpointing, AimObjective, ConfigError, ModelConfig, ParallelConfig
 from megatron_nepa.kernels.proofs.cases import model_cases
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.flops import forward_flops
 from megatron_nepa.models.trunk import Trunk
+from megatron_nepa.objectives.build import build_objective
+from megatron_nepa.objectives.flops import pretraining_flops
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.planning.cluster import GPUS, ring_of
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
@@ -21,6 +23,7 @@ from megatron_nepa.planning.compute import block_work, outer_work
 from megatron_nepa.planning.layout import Layout, count_parameters
 from megatron_nepa.planning.plan import find_plans, predict
 from megatron_nepa.planning.requirements import IMAGES_PER_CORE, requirements
+from megatron_nepa.planning.stacks import count_all, count_trained, stacks_of
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 
@@ -57,6 +60,35 @@ def test_tensor_parallel_ranks_share_the_flops_of_the_forward_pass(name: str, si
     outside = sum(work.flops for work in outer_work(model, layout, H100) if work.phase == "forward")
     total = size * (model.num_layers * inside + outside)
     assert total == pytest.approx(8 * forward_flops(model), rel=1e-12)
+
+
+PIXELS = {"mae": PRETRAINING_RECIPES["mae_b"](), "aim": PRETRAINING_RECIPES["aim_b"]()}
+PIXELS["aim without a prefix"] = replace(PIXELS["aim"], objective=AimObjective(prefix=False, head_layers=3))
+
+
+@pytest.mark.parametrize("name", PIXELS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_parameters_of_an_objective_are_those_of_its_model(name: str, size: int) -> None:
+    run = PIXELS[name]
+    with torch.device("meta"):
+        model = build_objective(run, Build(ParallelConfig(size), TensorGroup(0, size)))
+    assert count_all(run.model, size, run.objective).local == sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    assert count_trained(run.model, size, run.objective) == trained
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_kernels_have_the_flops_of_the_objective(name: str) -> None:
+    run, layout = PIXELS[name], Layout(1, micro_batch_size=8)
+    stacks = stacks_of(run.model, layout, run.objective)
+    work = [(stack.model.num_layers, block_work(stack.model, stack.layout, H100)) for stack in stacks]
+    work.append((1, outer_work(run.model, layout, H100, run.objective)))
+    planned = sum(times * each.flops for times, some in work for each in some if each.phase == "forward")
+    counted = 8 * pretraining_flops(run) / 3
+    if name == "aim":  # under a mask, attention computes the pairs that it leaves out, too
+        assert counted < planned < 1.05 * counted
+    else:
+        assert planned == pytest.approx(counted, rel=1e-12)
 
 
 def test_fused_operations_move_what_their_kernels_must() -> None:
