@@ -142,13 +142,17 @@ def verify(args: argparse.Namespace) -> int:
     require(args.tolerance >= 0, f"--tolerance is {args.tolerance}; it must not be negative.")
     found = compare(args.first, args.second, args.weights)
     differences = found.differences(args.tolerance)
-    print(f"A  loss {found.losses[0]:.9f}  {found.origins[0]}")
-    print(f"B  loss {found.losses[1]:.9f}  {found.origins[1]}")
+    losses = ["", ""] if found.losses is None else [f"loss {loss:.9f}  " for loss in found.losses]
+    for name, loss, origin in zip("AB", losses, found.origins, strict=True):
+        print(f"{name}  {loss}{origin}")
+    compared = f"{len(found.tensors)} tensors{', losses' if any(losses) else ''} and {found.output}s"
     print(
-        f"compared {len(found.tensors)} tensors, losses and {found.output}s (largest difference "
+        f"compared {compared} (largest difference "
         f"{found.largest_difference:.3g}, largest value {found.largest_value:.3g}, tolerance {args.tolerance:.3g}): "
         f"{'they differ' if differences else 'the same'}"
     )
+    for left in found.left_out:
+        print(f"  left out: {left}")
     for difference in differences:
         print(f"  {difference}")
     return 1 if differences else 0

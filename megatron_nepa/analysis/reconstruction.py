@@ -16,6 +16,7 @@ from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Weights
 from megatron_nepa.config import AimObjective, MaeObjective, PretrainingConfig, read_objective
 from megatron_nepa.models.build import Build
+from megatron_nepa.objectives.aim import AimForPretraining
 from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.objectives.pixels import PixelModel
 from megatron_nepa.training.reporting.plot_style import GREY, STYLE, save_figure
@@ -23,6 +24,13 @@ from megatron_nepa.training.reporting.plot_style import GREY, STYLE, save_figure
 _PANEL = 2.6  # side of a panel, inches
 _HIDDEN, _DARK, _LIGHT = np.uint8(128), np.uint8(20), np.uint8(235)
 _STYLE: dict[Any, Any] = {**STYLE, "axes.grid": False}
+
+
+def describe_task(model: PixelModel) -> str:
+    """What the model predicts, in words."""
+    if isinstance(model, AimForPretraining):
+        return "the pixels of each patch after the prefix, from all before it"
+    return "the pixels of the patches that the trunk does not see"
 
 
 def pixel_model(checkpoint: Path, weights: Weights) -> PixelModel | None:
@@ -58,6 +66,7 @@ def draw_reconstruction(path: Path, model: PixelModel, pixels: Pixels, headline:
         pixels: the image, uint8 [S, S, 3], of the model's size.
         headline: at the top.
     """
+    is_aim = isinstance(model, AimForPretraining)  # whose trunk has seen every patch before the one that it predicts
     patch = model.trunk.config.patch_size
     grid = pixels.shape[0] // patch
     found = model.reconstruct(to_tensor(pixels), torch.zeros(1, dtype=torch.int64))
@@ -65,10 +74,10 @@ def draw_reconstruction(path: Path, model: PixelModel, pixels: Pixels, headline:
     predicted = parts.reshape(pixels.shape).mul(127.5).add(127.5).round().clamp(0, 255).byte().numpy()
     hidden = found.hidden[0].view(grid, grid).numpy().repeat(patch, axis=0).repeat(patch, axis=1)[..., None]
     panels = (
-        ("what the trunk sees", np.where(hidden, _HIDDEN, pixels)),
+        ("prefix" if is_aim else "what the trunk sees", np.where(hidden, _HIDDEN, pixels)),
         (
-            f"hidden: {found.hidden[0].float().mean():.0%}",
-            np.where(hidden, np.uint8(235), np.uint8(20)).repeat(3, axis=2),
+            f"{'predicted' if is_aim else 'hidden'}: {found.hidden[0].float().mean():.0%}",
+            np.where(hidden, _LIGHT, _DARK).repeat(3, axis=2),
         ),
         ("prediction", predicted),
         ("original", pixels),

@@ -15,7 +15,7 @@ from megatron_nepa.analysis.figures import draw_evolution, draw_predictions, dra
 from megatron_nepa.analysis.images import Pixels, load_image
 from megatron_nepa.analysis.maps import Heads, Maps, compute_maps
 from megatron_nepa.analysis.queries import Patch, choose_queries
-from megatron_nepa.analysis.reconstruction import draw_reconstruction, pixel_model
+from megatron_nepa.analysis.reconstruction import describe_task, draw_reconstruction, pixel_model
 from megatron_nepa.checkpoint.conversion.compare import read_any
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.weights import Choice
@@ -92,7 +92,7 @@ def visualize(images: Sequence[Path], checkpoint: Path, out: Path, view: View) -
         title = _describe(scene, maps, view)
         draw_triplets(triplets, maps, scene.pixels, model.patch_size, layers, view.heads, f"{title}\n{weights.origin}")
         if of_pixels is not None:
-            title = f"{scene.path.name}: the pixels of the patches that the trunk does not see"
+            title = f"{scene.path.name}: {describe_task(of_pixels)}"
             draw_reconstruction(predictions, of_pixels, scene.pixels, f"{title}\n{weights.origin}")
             continue
         source = "those before it" if maps.causal else "the whole image, itself included"

@@ -86,7 +86,7 @@ def test_every_recipe_takes_the_trunk_of_what_it_names(task: str, form: str, tmp
     for recipe in TASKS[task]:
         flags = [f"--recipe={recipe}", "--trunk" if task == "probe" else "--init_from", str(source)]
         if recipe.startswith("jepa"):  # whose samples have no BOS token, as SMALL's have
-            with pytest.raises(ConfigError, match="set model.bos_token to false"):
+            with pytest.raises(ConfigError, match=r"set model\.bos_token to false"):
                 parse(task, *flags)
             continue
         model = parse(task, *flags, f"--output_dir={tmp_path / 'new'}").model

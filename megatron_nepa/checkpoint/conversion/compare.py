@@ -22,6 +22,8 @@ from megatron_nepa.objectives.nepa import NepaForPretraining
 
 _NUM_IMAGES = 4
 
+Output = Literal["logit", "feature", "embedding"]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -29,31 +31,36 @@ class Comparison:
 
     Attributes:
         origins: what was compared.
-        output: what was compared: "logit" where both are classifiers, else "embedding" (predicted ones).
+        output: what was compared: "logit" where both are classifiers, "feature" where one is of another objective than
+            NEPA's, else "embedding" (predicted ones).
         largest_difference: largest difference of any element.
         largest_value: largest element of the first model's, to judge it by.
-        losses: next-embedding loss of each trunk.
+        losses: next-embedding loss of each trunk; None where one is of another objective.
         tensors: largest difference of each tensor that both hold in one shape: of trunk, tokens, positions, head, and
             the buffers.
         mismatches: what else differs, in words: tensors of one side alone, other shapes, other dtypes.
+        left_out: what an objective added to one side's trunk, in words, which is not compared.
     """
 
     origins: tuple[str, str]
-    output: Literal["logit", "embedding"]
+    output: Output
     largest_difference: float
     largest_value: float
-    losses: tuple[float, float]
+    losses: tuple[float, float] | None
     tensors: dict[str, float]
     mismatches: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def differences(self, tolerance: float) -> list[str]:
         """Everything that makes the two differ, in words; empty where they are the same within ``tolerance``."""
         found = [*self.mismatches]
         found += [f"{name} by {value:.3g}" for name, value in self.tensors.items() if not value <= tolerance]
-        loss = abs(self.losses[0] - self.losses[1])
+        loss = 0.0 if self.losses is None else abs(self.losses[0] - self.losses[1])
         found += [f"the losses by {loss:.3g}"] if not loss <= tolerance else []
         if not self.largest_difference <= tolerance:
-            found.append(f"an {self.output} by {self.largest_difference:.3g}")
+            found.append(
+                f"{'an' if self.output == 'embedding' else 'a'} {self.output} by {self.largest_difference:.3g}"
+            )
         return found
 
 
@@ -93,7 +100,8 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
     (embedding, loss), (other_embedding, other_loss) = (_run(weights, images) for weights in models)
     # a BOS token's output stands in the first place of each sample, if only one has it
     patches, other_patches = (x[:, -a.num_patches :] for x in (embedding, other_embedding))
-    output: Literal["logit", "embedding"] = "embedding"
+    is_nepa = all(weights.objective in (None, "nepa") for weights in models)
+    output: Output = "embedding" if is_nepa else "feature"
     ours, theirs = patches, other_patches
     if all("classifier.weight" in weights.tensors for weights in models):
         output = "logit"
@@ -107,7 +115,7 @@ def compare(first: Path, second: Path, choice: Choice | None = None) -> Comparis
         output,
         (ours - theirs).abs().max().item(),
         ours.abs().max().item(),
-        (loss, other_loss),
+        (loss, other_loss) if is_nepa else None,
         *_compare_tensors(*models),
     )
 
@@ -126,7 +134,7 @@ def read_any(path: Path, choice: Choice | None = None) -> Weights:
     return read_release(path, choice)[0] if is_release(path) else read_weights(path, choice)
 
 
-def _compare_tensors(first: Weights, second: Weights) -> tuple[dict[str, float], tuple[str, ...]]:
+def _compare_tensors(first: Weights, second: Weights) -> tuple[dict[str, float], tuple[str, ...], tuple[str, ...]]:
     sides = []
     has_scale = [weights.model.layer_scale_init is not None for weights in (first, second)]
     for weights, scaled in zip((first, second), has_scale, strict=True):
@@ -134,6 +142,13 @@ def _compare_tensors(first: Weights, second: Weights) -> tuple[dict[str, float],
         tensors = fold_layer_scale(weights.tensors, weights.model)[0] if folds else weights.tensors
         sides.append({**tensors, **weights.buffers})
     ours, theirs = sides
+    left_out = []
+    for name, weights, side, other in (("A", first, ours, theirs), ("B", second, theirs, ours)):
+        for module, count in weights.modules_of_the_objective().items():
+            if not any(tensor.startswith(f"{module}.") for tensor in other):
+                left_out.append(f"{module}.* ({count} tensors) of {name}'s objective, {weights.objective}")
+                for tensor in [tensor for tensor in side if tensor.startswith(f"{module}.")]:
+                    del side[tensor]
     mismatches = [f"{name} is in A alone" for name in sorted(ours.keys() - theirs.keys())]
     mismatches += [f"{name} is in B alone" for name in sorted(theirs.keys() - ours.keys())]
     differences = {}
@@ -146,7 +161,7 @@ def _compare_tensors(first: Weights, second: Weights) -> tuple[dict[str, float],
         dtypes = [str(side.dtypes.get(name, value.dtype)) for side, value in ((first, a), (second, b))]
         if dtypes[0] != dtypes[1]:
             mismatches.append(f"{name} is stored as {dtypes[0]} in A and {dtypes[1]} in B")
-    return differences, tuple(mismatches)
+    return differences, tuple(mismatches), tuple(left_out)
 
 
 @torch.no_grad()

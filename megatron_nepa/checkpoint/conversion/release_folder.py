@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ def write_release(
         ConfigError: where ``folder`` exists, or the released format cannot hold the model.
     """
     require(not folder.exists(), f"{folder} exists: choose another name for the result.")
+    left = weights.modules_of_the_objective()
+    trunk = {name: value for name, value in weights.tensors.items() if name.partition(".")[0] not in left}
+    notes = [f"left out, of the objective {weights.objective}: {module}.* ({left[module]} tensors)" for module in left]
+    weights = replace(weights, tensors=trunk)
     require_releasable(weights.tensors)
     tensors, model = fold_layer_scale(weights.tensors, weights.model) if fold else (weights.tensors, weights.model)
     num_labels = tensors["classifier.bias"].shape[0] if "classifier.bias" in tensors else None
@@ -120,7 +125,7 @@ def write_release(
     )
     partial.rename(folder)
     dropped = sorted(tensors.keys() - from_release(state, model).keys())
-    return [f"left out, since the release has no such tensor: {', '.join(dropped)}"] if dropped else []
+    return notes + ([f"left out, since the release has no such tensor: {', '.join(dropped)}"] if dropped else [])
 
 
 def _read_raw(folder: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class Weights:
         origin: what they are, in words.
         buffers: the module's persistent ones, under their names.
         dtypes: in which tensors were stored, where that may not be as they are here.
+        objective: name of the objective of pre-training whose tensors lie beside the trunk's; None where there is none.
     """
 
     model: ModelConfig
@@ -62,6 +64,14 @@ class Weights:
     origin: str
     buffers: dict[str, Tensor] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    objective: str | None = None
+
+    def modules_of_the_objective(self) -> dict[str, int]:
+        """What the objective added to the trunk, by module, and the number of its tensors."""
+        if self.objective is None:
+            return {}
+        modules = Counter(name.partition(".")[0] for name in sorted(self.tensors))
+        return {module: count for module, count in modules.items() if module != "trunk"}
 
 
 def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
@@ -89,7 +99,14 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
         name: state[key].reshape(forms[name].shape) if name in forms else state[key] for name, key in keys.items()
     }
     origin = describe_origin(checkpoint, manifest, kind)
-    return Weights(model, tensors, origin, {name: state[key] for name, key in buffer_keys.items()})
+    objective = manifest["run"].get("objective")
+    return Weights(
+        model,
+        tensors,
+        origin,
+        {name: state[key] for name, key in buffer_keys.items()},
+        objective=None if objective is None else objective.get("name", "nepa"),
+    )
 
 
 def choose_kind(
@@ -188,6 +205,7 @@ def consolidate(weights: Weights, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = beside(path)
     metadata = {"format": "pt", "model": json.dumps(asdict(weights.model)), "origin": weights.origin}
+    metadata |= {"objective": weights.objective} if weights.objective else {}
     tensors = {**weights.tensors, **weights.buffers}
     write_safetensors(
         {name: value.to(stored_dtype(value)).contiguous() for name, value in tensors.items()}, partial, metadata
@@ -207,7 +225,8 @@ def read_consolidated(path: Path) -> Weights:
     require("model" in metadata, f"{path} does not say what model it holds: it was not written by consolidate.")
     tensors = {name: value.to(stored_dtype(value)) for name, value in found.items()}
     dtypes = {name: value.dtype for name, value in found.items()}
-    return Weights(ModelConfig(**json.loads(metadata["model"])), tensors, metadata["origin"], dtypes=dtypes)
+    model, objective = ModelConfig(**json.loads(metadata["model"])), metadata.get("objective")
+    return Weights(model, tensors, metadata["origin"], dtypes=dtypes, objective=objective)
 
 
 class ParameterForm(NamedTuple):
