@@ -18,6 +18,7 @@ from examples.ablations.report import write_report
 from examples.ablations.results import Results
 from examples.ablations.study import Scale, Study
 from examples.ablations.tables import FIRST, SECOND
+from examples.fashion_mnist.data import prepare
 from megatron_nepa.config import ConfigError, override
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
 from tests.examples.test_fashion_mnist import source  # noqa: F401
@@ -135,6 +136,7 @@ def test_what_holds_no_results_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    prepare(source, tmp_path / "work/data")  # here, where the data set is the fixture's small one
     folders = ["--source", str(source), "--output_dir", str(tmp_path / "out"), "--work_dir", str(tmp_path / "work")]
     command = [sys.executable, "examples/ablations/run.py", "--quick", *folders]
     first = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)

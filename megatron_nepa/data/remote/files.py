@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 from collections.abc import Callable
@@ -146,6 +147,7 @@ def _open(url: str) -> Any:
         f"{url} begins with {scheme}://, which fsspec does not know: give s3://, gs://, https:// or another of its "
         "schemes.",
     )
+    _make_safe_to_fork()
     try:
         options = _OPTIONS.get(scheme, dict)()
         # an instance of its own: fsspec would give each thread one, with connections of its own
@@ -154,6 +156,15 @@ def _open(url: str) -> Any:
         raise ConfigError(
             f"{url} needs a package that is not installed ({error}): pip install 'megatron_nepa[remote]'."
         ) from error
+
+
+@functools.cache
+def _make_safe_to_fork() -> None:
+    """Give a forked process a thread of its own for requests, which fsspec does by itself from 2025.5 on."""
+    import fsspec.asyn
+
+    if not hasattr(fsspec.asyn, "reset_after_fork"):
+        os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
 def _http_options() -> dict[str, Any]:
