@@ -23,7 +23,7 @@ rest.
 JEPA keeps the blocks of its context and of its predictor, whose sequences are counted at the largest target block; its
 loss has 18 bytes a channel of a predicted patch (a prediction in bf16, it and its target in fp32 and normalised, and
 the distance). Its largest moment may be the pass of the targets' encoder, which keeps nothing but holds one block's
-temporaries, 6 n D + 4 N F / t, beside all else. The copy is gathered where it lies: a step needs no more for it.
+temporaries, 16 n D + 4 N F / t, beside all else. The copy is gathered where it lies: a step needs no more for it.
 
 MAE keeps the blocks of its visible patches and of its decoder, and the output of both, 2 n D. AIM keeps the trunk's and
 its head's layers, each 6 n D and the hidden layers, and where it has a prefix a mask of 2 bytes a pair of tokens in
@@ -114,7 +114,10 @@ def plan_memory(
         case JepaObjective():
             copy = BF16 * count_copied(model, layout.tensor_parallel_size)
             state = replace(state, average_copy=copy)
-            loss = 18 * _predicted_rows(stacks[1], objective) * model.hidden_size
+            predicted_rows = _predicted_rows(stacks[1], objective)
+            loss = 18 * predicted_rows * model.hidden_size
+            # inputs of the predictor's first layer and of its last
+            activations += _output_bytes(stacks[0]) + BF16 * predicted_rows * stacks[1].model.hidden_size
         case MaeObjective():
             loss = sum(_output_bytes(stack) for stack in stacks)
         case AimObjective(head_layers=layers):
@@ -142,7 +145,11 @@ def plan_memory(
         end = replace(end, activations=forward.activations * (1 - passed), loss=forward.loss)
     last = trained[-1]  # whose backward pass is the first
     seam = replace(forward, workspace=_seam_bytes(last.model, last.layout))
-    others = [replace(forward, loss=0, workspace=_untrained_bytes(stack)) for stack in stacks if not stack.trained]
+    others = []
+    if isinstance(objective, JepaObjective):  # the prediction, and what the context's rows were made of, wait
+        waiting = BF16 * _predicted_rows(stacks[1], objective) * model.hidden_size + _output_bytes(stacks[0])
+        temporaries = _untrained_bytes(stacks[2])
+        others.append(replace(forward, activations=activations, loss=waiting, workspace=temporaries))
     if isinstance(objective, AimObjective | MaeObjective):
         predicted = layout.own_rows(model) * IMAGE_CHANNELS * model.patch_size**2
         others.append(replace(forward, activations=activations + head, workspace=PIXEL_BYTES * predicted))
@@ -190,10 +197,14 @@ def _predicted_rows(predictor: Stack, objective: JepaObjective) -> float:
 
 
 def _untrained_bytes(stack: Stack) -> float:
-    """Temporaries of a block that keeps nothing: its stream, its norm, the hidden layer before and after activation."""
+    """Temporaries of a stack that keeps nothing, at the end of a block's feed-forward layer.
+
+    The embedded rows, the block's inputs, the stream and norm between its branches, the second branch, and the hidden
+    layer before and after activation.
+    """
     model, layout = stack.model, stack.layout
     hidden = 2 * BF16 * layout.all_rows(model) * model.mlp_hidden_size / layout.tensor_parallel_size
-    return (FP32 + BF16) * layout.own_rows(model) * model.hidden_size + hidden
+    return (2 * (FP32 + BF16) + 2 * BF16) * layout.own_rows(model) * model.hidden_size + hidden
 
 
 def _largest_matrix(model: ModelConfig, layout: Layout) -> float:
