@@ -344,3 +344,20 @@ def test_bad_images_are_counted_by_source(two: Mixture, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"11 of the first \d+ images of many of this rank cannot be used"):
         list(islice(one, 20))
     one.close()
+
+
+def test_what_is_bad_in_two_sources_is_not_added_up(tmp_path: Path) -> None:
+    """Six bad images in each of two sources, where ten in one would be let pass: neither is too bad."""
+    sources = []
+    for name in ("left", "right"):
+        index = scan_folder(make_images(tmp_path / name, 9))
+        for row in range(6):
+            (index.root / index.names[row]).write_bytes(b"no image")
+        sources.append(Source(name, index, 5000))
+    log = tmp_path / "bad_images.jsonl"
+    batches = take(loader(Mixture(tuple(sources)), log, max_bad_share=0.0), 10)  # four epochs of each
+    assert len(batches) == 10
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(row["source"], row["image"]) for row in rows} == {
+        (name, i) for name in ("left", "right") for i in range(6)
+    }

@@ -51,10 +51,13 @@ class RemoteFiles:
     def __init__(self, folder: RemoteFolder) -> None:
         self.url, self._patiently = folder.url, Patience(folder.access.patience)
         self._process, self._system = os.getpid(), _open(folder.url)
+        self._inherited: list[Any] = []
 
     @property
     def _files(self) -> Any:
         if self._process != os.getpid():  # its connections and its thread are the parent's
+            # an instance that is dropped closes its connections, for which the parent would then wait in vain
+            self._inherited.append(self._system)
             self._process, self._system = os.getpid(), _open(self.url)
         return self._system
 
