@@ -20,6 +20,7 @@ from megatron_nepa.models.transformer import FeedForward, Norm
 from megatron_nepa.models.trunk import DTYPES, Trunk, TrunkOutput
 from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.objectives.pixels import PixelModel, Reconstruction, RowLinear, fill_in, pixel_loss, pixel_targets
+from megatron_nepa.objectives.sample_losses import sample_losses
 from megatron_nepa.parallel.parameters import initialize_parameters, sum_split_gradients
 from megatron_nepa.parallel.rows import place_rows
 
@@ -38,6 +39,8 @@ class AimForPretraining(PixelModel):
         build: ranks, kernels and seed.
     """
 
+    by_sample = True
+
     def __init__(self, config: ModelConfig, objective: AimObjective = AimObjective(), build: Build = Build()) -> None:
         super().__init__()
         self.objective = objective
@@ -45,7 +48,9 @@ class AimForPretraining(PixelModel):
         self.pixel_head = Head(config, objective.head_layers, build)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
-    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
+    def forward(
+        self, images: Tensor, sample_index: Tensor, step: int = 0, by_sample: bool = False
+    ) -> PretrainingOutput:
         """Loss of a micro-batch: the mean squared error of the pixels of the patches after the prefix."""
         trunk, objective = self.trunk, self.objective
         num_prefix, num_patches = int(trunk.config.bos_token), trunk.config.num_patches
@@ -59,8 +64,9 @@ class AimForPretraining(PixelModel):
         predicted = torch.arange(output.period, device=prefix.device) + 1 - num_prefix  # patch of each row
         counts = (predicted >= prefix[:, None]) & (predicted < num_patches)  # [B, T]
         weight = counts.to(target.dtype) / ((num_patches - prefix[:, None]) * prefix.shape[0])
-        loss = pixel_loss(prediction, target, rows.take(weight.flatten()), trunk)
-        return PretrainingOutput(loss, metrics={}, embeddings={"encoding": output.output.detach()})
+        loss, shares = pixel_loss(prediction, target, rows.take(weight.flatten()), trunk)
+        losses = sample_losses(shares, rows, sample_index.shape[0], trunk) if by_sample else None
+        return PretrainingOutput(loss, {}, {"encoding": output.output.detach()}, losses)
 
     def reconstruct(self, images: Tensor, sample_index: Tensor) -> Reconstruction:
         """Predict each patch after the prefix, from the true ones before it."""

@@ -19,6 +19,7 @@ from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.objectives.block_masks import BlockMasks, block_masks
 from megatron_nepa.objectives.objective import PretrainingModel, PretrainingOutput
 from megatron_nepa.objectives.predictor import Predictor, own_samples
+from megatron_nepa.objectives.sample_losses import sample_losses
 from megatron_nepa.objectives.target_encoder import TargetEncoder
 from megatron_nepa.parallel.collectives import gather_rows, reduce_from_group
 from megatron_nepa.parallel.parameters import initialize_parameters
@@ -37,6 +38,8 @@ class JepaForPretraining(PretrainingModel):
         targets: the trunk with the average of its weights, which whoever trains the model attaches.
     """
 
+    by_sample = True
+
     def __init__(self, config: ModelConfig, objective: JepaObjective = JepaObjective(), build: Build = Build()) -> None:
         super().__init__()
         self.objective = objective
@@ -46,7 +49,9 @@ class JepaForPretraining(PretrainingModel):
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
         self.targets = TargetEncoder(self.trunk, build)
 
-    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
+    def forward(
+        self, images: Tensor, sample_index: Tensor, step: int = 0, by_sample: bool = False
+    ) -> PretrainingOutput:
         """Loss of a micro-batch: the mean smooth L1 distance over its target patches and their channels."""
         side = self.trunk.config.grid_size
         masks = block_masks(self.objective, (side, side), self.build.seed, step, sample_index)
@@ -64,11 +69,22 @@ class JepaForPretraining(PretrainingModel):
         if self.build.parallel.sequence_parallel:
             means = reduce_from_group(means, self.build.tensor)
         loss, prediction_norm, target_norm = means.unbind()
+        losses = self._sample_losses(distance.detach(), weight, masks) if by_sample else None
         return PretrainingOutput(
             loss,
             metrics={"prediction_norm": prediction_norm.detach(), "target_norm": target_norm.detach()},
             embeddings={"target": target, "prediction": prediction.detach()},
+            sample_loss=losses,
         )
+
+    def _sample_losses(self, distance: Tensor, weight: Tensor | None, masks: BlockMasks) -> Tensor:
+        """Of what :meth:`_pairs` gave, the loss of each sample, [B]."""
+        num_samples, num_targets, _ = masks.targets.shape
+        period = masks.targets[0].numel()  # rows of a sample; where rows cut one, the context's too
+        if weight is not None:
+            distance, period = distance * weight, period + num_targets * masks.context.shape[1]
+        rows = shard_rows(num_samples * period, self.build.tensor, self.build.parallel.sequence_parallel)
+        return sample_losses(distance / masks.targets.numel(), rows, num_samples, self.trunk)
 
     def _pairs(self, prediction: Tensor, features: Tensor, masks: BlockMasks) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predictions and targets row by row, and which rows count, fp32 [n], or None where all do."""

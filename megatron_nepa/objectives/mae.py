@@ -21,6 +21,7 @@ from megatron_nepa.models.transformer import Block, Norm
 from megatron_nepa.models.trunk import DTYPES, Trunk, TrunkOutput
 from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.objectives.pixels import PixelModel, Reconstruction, RowLinear, fill_in, pixel_loss, pixel_targets
+from megatron_nepa.objectives.sample_losses import sample_losses
 from megatron_nepa.parallel.collectives import all_reduce_gradients, gather_rows
 from megatron_nepa.parallel.parameters import initialize_parameters, parameter, sum_split_gradients
 from megatron_nepa.parallel.rows import RowShard, holds_whole_samples, place_rows, shard_rows
@@ -39,6 +40,8 @@ class MaeForPretraining(PixelModel):
         build: ranks, kernels and seed.
     """
 
+    by_sample = True
+
     def __init__(self, config: ModelConfig, objective: MaeObjective = MaeObjective(), build: Build = Build()) -> None:
         super().__init__()
         self.objective = objective
@@ -46,7 +49,9 @@ class MaeForPretraining(PixelModel):
         self.pixel_decoder = Decoder(config.hidden_size, objective.decoder_model(config), build)
         initialize_parameters(self, build.seed, config.init_std, build.tensor)
 
-    def forward(self, images: Tensor, sample_index: Tensor, step: int = 0) -> PretrainingOutput:
+    def forward(
+        self, images: Tensor, sample_index: Tensor, step: int = 0, by_sample: bool = False
+    ) -> PretrainingOutput:
         """Loss of a micro-batch: the mean squared error of the masked patches' pixels."""
         trunk, objective = self.trunk, self.objective
         order = self.order(sample_index)
@@ -60,8 +65,9 @@ class MaeForPretraining(PixelModel):
         masked = mae_mask(objective, order.shape[1], trunk.seed, sample_index)  # [B, N]
         weight = nn.functional.pad(masked, (num_prefix, 0)).flatten().to(target.dtype)
         weight = rows.take(weight) / ((order.shape[1] - num_visible) * order.shape[0])
-        loss = pixel_loss(prediction, target, weight, trunk)
-        return PretrainingOutput(loss, metrics={}, embeddings={"encoding": output.output.detach()})
+        loss, shares = pixel_loss(prediction, target, weight, trunk)
+        losses = sample_losses(shares, rows, order.shape[0], trunk) if by_sample else None
+        return PretrainingOutput(loss, {}, {"encoding": output.output.detach()}, losses)
 
     def order(self, sample_index: Tensor) -> Tensor:
         """The patches of every sample, those first that the trunk sees, int64 [B, N]."""

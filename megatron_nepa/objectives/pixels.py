@@ -102,15 +102,18 @@ def pixel_targets(images: Tensor, patch_size: int, normalize: bool) -> Tensor:
     return (patches - mean) / (variance + _EPS).sqrt()
 
 
-def pixel_loss(prediction: Tensor, target: Tensor, weight: Tensor, trunk: Trunk) -> Tensor:
-    """Weighted sum over the replica's rows of their mean squared error; equal on its tensor-parallel ranks.
+def pixel_loss(prediction: Tensor, target: Tensor, weight: Tensor, trunk: Trunk) -> tuple[Tensor, Tensor]:
+    """Weighted sum over the replica's rows of their mean squared error.
 
     Args:
         prediction: this rank's rows [n, C p p].
         target: likewise, without a gradient.
         weight: share of each row in the loss, [n]; 0 leaves it out.
         trunk: whose ranks share the rows.
+
+    Returns:
+        The loss, equal on the replica's tensor-parallel ranks, and the share of each of this rank's rows, detached [n].
     """
-    error = (prediction.to(target.dtype) - target).square().mean(dim=-1)
-    share = (error * weight).sum()
-    return reduce_from_group(share, trunk.tensor) if trunk.sequence_parallel else share
+    shares = (prediction.to(target.dtype) - target).square().mean(dim=-1) * weight
+    loss = shares.sum()
+    return reduce_from_group(loss, trunk.tensor) if trunk.sequence_parallel else loss, shares.detach()

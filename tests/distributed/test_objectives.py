@@ -139,7 +139,7 @@ def loss_of_the_micro_batch(model: nn.Module, topology: Topology) -> None:
     """A mean over the predicted patches of a micro-batch, of whichever samples meet in it."""
     real = aim.pixel_loss
 
-    def mutated(prediction: Tensor, target: Tensor, weight: Tensor, trunk: Any) -> Tensor:
+    def mutated(prediction: Tensor, target: Tensor, weight: Tensor, trunk: Any) -> tuple[Tensor, Tensor]:
         counts = (weight > 0).to(weight.dtype)
         total = counts.sum()
         torch.distributed.all_reduce(total, group=topology.tensor.group)

@@ -12,6 +12,11 @@ import pytest
 from PIL import Image
 
 from megatron_nepa.checkpoint.format.manifest import read_manifest
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.sources import open_source
+from megatron_nepa.data.indexing.build import build_and_save_index
+from megatron_nepa.data.indexing.write_shards import write_shards
+from tests.data.range_server import serving
 from tests.distributed.ranks import run_ranks
 from tests.runs import TINY, make_images, pretrain, read_metrics
 
@@ -88,6 +93,32 @@ def test_every_grid_and_restart_logs_the_same(
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
+OTHERS = {
+    "aim_b": [],
+    "mae_b": ["decoder_hidden_size=16", "decoder_layers=1", "decoder_heads=2", "decoder_mlp_hidden_size=24"],
+    "jepa_b": ["predictor_hidden_size=16", "predictor_num_layers=1", "predictor_num_heads=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_other_objectives_log_losses_by_source_too(sources: Path, tmp_path: Path, recipe: str) -> None:
+    """On one rank, and where rows cut a sample."""
+    grids = {
+        1: ["--micro_batch_size=8"],
+        2: ["--tensor_parallel_size=2", "--sequence_parallel", "--micro_batch_size=1"],
+    }
+    plain = [flag for flag in TINY if "mask_ratio" not in flag and "micro_batch_size" not in flag]
+    flags = [f"--recipe={recipe}", *plain, "--model.image_size=84", *(f"--objective.{flag}" for flag in OTHERS[recipe])]
+    flags += [f"--data={sources}/crops=0.7,{sources}/noise,=1=0.3", f"--steps={STEPS}"]
+    for ranks, grid in grids.items():
+        assert run_ranks(ranks, pretrain, [*flags, *grid, f"--output_dir={tmp_path}/{ranks}"]) == [None] * ranks
+    for row, other in zip(*(read_metrics(tmp_path / str(ranks)) for ranks in grids), strict=True):
+        assert {"loss/crops", "loss/noise,=1"} <= set(row)
+        assert by_source(row) == pytest.approx(by_source(other), abs=1e-5)
+        assert row["loss/crops"] != row["loss/noise,=1"]
+
+
 def test_changed_shares_go_on_in_another_folder_and_are_refused_in_the_same(
     serial: Path, sources: Path, tmp_path: Path
 ) -> None:
@@ -117,3 +148,21 @@ def test_a_source_with_other_images_is_named(serial: Path, sources: Path, tmp_pa
     assert "holds a run on another mixture (noise,=1 holds other images)" in said
     config = json.loads((serial / "config.json").read_text())
     assert set(config["data_fingerprint"]) == {"crops", "noise,=1"}
+
+
+def test_a_source_on_a_server_beside_a_local_one_shows_the_same_samples(
+    serial: Path, sources: Path, tmp_path: Path
+) -> None:
+    """The run is that of two local folders, though the server fails now and then."""
+    pytest.importorskip("aiohttp")
+    write_shards(scan_folder(sources / "noise,=1"), tmp_path / "shards", 3, progress=False)
+    index = tmp_path / "noise,=1"
+    with serving(tmp_path / "shards", failing=0.1, short=0.1) as server:
+        build_and_save_index(open_source(server.url), index, workers=1, progress=False)
+        server.faults.ranges.clear()
+        flags = [*TINY, f"--data={sources}/crops=0.7,{index}=0.3", f"--output_dir={tmp_path}/run"]
+        assert run_ranks(1, pretrain, [*flags, f"--steps={STEPS}"]) == [None]
+        assert server.faults.ranges
+    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(serial), strict=True):
+        assert by_source(row) == by_source(expected)
+        assert (row["loss"], row["grad_norm"]) == (expected["loss"], expected["grad_norm"])
