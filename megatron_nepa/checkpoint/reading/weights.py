@@ -68,7 +68,7 @@ class Weights:
 
     def modules_of_the_objective(self) -> dict[str, int]:
         """What the objective added to the trunk, by module, and the number of its tensors."""
-        if self.objective is None:
+        if self.objective in (None, "nepa"):  # which adds none
             return {}
         modules = Counter(name.partition(".")[0] for name in sorted(self.tensors))
         return {module: count for module, count in modules.items() if module != "trunk"}
