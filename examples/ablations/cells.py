@@ -19,7 +19,6 @@ from examples.fashion_mnist.run import (
 
 Flags = dict[str, object]
 Split = Literal["test", "held_out"]  # the 10,000 test photographs; 5,000 training photographs without use otherwise
-FINETUNING_BATCH_SIZE = 64
 FINETUNING_RATE = 12e-3  # before scaling by the batch; so are those of pre-training
 PRETRAINING_RATE = 4e-3
 
@@ -98,6 +97,11 @@ class Pretraining:
         """Its name in the results."""
         return key_of(self.flags)
 
+    @property
+    def learning_rate(self) -> float:
+        """At its peak, after scaling by the batch."""
+        return float(str(self.flags["optimizer.base_lr"])) * GLOBAL_BATCH_SIZE / 256
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -141,6 +145,12 @@ class Cell:
         """Its name in the results."""
         start = self.start.key if self.start is not None else None
         return key_of([start, self.flags, self.split, self.percent])
+
+    @property
+    def pretrained(self) -> Pretraining:
+        """The pre-training of a cell that has one."""
+        assert self.start is not None
+        return self.start
 
     def data(self, folder: Path) -> Flags:
         """The flags that say where its data lies."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from examples.ablations.cells import PRETRAINING_RATE, Cell, frozen
-from examples.ablations.judge import compare
+from examples.ablations.cells import Cell
+from examples.ablations.judge import Verdict, compare
 from examples.ablations.study import SCRATCH, SWEEP, Study
-from examples.ablations.tables import Row
 
 NAMES = {"nepa": "NEPA", "mae": "MAE", "jepa": "JEPA", "aim": "AIM"}
+_STANDING: dict[Verdict, str] = {
+    "holds": "is ahead of",
+    "within noise": "is level with",
+    "does not hold": "is behind",
+}
 PAPER = {"nepa": "85.3", "mae": "85.6", "jepa": "85.2", "aim": "", SCRATCH: ""}  # Large
 
 
@@ -44,17 +49,11 @@ class Comparison:
 
     def scratch(self) -> list[Cell]:
         """The network trained on the labels alone."""
-        factor = self.study.best_factor(self.sweep[SCRATCH])
-        changes = dict(self.sweep[SCRATCH][SWEEP.index(factor)].changes)
-        return [
-            Cell(None, self.study.scale.finetuning, seed, frozen(changes), percent=self.study.scale.percent)
-            for seed in self.study.scale.seeds
-        ]
+        best = self.study.best(self.sweep[SCRATCH])
+        return [replace(best, seed=seed, split="test") for seed in self.study.scale.seeds]
 
     def describe(self) -> str:
         """The section of the report."""
-        from examples.ablations.report import spread
-
         study = self.study
         lines = [
             "## Table 2: objectives",
@@ -64,12 +63,10 @@ class Comparison:
         ]
         for objective in self.objectives:
             share = self._flops(objective) / self._flops("nepa")
-            rate = PRETRAINING_RATE * study.best_factor(self.sweep[objective])
-            steps, flops = (spread(study, cells) for cells in (self.at_steps(objective), self.at_flops(objective)))
-            lines.append(
-                f"| {NAMES[objective]} | {PAPER[objective]} | {steps} | {flops} | {share:.2f} | {rate / 2:.1e} |"
-            )
-        lines.append(f"| {SCRATCH} | | {spread(study, self.scratch())} | | | |")
+            rate = study.best(self.sweep[objective]).pretrained.learning_rate
+            steps, flops = (study.spread(cells) for cells in (self.at_steps(objective), self.at_flops(objective)))
+            lines.append(f"| {NAMES[objective]} | {PAPER[objective]} | {steps} | {flops} | {share:.2f} | {rate:.1e} |")
+        lines.append(f"| {SCRATCH} | | {study.spread(self.scratch())} | | | |")
         trained = [cell for cells in self.sweep.values() for cell in cells]
         seconds = sum(study.results.cells[cell.key]["seconds"] for cell in trained)
         starts = {cell.start.key for cell in trained if cell.start is not None}
@@ -84,19 +81,18 @@ class Comparison:
         for objective in self.objectives[1:]:
             for how, cells in (("steps", self.at_steps(objective)), ("FLOPs", self.at_flops(objective))):
                 verdict = compare(nepa, study.accuracies(cells), study.noise)
-                word = {"holds": "is ahead of", "within noise": "is level with", "does not hold": "is behind"}[verdict]
-                lines.append(f"- At equal {how} NEPA {word} {NAMES[objective]}.")
+                lines.append(f"- At equal {how} NEPA {_STANDING[verdict]} {NAMES[objective]}.")
         verdict = compare(nepa, study.accuracies(self.scratch()), study.noise)
-        word = {"holds": "is ahead of", "within noise": "is level with", "does not hold": "is behind"}[verdict]
-        lines.append(f"- NEPA {word} training from scratch.")
+        lines.append(f"- NEPA {_STANDING[verdict]} training from scratch.")
         return "\n".join(lines)
 
     def _cells(self, objective: str, steps: int) -> list[Cell]:
-        factor = self.study.best_factor(self.sweep[objective])
-        row = Row("", "", {"optimizer.base_lr": PRETRAINING_RATE * factor})
-        return [self.study.cell(row, seed, steps, objective) for seed in self.study.scale.seeds]
+        best = self.study.best(self.sweep[objective])
+        return [
+            replace(best, start=replace(best.pretrained, steps=steps, seed=seed), seed=seed, split="test")
+            for seed in self.study.scale.seeds
+        ]
 
     def _flops(self, objective: str) -> float:
-        start = self.sweep[objective][0].start
-        assert start is not None
+        start = self.sweep[objective][0].pretrained
         return float(self.study.results.pretraining(start)["flops_per_image"])

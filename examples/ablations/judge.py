@@ -7,13 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from examples.fashion_mnist.spread import deviation
+
 Verdict = Literal["holds", "within noise", "does not hold"]
 STANDARD_ERRORS = 2.0  # a difference beyond so many counts
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def standard_error(first: Sequence[float], second: Sequence[float], noise: float) -> float:

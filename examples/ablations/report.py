@@ -10,10 +10,11 @@ import numpy as np
 from examples.ablations.cells import Cell
 from examples.ablations.comparison import Comparison
 from examples.ablations.figures import draw_figures
-from examples.ablations.judge import STANDARD_ERRORS, compare, deviation
+from examples.ablations.judge import STANDARD_ERRORS, compare
 from examples.ablations.results import Results
 from examples.ablations.study import NEEDED_GAIN, Study
 from examples.ablations.tables import Claim, Table
+from examples.fashion_mnist.spread import in_percent
 from megatron_nepa.files import replace_text
 
 COMMAND = "python examples/ablations/run.py"
@@ -57,8 +58,8 @@ def _noise(study: Study) -> str:
         "",
         "| pre-training | accuracy, % |",
         "|---|---|",
-        f"| none | {100 * plan['scratch'][0]:.2f} ± {100 * plan['scratch'][1]:.2f} |",
-        *(f"| {steps:,} steps | {100 * mean:.2f} ± {100 * sd:.2f} |" for steps, mean, sd in plan["candidates"]),
+        f"| none | {in_percent(*plan['scratch'])} |",
+        *(f"| {steps:,} steps | {in_percent(mean, spread)} |" for steps, mean, spread in plan["candidates"]),
         "",
         f"Mean and standard deviation of {len(study.scale.noise_seeds)} seeds; {plan['percent']} % of the labels, "
         f"{plan['finetuning_steps']:,} steps of fine-tuning, 10,000 test photographs. The steps of every cell below "
@@ -79,19 +80,10 @@ def _table(study: Study, table: Table) -> str:
         "|---|---|---|---|---|",
     ]
     for row in table.rows:
-        lines.append(
-            f"| {row.label} | {row.paper} | {spread(study, cells[row.label])} | {_health(study, cells[row.label])} |"
-        )
+        found = cells[row.label]
+        lines.append(f"| {row.label} | {row.paper} | {study.spread(found)} | {_health(study, found)} |")
     lines += ["", *(f"- {judged(study, claim, cells)}" for claim in table.claims)]
     return "\n".join(lines)
-
-
-def spread(study: Study, cells: Sequence[Cell]) -> str:
-    """Mean and deviation of cells in per cent, and how many of them failed."""
-    found = study.accuracies(cells)
-    failed = sum(study.results.accuracy(cell) is None for cell in cells)
-    note = f" ({failed} of {len(cells)} failed)" if failed else ""
-    return f"{100 * np.mean(found):.2f} ± {100 * deviation(found):.2f}{note}"
 
 
 def judged(study: Study, claim: Claim, cells: dict[str, list[Cell]]) -> str:
@@ -104,8 +96,7 @@ def judged(study: Study, claim: Claim, cells: dict[str, list[Cell]]) -> str:
 def _health(study: Study, cells: Sequence[Cell]) -> str:
     losses, ranks = [], []
     for cell in cells:
-        assert cell.start is not None
-        last = study.results.pretraining(cell.start)["last"]
+        last = study.results.pretraining(cell.pretrained)["last"]
         losses.append(last.get("loss", float("nan")))
         ranks.append(last.get("target_effective_rank", float("nan")))
     return f"{np.mean(losses):.4f} | {np.mean(ranks):.1f}"

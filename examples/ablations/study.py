@@ -12,10 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.ablations.cells import FINETUNING_RATE, PRETRAINING_RATE, Cell, Pretraining, frozen
-from examples.ablations.judge import STANDARD_ERRORS, deviation, standard_error
+from examples.ablations.judge import STANDARD_ERRORS, standard_error
 from examples.ablations.results import Results, today
 from examples.ablations.tables import Row, Table
 from examples.ablations.worker import Outcome, Task, begin, carry_out
+from examples.fashion_mnist.spread import deviation, in_percent
 from megatron_nepa.config import ConfigError
 
 NEEDED_GAIN = 4.0  # standard deviations of the baseline, that pre-training must be worth over training from scratch
@@ -151,14 +152,20 @@ class Study:
         ]
         return cells
 
-    def best_factor(self, cells: Sequence[Cell]) -> float:
-        """The factor of the learning rate with the highest accuracy; a failed training counts as 0."""
-        found = [self.results.accuracy(cell) or 0.0 for cell in cells]
-        return SWEEP[int(np.argmax(found))]
+    def best(self, cells: Sequence[Cell]) -> Cell:
+        """The cell with the highest accuracy, the first of equal ones; a failed training counts as 0."""
+        return max(cells, key=lambda cell: self.results.accuracy(cell) or 0.0)
 
     def accuracies(self, cells: Iterable[Cell]) -> list[float]:
         """Of cells that were trained; a failed one counts as 0.1, the accuracy of a guess."""
         return [0.1 if value is None else value for value in map(self.results.accuracy, cells)]
+
+    def spread(self, cells: Sequence[Cell]) -> str:
+        """Mean and deviation of cells in per cent, and how many of them failed."""
+        found = self.accuracies(cells)
+        failed = sum(self.results.accuracy(cell) is None for cell in cells)
+        note = f" ({failed} of {len(cells)} failed)" if failed else ""
+        return f"{in_percent(float(np.mean(found)), deviation(found))}{note}"
 
     def run(self, cells: Iterable[Cell], title: str) -> None:
         """Train those of the cells that no one has trained, with a progress bar in steps.

@@ -48,9 +48,6 @@ def begin(log_folder: Path) -> None:
     log = os.open(log_folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def carry_out(task: Task) -> Outcome:

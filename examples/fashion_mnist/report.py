@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from examples.fashion_mnist.spread import deviation, in_percent
 from megatron_nepa.benchmarks.machine import cpu_name
 from megatron_nepa.training.reporting.plot_style import BLUE, GREY, STYLE, save_figure
 
@@ -43,7 +44,7 @@ def format_table(results: Sequence[Result]) -> str:
     lines = ["| labels | from scratch | NEPA, then fine-tuned | gain |", "|---|---|---|---|"]
     for percent in sorted({percent for percent, _, _ in results}):
         scratch, pretrained = (_accuracies(results, percent, start) for start in (False, True))
-        cells = [f"{100 * np.mean(values):.2f} ± {100 * _deviation(values):.2f}" for values in (scratch, pretrained)]
+        cells = [in_percent(float(np.mean(values)), deviation(values)) for values in (scratch, pretrained)]
         gain = 100 * (np.mean(pretrained) - np.mean(scratch))
         lines.append(f"| {percent} % ({600 * percent:,}) | {cells[0]} | {cells[1]} | {gain:+.2f} |")
     return "\n".join(lines)
@@ -75,7 +76,3 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def _accuracies(results: Sequence[Result], percent: int, pretrained: bool) -> list[float]:
     return [value for p, start, value in results if (p, start) == (percent, pretrained)]
-
-
-def _deviation(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
