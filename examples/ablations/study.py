@@ -17,7 +17,7 @@ from examples.ablations.results import Results, today
 from examples.ablations.tables import Row, Table
 from examples.ablations.worker import Outcome, Task, begin, carry_out
 from examples.fashion_mnist.spread import deviation, in_percent
-from megatron_nepa.config import ConfigError
+from megatron_nepa.config import ConfigError, require
 
 NEEDED_GAIN = 4.0  # standard deviations of the baseline, that pre-training must be worth over training from scratch
 SWEEP = (0.5, 1.0, 2.0)  # factors of the learning rate
@@ -80,6 +80,7 @@ class Study:
         scale = self.scale
         scratch = [self.from_scratch(seed) for seed in scale.noise_seeds]
         starts = {steps: [self.baseline(seed, steps) for seed in scale.noise_seeds] for steps in scale.candidates}
+        self._require_same_scale()
         self.run([*scratch, *(cell for cells in starts.values() for cell in cells)], "noise")
         if self.results.plan is not None:
             return
@@ -102,6 +103,19 @@ class Study:
             "date": today(),
         }
         self.results.save()
+
+    def _require_same_scale(self) -> None:
+        """Refuse to go on with the results of another scale, whose steps would be taken for this one's."""
+        plan, scale = self.results.plan, self.scale
+        if plan is None:
+            return
+        ours = [list(scale.candidates), scale.finetuning, scale.percent]
+        theirs = [[steps for steps, *_ in plan["candidates"]], plan["finetuning_steps"], plan["percent"]]
+        require(
+            ours == theirs,
+            f"{self.results.path} is of a study with other steps (pre-training {theirs[0]}, fine-tuning {theirs[1]} on "
+            f"{theirs[2]} % of the labels; here {ours[0]}, {ours[1]} on {ours[2]} %): choose another --output_dir.",
+        )
 
     @property
     def steps(self) -> int:
@@ -187,17 +201,16 @@ class Study:
 
     def _tasks(self, cells: Iterable[Cell]) -> list[Task]:
         """Missing cells, those of one pre-training together, long ones first."""
-        missing: dict[Pretraining | None, dict[str, Cell]] = {}
+        # by key: a flag that repeats the study's own value makes no other training, whose folder it would share
+        missing: dict[str, dict[str, Cell]] = {}
         for cell in cells:
             if cell.key not in self.results.cells:
-                missing.setdefault(cell.start, {})[cell.key] = cell
+                missing.setdefault(cell.key if cell.start is None else cell.start.key, {})[cell.key] = cell
         tasks = []
-        for start, found in missing.items():
-            is_known = start is not None and start.key in self.results.pretrainings
-            if start is not None:
-                tasks.append(Task(start, tuple(found.values()), self.data, self.folder, is_known))
-            else:
-                tasks += [Task(None, (cell,), self.data, self.folder, False) for cell in found.values()]
+        for key, found in missing.items():
+            together = tuple(found.values())
+            is_known = key in self.results.pretrainings
+            tasks.append(Task(together[0].start, together, self.data, self.folder, is_known))
         return sorted(tasks, key=_steps, reverse=True)
 
 

@@ -6,18 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from examples.ablations import study as studies
-from examples.ablations.cells import OBJECTIVES, Cell, Pretraining
+from examples.ablations.cells import OBJECTIVES, PRETRAINING_RATE, Cell, Pretraining
 from examples.ablations.comparison import Comparison
 from examples.ablations.judge import compare, standard_error
 from examples.ablations.report import write_report
 from examples.ablations.results import Results
 from examples.ablations.study import Scale, Study
-from examples.ablations.tables import FIRST, SECOND
+from examples.ablations.tables import FIRST, SECOND, Row
 from examples.fashion_mnist.data import prepare
 from megatron_nepa.config import ConfigError, override
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
@@ -92,6 +93,23 @@ def test_cells_are_known_by_their_settings(study: Study) -> None:
     assert len(cells) == 3 * (1 + 3 + 2 + 1 + 1)
     # a key is part of results that are kept: another one would train them again
     assert Pretraining("nepa", (), 1000, 0).key == "059d5006a971"
+
+
+def test_equal_trainings_are_one_task(study: Study) -> None:
+    study.measure_noise()
+    study.results.cells.clear()
+    same, repeated = (study.cell(row, 0) for row in (Row("", ""), Row("", "", {"optimizer.base_lr": PRETRAINING_RATE})))
+    other = study.cell(Row("", "", finetuning={"model.causal": "true"}), 0)
+    assert same.start != repeated.start
+    (task,) = study._tasks([same, repeated, other])  # one folder: two processes would write into it
+    assert {cell.key for cell in task.cells} == {same.key, other.key}
+
+
+def test_results_of_another_scale_are_refused(study: Study) -> None:
+    study.measure_noise()
+    study.scale = replace(SCALE, finetuning=20)
+    with pytest.raises(ConfigError, match=r"fine-tuning 10 on 10 % of the labels; here .* 20 on 10 %"):
+        study.measure_noise()
 
 
 def test_every_cell_is_a_run_that_can_start(study: Study) -> None:
