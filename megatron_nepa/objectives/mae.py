@@ -62,7 +62,7 @@ class MaeForPretraining(PixelModel):
         is_share = images.shape[0] != sample_index.shape[0]
         target = place_rows(target, is_share, rows, trunk.tensor, trunk.sequence_parallel)
         num_visible = objective.num_visible(order.shape[1])
-        masked = mae_mask(objective, order.shape[1], trunk.seed, sample_index)  # [B, N]
+        masked = hidden_patches(order, num_visible)  # [B, N]
         weight = nn.functional.pad(masked, (num_prefix, 0)).flatten().to(target.dtype)
         weight = rows.take(weight) / ((order.shape[1] - num_visible) * order.shape[0])
         loss, shares = pixel_loss(prediction, target, weight, trunk)
@@ -77,9 +77,10 @@ class MaeForPretraining(PixelModel):
     def reconstruct(self, images: Tensor, sample_index: Tensor) -> Reconstruction:
         """Predict the masked patches."""
         config, objective = self.trunk.config, self.objective
-        _, rows, _ = self.predict(images, sample_index, self.order(sample_index))
+        order = self.order(sample_index)
+        _, rows, _ = self.predict(images, sample_index, order)
         patches = rows.unflatten(0, (images.shape[0], -1))[:, int(config.bos_token) :]
-        hidden = mae_mask(objective, config.num_patches, self.trunk.seed, sample_index)
+        hidden = hidden_patches(order, objective.num_visible(config.num_patches))
         return fill_in(patches, hidden, images, config.patch_size, objective.normalize_targets)
 
     def predict(self, images: Tensor, sample_index: Tensor, order: Tensor) -> tuple[TrunkOutput, Tensor, RowShard]:
@@ -101,8 +102,13 @@ class MaeForPretraining(PixelModel):
 
 def mae_mask(objective: MaeObjective, num_patches: int, seed: int, sample_index: Tensor) -> Tensor:
     """The patches of every sample that the trunk does not see, bool [B, N]."""
-    place = shuffled_patches(num_patches, _PURPOSE, seed, sample_index).argsort(dim=1)
-    return place >= objective.num_visible(num_patches)
+    order = shuffled_patches(num_patches, _PURPOSE, seed, sample_index)
+    return hidden_patches(order, objective.num_visible(num_patches))
+
+
+def hidden_patches(order: Tensor, num_visible: int) -> Tensor:
+    """All patches but the first ``num_visible`` in ``order``, int64 [B, N]; bool [B, N]."""
+    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :num_visible], False)
 
 
 class Decoder(nn.Module):
