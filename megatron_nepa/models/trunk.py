@@ -7,7 +7,7 @@ token rows of the replica, n of them on this rank, D width, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from megatron_nepa.models.transformer import Block, Norm
 from megatron_nepa.parallel.rows import RowShard, shard_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def stream_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the residual stream of blocks that start from rows of ``dtype``: never a narrower one."""
+    return torch.promote_types(DTYPES[config.residual_dtype], dtype)
 
 
 class TrunkOutput(NamedTuple):
@@ -93,10 +98,8 @@ class Trunk(nn.Module):
         mask = None
         if self.training and self.mask_ratio > 0:
             mask = patch_mask(self.mask_ratio, period - num_prefix, self.seed, sample_index)  # [B, patches]
-        stream_dtype = torch.promote_types(DTYPES[config.residual_dtype], images.dtype)
-        embedding, stream = self.embedding(
-            images, num_samples, rows, mask, stream_dtype, kept
-        )  # [n or n + 1, D], [n, D]
+        dtype = stream_dtype(config, images.dtype)
+        embedding, stream = self.embedding(images, num_samples, rows, mask, dtype, kept)  # [n or n + 1, D], [n, D]
 
         angles, rope_scale = None, None
         if config.rope:
@@ -107,27 +110,24 @@ class Trunk(nn.Module):
                 rope_scale = rope_rescale_factor(
                     config.rope_rescale, config.rope_rescale_group, self.seed, sample_index
                 )
-        row_scale = self._row_scale(sample_index, rows, period)  # 2 L of [n]
-
         normed, tapped = run_blocks(
-            cast("list[Block]", list(self.blocks)),
+            self.blocks,
             self.norm,
             stream,
             angles=angles,
-            rope_scale=rope_scale,
-            row_scale=row_scale,
             num_samples=num_samples,
             period=period,
+            rope_scale=rope_scale,
+            row_scale=self._row_scale(sample_index, rows, period),
             visible=visible,
             recompute=self.activation_checkpointing == "full",
             taps=taps,
         )
         return TrunkOutput(embedding, normed, rows, period, tapped)
 
-    def _row_scale(self, sample_index: Tensor, rows: RowShard, period: int) -> Tensor | list[None]:
-        num_branches = 2 * self.config.num_layers
+    def _row_scale(self, sample_index: Tensor, rows: RowShard, period: int) -> Tensor | None:
         if not self.training or self.config.drop_path == 0:
-            return [None] * num_branches
+            return None
         factors = drop_path_factors(self.config.drop_path, self.config.num_layers, self.seed, sample_index)
         sample = rows.sample_of_row(period, sample_index.shape[0], sample_index.device)
-        return factors[:, sample]
+        return factors[:, sample]  # [2 L, n]

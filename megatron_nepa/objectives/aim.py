@@ -17,7 +17,7 @@ from megatron_nepa.config import IMAGE_CHANNELS, AimObjective, ModelConfig
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.draws import prefix_lengths
 from megatron_nepa.models.transformer import FeedForward, Norm
-from megatron_nepa.models.trunk import DTYPES, Trunk, TrunkOutput
+from megatron_nepa.models.trunk import Trunk, TrunkOutput, stream_dtype
 from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.objectives.pixels import PixelModel, Reconstruction, RowLinear, fill_in, pixel_loss, pixel_targets
 from megatron_nepa.objectives.sample_losses import sample_losses
@@ -140,7 +140,7 @@ class Head(nn.Module):
         vectors += [layer.down.bias for layer in layers]
         summed = cast("list[Tensor]", sum_split_gradients(vectors, self.split, self.tensor))
         eps = self.config.layer_norm_eps
-        stream = encoded.to(torch.promote_types(DTYPES[self.config.residual_dtype], encoded.dtype))
+        stream = encoded.to(stream_dtype(self.config, encoded.dtype))
         normed = self.kernels.layer_norm(stream, summed[0], summed[1], eps)
         for i, layer in enumerate(layers):
             weight, bias = summed[2 * i + 2 : 2 * i + 4]

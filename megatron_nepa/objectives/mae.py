@@ -6,8 +6,6 @@ visible, P prefix tokens (BOS), n token rows of this rank, D width of the trunk,
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from megatron_nepa.models.patch_embedding import position_parameter, token_index
 from megatron_nepa.models.rope import rope_angles
 from megatron_nepa.models.stack import run_blocks
 from megatron_nepa.models.transformer import Block, Norm
-from megatron_nepa.models.trunk import DTYPES, Trunk, TrunkOutput
+from megatron_nepa.models.trunk import Trunk, TrunkOutput, stream_dtype
 from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.objectives.pixels import PixelModel, Reconstruction, RowLinear, fill_in, pixel_loss, pixel_targets
 from megatron_nepa.objectives.sample_losses import sample_losses
@@ -148,18 +146,16 @@ class Decoder(nn.Module):
         period = order.shape[1] + num_prefix
         rows = shard_rows(num_samples * period, self.tensor, self.sequence_parallel)
         stream = self._all_tokens(self.embed(encoded.output), encoded, order, rows)
-        stream = stream.to(torch.promote_types(DTYPES[config.residual_dtype], stream.dtype))
+        stream = stream.to(stream_dtype(config, stream.dtype))
         angles = None
         if config.rope:
             grid = (config.grid_size, config.grid_size)
             angles = rope_angles(*grid, config.head_size, config.rope_theta, num_prefix, stream.device)
         normed, _ = run_blocks(
-            cast("list[Block]", list(self.blocks)),
+            self.blocks,
             self.norm,
             stream,
             angles=angles,
-            rope_scale=None,
-            row_scale=[None] * (2 * config.num_layers),
             num_samples=num_samples,
             period=period,
             recompute=self.recompute,

@@ -10,8 +10,6 @@ the predictor's.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +18,7 @@ from megatron_nepa.models.build import Build
 from megatron_nepa.models.patch_embedding import position_parameter
 from megatron_nepa.models.stack import run_blocks
 from megatron_nepa.models.transformer import Block, Norm
-from megatron_nepa.models.trunk import DTYPES
+from megatron_nepa.models.trunk import stream_dtype
 from megatron_nepa.objectives.block_masks import BlockMasks
 from megatron_nepa.parallel.collectives import all_reduce_gradients, gather_rows
 from megatron_nepa.parallel.parameters import parameter, sum_split_gradients
@@ -75,9 +73,9 @@ class Predictor(nn.Module):
         assert mask_token is not None
         assert out_weight is not None
         tokens = nn.functional.linear(context, in_weight, in_bias)
-        stream_dtype = torch.promote_types(DTYPES[config.residual_dtype], tokens.dtype)
+        dtype = stream_dtype(config, tokens.dtype)
         assert self.positions is not None
-        positions = self.positions.to(stream_dtype)
+        positions = self.positions.to(dtype)
         if holds_whole_samples(num_samples, tensor, sequence_parallel):
             masks = own_samples(masks, build)
         elif sequence_parallel:  # the rows cut a sample: every rank joins all of them, and keeps its rows below
@@ -85,8 +83,8 @@ class Predictor(nn.Module):
             (whole,) = all_reduce_gradients((joined,), tensor)
             assert whole is not None
             tokens = whole
-        tokens = tokens.view(-1, num_context, config.hidden_size).to(stream_dtype) + positions[masks.context]
-        queries = mask_token.to(stream_dtype) + positions[masks.targets]  # [b, M, A, d]
+        tokens = tokens.view(-1, num_context, config.hidden_size).to(dtype) + positions[masks.context]
+        queries = mask_token.to(dtype) + positions[masks.targets]  # [b, M, A, d]
         tokens = tokens[:, None].expand(-1, num_targets, -1, -1)
         sequences = torch.cat((tokens, queries), dim=2)  # [b, M, P, d]
         period = sequences.shape[2]
@@ -97,12 +95,10 @@ class Predictor(nn.Module):
         if is_cut:
             stream = rows.take(stream)
         normed, _ = run_blocks(
-            cast("list[Block]", list(self.blocks)),
+            self.blocks,
             self.norm,
             stream,
             angles=None,
-            rope_scale=None,
-            row_scale=[None] * (2 * config.num_layers),
             num_samples=num_samples * num_targets,
             period=period,
             recompute=build.parallel.activation_checkpointing == "full",
