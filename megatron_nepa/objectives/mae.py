@@ -20,9 +20,8 @@ from megatron_nepa.models.trunk import Trunk, TrunkOutput, stream_dtype
 from megatron_nepa.objectives.objective import PretrainingOutput
 from megatron_nepa.objectives.pixels import PixelModel, Reconstruction, RowLinear, fill_in, pixel_loss, pixel_targets
 from megatron_nepa.objectives.sample_losses import sample_losses
-from megatron_nepa.parallel.collectives import all_reduce_gradients, gather_rows
 from megatron_nepa.parallel.parameters import initialize_parameters, parameter, sum_split_gradients
-from megatron_nepa.parallel.rows import RowShard, holds_whole_samples, place_rows, shard_rows
+from megatron_nepa.parallel.rows import RowShard, holds_whole_samples, join_rows, place_rows, shard_rows
 
 _PURPOSE = "mae_mask"  # of the draw
 
@@ -171,9 +170,7 @@ class Decoder(nn.Module):
                 order = order.chunk(self.tensor.size)[self.tensor.rank]
             else:  # rows that cut a sample: each rank takes its own of the whole, so that gradients are shares
                 cut = True
-                (joined,) = all_reduce_gradients([gather_rows(tokens, self.tensor)], self.tensor)
-                assert joined is not None
-                tokens = joined[: encoded.rows.num_rows]
+                tokens = join_rows(tokens, encoded.rows.num_rows, self.tensor)
         split = ("rows",) if self.sequence_parallel else ()
         (mask_token,) = sum_split_gradients((self.mask_token,), split, self.tensor)
         assert mask_token is not None

@@ -20,9 +20,8 @@ from megatron_nepa.models.stack import run_blocks
 from megatron_nepa.models.transformer import Block, Norm
 from megatron_nepa.models.trunk import stream_dtype
 from megatron_nepa.objectives.block_masks import BlockMasks
-from megatron_nepa.parallel.collectives import all_reduce_gradients, gather_rows
 from megatron_nepa.parallel.parameters import parameter, sum_split_gradients
-from megatron_nepa.parallel.rows import holds_whole_samples, shard_rows
+from megatron_nepa.parallel.rows import holds_whole_samples, join_rows, shard_rows
 
 
 class Predictor(nn.Module):
@@ -79,10 +78,7 @@ class Predictor(nn.Module):
         if holds_whole_samples(num_samples, tensor, sequence_parallel):
             masks = own_samples(masks, build)
         elif sequence_parallel:  # the rows cut a sample: every rank joins all of them, and keeps its rows below
-            joined = gather_rows(tokens, tensor)[: num_samples * num_context]
-            (whole,) = all_reduce_gradients((joined,), tensor)
-            assert whole is not None
-            tokens = whole
+            tokens = join_rows(tokens, num_samples * num_context, tensor)
         tokens = tokens.view(-1, num_context, config.hidden_size).to(dtype) + positions[masks.context]
         queries = mask_token.to(dtype) + positions[masks.targets]  # [b, M, A, d]
         tokens = tokens[:, None].expand(-1, num_targets, -1, -1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_nepa.parallel.collectives import gather_rows
+from megatron_nepa.parallel.collectives import all_reduce_gradients, gather_rows
 from megatron_nepa.parallel.topology import TensorGroup
 
 
@@ -71,6 +71,19 @@ def place_rows(
     if not is_share:
         return rows.take(local, halo) if sequence_parallel else local
     return local if sequence_parallel else gather_rows(local, tensor)  # a share is this rank's run
+
+
+def join_rows(own: Tensor, num_rows: int, tensor: TensorGroup) -> Tensor:
+    """All of the replica's rows on every rank, each of which uses a share of them: the shares' gradients are summed.
+
+    Args:
+        own: this rank's run of them, padding included, [n, ...].
+        num_rows: how many there are without padding.
+        tensor: the ranks.
+    """
+    (rows,) = all_reduce_gradients([gather_rows(own, tensor)[:num_rows]], tensor)
+    assert rows is not None
+    return rows
 
 
 def holds_whole_samples(num_samples: int, tensor: TensorGroup, sequence_parallel: bool) -> bool:

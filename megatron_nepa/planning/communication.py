@@ -217,10 +217,7 @@ def _outer_collectives(
     found += _call("loss", "all_reduce", "forward", 1, 3 * FP32)
     if layout.micro_batch_size % layout.tensor_parallel_size:  # rows that cut a sample are joined
         context, _, targets = stacks
-        rows_of_context = layout.all_rows(context.model)
-        found += _call("the context's features", "all_gather", "forward", 1, BF16 * rows_of_context * width)
-        kept = layout.micro_batch_size * context.model.sequence_length
-        found += _call("gradient of the context's features", "all_reduce", "backward", 1, BF16 * kept * width)
+        found += _joined_rows("the context's features", context, width)
         rows_of_targets = layout.all_rows(targets.model)
         found += _call("the targets", "all_gather", "forward", 1, BF16 * rows_of_targets * model.hidden_size)
     return found
@@ -238,10 +235,17 @@ def _pixel_collectives(
     found += _call("the decoder's first layer", "all_reduce", "backward", 1, BF16 * (model.hidden_size + 1) * width)
     found += _call("mask token", "all_reduce", "backward", 1, BF16 * width)
     if layout.micro_batch_size % layout.tensor_parallel_size:  # rows that cut a sample are joined
-        visible = BF16 * layout.all_rows(stacks[0].model) * width
-        found += _call("the visible patches", "all_gather", "forward", 1, visible)
-        found += _call("gradient of the visible patches", "all_reduce", "backward", 1, visible)
+        found += _joined_rows("the visible patches", stacks[0], width)
     return found
+
+
+def _joined_rows(what: str, stack: Stack, width: int) -> list[Collective]:
+    """Of a stack's rows that every rank is given all of, and of their gradient, which has no padding."""
+    rows = stack.layout.micro_batch_size * stack.model.sequence_length
+    return [
+        *_call(what, "all_gather", "forward", 1, BF16 * stack.layout.all_rows(stack.model) * width),
+        *_call(f"gradient of {what}", "all_reduce", "backward", 1, BF16 * rows * width),
+    ]
 
 
 def _embedding_numbers(model: ModelConfig, with_positions: bool) -> int:

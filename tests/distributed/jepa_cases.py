@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_nepa.config import JepaObjective, ModelConfig
 from megatron_nepa.objectives import block_masks, jepa, predictor
+from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine import engine as engine_module
 from megatron_nepa.training.engine.average_copy import AverageCopy
@@ -106,10 +107,7 @@ def targets_in_training(model: nn.Module, topology: Topology) -> None:
 def unsummed_context(model: nn.Module, topology: Topology) -> None:
     """The context's rows that each rank uses a share of get that share's gradient alone."""
 
-    def mutated(tensors: Sequence[Tensor], tensor: Any) -> list[Tensor]:
-        return list(tensors)
-
-    predictor.all_reduce_gradients = mutated  # type: ignore[assignment]
+    predictor.join_rows = lambda own, num_rows, tensor: gather_rows(own, tensor)[:num_rows]  # type: ignore[assignment]
 
 
 def padding_counts(model: nn.Module, topology: Topology) -> None:

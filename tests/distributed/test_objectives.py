@@ -21,6 +21,7 @@ from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, 
 from megatron_nepa.config import AimObjective, MaeObjective
 from megatron_nepa.models import draws, patch_embedding, stack, transformer, trunk
 from megatron_nepa.objectives import aim, mae, pixels
+from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup, Topology
 from tests.distributed.cases import (
@@ -125,7 +126,7 @@ def test_a_run_that_continues_on_another_grid_computes_the_same(tmp_path: Path) 
 
 def unsummed_rows(model: nn.Module, topology: Topology) -> None:
     """The encoded rows that each rank uses a share of get that share's gradient alone."""
-    mae.all_reduce_gradients = lambda tensors, tensor: list(tensors)  # type: ignore[assignment]
+    mae.join_rows = lambda own, num_rows, tensor: gather_rows(own, tensor)[:num_rows]  # type: ignore[assignment]
 
 
 def own_masks(model: nn.Module, topology: Topology) -> None:
