@@ -1,12 +1,12 @@
-"""JEPA against transformers' I-JEPA encoder and plain words: features, masks, loss and every gradient."""
+"""JEPA against transformers' I-JEPA encoder and plain words: features, loss and every gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,26 +22,14 @@ from megatron_nepa.config import (
 )
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.positions import sine_positions
-from megatron_nepa.objectives.block_masks import TRIES, block_masks
+from megatron_nepa.objectives.block_masks import block_masks
 from megatron_nepa.objectives.jepa import JepaForPretraining
-from megatron_nepa.parallel.random import derive_key, uniform
 from megatron_nepa.training.reporting.health import EmbeddingHealth, embedding_health, read_health
 from tests.distributed.cases import sample_images
 from tests.models.test_objective import photograph_crops
+from tests.objectives.transformers_vit import VIT, newly_named, settings_of, spread_parameters, trunk_of
 
-MODEL = ModelConfig(
-    image_size=84,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    mlp="gelu",
-    mlp_hidden_size=64,
-    qk_norm="none",
-    rope=False,
-    position_embedding="sincos",
-    layer_scale_init=None,
-    causal=False,
-)
+MODEL = replace(VIT, image_size=84)
 OBJECTIVE = JepaObjective(predictor_hidden_size=16, predictor_num_layers=2, predictor_num_heads=2)
 SEED, STEP, BATCH = 11, 3, 3
 SAMPLES = torch.arange(BATCH) + 40
@@ -61,54 +49,17 @@ class GivenAverage:
 
 
 def oracle(seed: int) -> Any:
-    config = IJepaConfig(
-        image_size=MODEL.image_size,
-        patch_size=MODEL.patch_size,
-        hidden_size=MODEL.hidden_size,
-        num_hidden_layers=MODEL.num_layers,
-        num_attention_heads=MODEL.num_heads,
-        intermediate_size=MODEL.mlp_hidden_size,
-        layer_norm_eps=MODEL.layer_norm_eps,
-        attn_implementation="sdpa",
-    )
     torch.manual_seed(seed)
-    model = IJepaModel(config, add_pooling_layer=False).double().eval()
+    model = IJepaModel(IJepaConfig(**settings_of(MODEL)), add_pooling_layer=False).double().eval()
     with torch.no_grad():
-        for name, param in model.named_parameters():
-            if "position" in name:
-                param.copy_(sine_positions(MODEL.grid_size, MODEL.hidden_size, 0))
-            else:  # biases and norms away from 0 and 1, at which a wrong one would not show
-                param.add_(torch.randn_like(param) * 0.05)
+        model.embeddings.position_embeddings.copy_(sine_positions(MODEL.grid_size, MODEL.hidden_size, 0))
+    spread_parameters(model)
     return model
 
 
-# what transformers 5.0 calls its parameters, and later releases
-RENAMED = (
-    ("encoder.layer.", "layers."),
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
-
-
-def trunk_of(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def ours_of(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Their encoder's tensors, or gradients, under the names of our trunk."""
-    for old, new in RENAMED:
-        theirs = {name.replace(old, new): value for name, value in theirs.items()}
-    pairs = {"embedding": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
-    found = {}
-    for i in range(MODEL.num_layers):
-        ours, layer = f"blocks.{i}", f"layers.{i}"
-        pairs |= {f"{ours}.norm1": f"{layer}.layernorm_before", f"{ours}.norm2": f"{layer}.layernorm_after"}
-        pairs |= {f"{ours}.attention.out": f"{layer}.attention.o_proj", f"{ours}.feed_forward.up": f"{layer}.mlp.fc1"}
-        pairs[f"{ours}.feed_forward.down"] = f"{layer}.mlp.fc2"
-        for kind in ("weight", "bias"):
-            parts = [theirs[f"{layer}.attention.{part}_proj.{kind}"] for part in "qkv"]
-            found[f"{ours}.attention.qkv.{kind}"] = torch.cat(parts)
-    return found | {f"{a}.{kind}": theirs[f"{b}.{kind}"] for a, b in pairs.items() for kind in ("weight", "bias")}
+    return trunk_of(newly_named(theirs), MODEL.num_layers)
 
 
 def encode(theirs: Any, images: Tensor, kept: Tensor | None) -> Tensor:
@@ -127,12 +78,12 @@ def build() -> tuple[JepaForPretraining, Any, Any]:
     """Our model, and their encoders with its trunk's weights and with its targets'."""
     ours = JepaForPretraining(MODEL, OBJECTIVE, Build(seed=SEED)).double()
     context, target = oracle(0), oracle(1)
-    ours.trunk.load_state_dict(trunk_of(context.state_dict()), strict=False)
+    ours.trunk.load_state_dict(ours_of(context.state_dict()), strict=False)
     with torch.no_grad():
         for name, param in ours.predictor.named_parameters():
             if name != "positions":
                 param.add_(torch.randn_like(param) * 0.05)
-    ours.targets.attach(GivenAverage(trunk_of(target.state_dict())))
+    ours.targets.attach(GivenAverage(ours_of(target.state_dict())))
     return ours, context, target
 
 
@@ -198,76 +149,12 @@ def test_loss_and_every_gradient_are_those_of_plain_words() -> None:
     assert abs(output.loss.item() - loss.item()) < 1e-9
     expected = {f"predictor.{name}": p.grad for name, p in params.items() if name != "positions"}
     theirs = {name: p.grad for name, p in context.named_parameters() if p.grad is not None}
-    expected |= {f"trunk.{name}": grad for name, grad in trunk_of(theirs).items()}
+    expected |= {f"trunk.{name}": grad for name, grad in ours_of(theirs).items()}
     found = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         assert grad is not None
         assert (grad - expected[name]).abs().max() < 1e-9, name
-
-
-def plain_masks(objective: JepaObjective, side: int, step: int, sample: int) -> tuple[list[int], list[list[int]]]:
-    """Context and target patches of one sample by the rule in words, one number at a time."""
-
-    def draw(purpose: str, index: int, count: int) -> list[float]:
-        return [float(x) for x in uniform(derive_key(SEED, purpose), np.array([index]), count)[0]]
-
-    def sides(scale: float, aspect: float) -> tuple[int, int]:
-        patches = int(scale * side * side)
-        rows, columns = round(math.sqrt(patches * aspect)), round(math.sqrt(patches / aspect))
-        return min(max(rows, 1), side), min(max(columns, 1), side)
-
-    a, b, c = draw("block_sizes", step, 3)
-    scale = objective.target_scale_min + a * (objective.target_scale_max - objective.target_scale_min)
-    aspect = objective.target_aspect_min + b * (objective.target_aspect_max - objective.target_aspect_min)
-    target = sides(scale, aspect)
-    context = sides(objective.context_scale_min + c * (1 - objective.context_scale_min), 1.0)
-
-    def block(size: tuple[int, int], row_draw: float, column_draw: float) -> list[int]:
-        top, left = int(row_draw * (side - size[0] + 1)), int(column_draw * (side - size[1] + 1))
-        return [y * side + x for y in range(top, top + size[0]) for x in range(left, left + size[1])]
-
-    wanted = round(objective.context_ratio * side * side)
-    places = iter(draw("block_places", sample, TRIES * (objective.num_targets + 1) * 2))
-    for attempt in range(TRIES):
-        blocks = [block(target, next(places), next(places)) for _ in range(objective.num_targets)]
-        if attempt == TRIES - 1:
-            blocks = blocks[:1] * objective.num_targets
-        left_over = set(block(context, next(places), next(places))).difference(*blocks)
-        if len(left_over) >= wanted:
-            break
-    order = draw("context_patches", sample, side * side)
-    return sorted(sorted(left_over, key=lambda patch: order[patch])[:wanted]), blocks
-
-
-# where few first tries leave too little, where most do, and where all of some samples do
-@pytest.mark.parametrize(
-    ("side", "objective"),
-    [(14, JepaObjective()), (6, OBJECTIVE), (6, JepaObjective(context_ratio=0.44, num_targets=8))],
-)
-def test_masks_are_those_of_plain_words(side: int, objective: JepaObjective) -> None:
-    samples = torch.arange(20)
-    on_each_other = False
-    for step in range(5):
-        masks = block_masks(objective, (side, side), SEED, step, samples)
-        for i in range(len(samples)):
-            context, targets = plain_masks(objective, side, step, i)
-            assert masks.context[i].tolist() == context
-            assert masks.targets[i].tolist() == targets
-        alone = block_masks(objective, (side, side), SEED, step, samples[7:9])
-        assert torch.equal(alone.context, masks.context[7:9])  # whatever the micro-batch
-        assert torch.equal(alone.targets, masks.targets[7:9])
-        on_each_other |= bool((masks.targets == masks.targets[:, :1]).all(dim=2).all(dim=1).any())
-    assert on_each_other == (objective.num_targets == 8)
-
-
-def test_every_block_size_leaves_its_context() -> None:
-    for side in range(5, 20):
-        objective = JepaObjective(context_ratio=0.3)
-        largest = objective.most_target_patches(side, side)
-        sizes = [block_masks(objective, (side, side), SEED, step, torch.arange(2)) for step in range(40)]
-        assert max(masks.targets.shape[2] for masks in sizes) <= largest
-        assert {masks.context.shape[1] for masks in sizes} == {round(0.3 * side * side)}
 
 
 def run(**changes: Any) -> PretrainingConfig:
@@ -322,20 +209,7 @@ class MovingAverage(GivenAverage):
 
 def train(decay: float, steps: int) -> dict[str, EmbeddingHealth]:
     """Spread of targets and predictions after training on crops of a photograph."""
-    model = ModelConfig(
-        image_size=56,
-        patch_size=7,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        mlp="gelu",
-        mlp_hidden_size=128,
-        qk_norm="none",
-        rope=False,
-        position_embedding="sincos",
-        layer_scale_init=None,
-        causal=False,
-    )
+    model = replace(MODEL, image_size=56, patch_size=7, hidden_size=64, mlp_hidden_size=128)
     jepa = JepaForPretraining(
         model, JepaObjective(predictor_hidden_size=32, predictor_num_layers=2, predictor_num_heads=4)
     )

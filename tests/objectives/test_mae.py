@@ -17,96 +17,53 @@ from megatron_nepa.models.positions import sine_positions
 from megatron_nepa.objectives.mae import MaeForPretraining
 from megatron_nepa.parallel.random import derive_key, uniform_tensor
 from tests.distributed.cases import sample_images
-
-MODEL = ModelConfig(
-    image_size=56,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    mlp="gelu",
-    mlp_hidden_size=64,
-    qk_norm="none",
-    rope=False,
-    position_embedding="sincos",
-    bos_token=True,
-    layer_scale_init=None,
-    causal=False,
+from tests.objectives.transformers_vit import (
+    VIT,
+    block_of,
+    linear_of,
+    newly_named,
+    settings_of,
+    spread_parameters,
+    trunk_of,
 )
+
+MODEL = replace(VIT, bos_token=True)
 OBJECTIVE = MaeObjective(decoder_hidden_size=16, decoder_layers=2, decoder_heads=2, decoder_mlp_hidden_size=24)
 SEED, BATCH = 11, 3
 
 
 def oracle() -> Any:
     config = ViTMAEConfig(
-        image_size=MODEL.image_size,
-        patch_size=MODEL.patch_size,
-        hidden_size=MODEL.hidden_size,
-        num_hidden_layers=MODEL.num_layers,
-        num_attention_heads=MODEL.num_heads,
-        intermediate_size=MODEL.mlp_hidden_size,
+        **settings_of(MODEL),
         decoder_hidden_size=OBJECTIVE.decoder_hidden_size,
         decoder_num_hidden_layers=OBJECTIVE.decoder_layers,
         decoder_num_attention_heads=OBJECTIVE.decoder_heads,
         decoder_intermediate_size=OBJECTIVE.decoder_mlp_hidden_size,
-        layer_norm_eps=MODEL.layer_norm_eps,
         mask_ratio=OBJECTIVE.mask_ratio,
         norm_pix_loss=True,
-        attn_implementation="sdpa",  # the other one rounds the softmax to fp32
     )
     torch.manual_seed(0)
     model = ViTMAEForPreTraining(config).double()
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if "pos" not in name:  # biases and norms away from 0 and 1, at which a wrong one would not show
-                param.add_(torch.randn_like(param) * 0.05)
+    spread_parameters(model)
     return model
-
-
-# what transformers 5.0 calls its parameters, and later releases
-RENAMED = (
-    ("encoder.layer.", "layers."),
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
 
 
 def ours_of(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors, or gradients, under our names and in our layouts."""
-    for old, new in RENAMED:
-        theirs = {name.replace(old, new): value for name, value in theirs.items()}
-
-    def linear(name: str, prefix: str) -> dict[str, Tensor]:
-        return {f"{name}.{kind}": theirs[f"{prefix}.{kind}"] for kind in ("weight", "bias")}
-
-    def block(name: str, prefix: str) -> dict[str, Tensor]:
-        qkv = [f"{prefix}.attention.{part}_proj" for part in "qkv"]
-        return {
-            **linear(f"{name}.norm1", f"{prefix}.layernorm_before"),
-            **{f"{name}.attention.qkv.{k}": torch.cat([theirs[f"{x}.{k}"] for x in qkv]) for k in ("weight", "bias")},
-            **linear(f"{name}.attention.out", f"{prefix}.attention.o_proj"),
-            **linear(f"{name}.norm2", f"{prefix}.layernorm_after"),
-            **linear(f"{name}.feed_forward.up", f"{prefix}.mlp.fc1"),
-            **linear(f"{name}.feed_forward.down", f"{prefix}.mlp.fc2"),
-        }
+    theirs = newly_named(theirs)
 
     def channels_first(rows: Tensor) -> Tensor:  # theirs are (pixel row, pixel column, channel)
         side = MODEL.patch_size
         return rows.unflatten(0, (side, side, 3)).movedim(2, 0).flatten(0, 2)
 
-    found = linear("trunk.embedding", "vit.embeddings.patch_embeddings.projection")
+    found = trunk_of(theirs, MODEL.num_layers, "vit.", "trunk.")
     found |= {"trunk.embedding.bos_token": theirs["vit.embeddings.cls_token"].flatten()}
-    for i in range(MODEL.num_layers):
-        found |= block(f"trunk.blocks.{i}", f"vit.layers.{i}")
-    found |= linear("trunk.norm", "vit.layernorm") | linear("pixel_decoder.embed", "decoder.decoder_embed")
+    found |= linear_of(theirs, "decoder.decoder_embed", "pixel_decoder.embed")
     found |= {"pixel_decoder.mask_token": theirs["decoder.mask_token"].flatten()}
     for i in range(OBJECTIVE.decoder_layers):
-        found |= block(f"pixel_decoder.blocks.{i}", f"decoder.decoder_layers.{i}")
-    found |= linear("pixel_decoder.norm", "decoder.decoder_norm")
-    predict = linear("pixel_decoder.predict", "decoder.decoder_pred")
+        found |= block_of(theirs, f"decoder.decoder_layers.{i}", f"pixel_decoder.blocks.{i}")
+    found |= linear_of(theirs, "decoder.decoder_norm", "pixel_decoder.norm")
+    predict = linear_of(theirs, "decoder.decoder_pred", "pixel_decoder.predict")
     return found | {name: channels_first(value) for name, value in predict.items()}
 
 
