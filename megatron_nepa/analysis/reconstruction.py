@@ -14,7 +14,7 @@ from megatron_nepa.analysis.images import Pixels, to_tensor
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Weights
-from megatron_nepa.config import AimObjective, MaeObjective, PretrainingConfig, read_objective
+from megatron_nepa.config import AimObjective, MaeObjective, read_objective
 from megatron_nepa.models.build import Build
 from megatron_nepa.objectives.aim import AimForPretraining
 from megatron_nepa.objectives.build import build_objective
@@ -47,8 +47,7 @@ def pixel_model(checkpoint: Path, weights: Weights) -> PixelModel | None:
     objective = read_objective(run)
     if not isinstance(objective, AimObjective | MaeObjective):
         return None
-    config = PretrainingConfig(model=weights.model, objective=objective, steps=1)
-    model = build_objective(config, Build(seed=run["seed"]))
+    model = build_objective(weights.model, objective, Build(seed=run["seed"]))
     assert isinstance(model, PixelModel)
     model.load_state_dict(weights.tensors)
     return model.eval()

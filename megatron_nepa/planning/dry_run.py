@@ -117,7 +117,7 @@ def join_fake_group(world_size: int) -> None:
 def build_without_memory(run: PretrainingConfig, tensor: TensorGroup) -> PretrainingModel:
     """The model of ``run`` on the ``meta`` device, with the kernels of a GPU run."""
     with torch.device("meta"):
-        return build_objective(run, Build.of(run, tensor, fused_kernels()))
+        return build_objective(run.model, run.objective, Build.of(run, tensor, fused_kernels()))
 
 
 def _give_fake_parameters(model: nn.Module) -> None:

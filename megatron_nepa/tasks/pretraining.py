@@ -63,7 +63,8 @@ class PretrainingTask(Task):
 
     def build_model(self, kernels: Kernels) -> nn.Module:
         """The model, drawn from the run's seed."""
-        return build_objective(self.run, Build.of(self.run, self.topology.tensor, kernels))
+        build = Build.of(self.run, self.topology.tensor, kernels)
+        return build_objective(self.run.model, self.run.objective, build)
 
     def data_state(self, progress: Progress, total_steps: int) -> tuple[Progress, list[str]]:
         """A mixture goes on with the sources and shares of the checkpoint, or from there with others."""

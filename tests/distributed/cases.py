@@ -84,7 +84,7 @@ class Case:
     def build(self, run: RunConfig, topology: Topology, kernels: Kernels) -> nn.Module:
         """The model that is trained; other tasks' cases override it and :meth:`loss`."""
         assert isinstance(run, PretrainingConfig)
-        return build_objective(run, Build.of(run, topology.tensor, kernels))
+        return build_objective(run.model, run.objective, Build.of(run, topology.tensor, kernels))
 
     def loss(self, engine: TrainingEngine, images: Tensor, sample_index: Tensor) -> Tensor:
         """Loss of one micro-batch, equal on its tensor-parallel ranks."""

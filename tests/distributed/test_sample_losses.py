@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nepa.config import AimObjective, ModelConfig, NepaObjective, ParallelConfig, PretrainingConfig
+from megatron_nepa.config import AimObjective, ModelConfig, NepaObjective, ParallelConfig
 from megatron_nepa.models.build import Build
 from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.objectives.jepa import JepaForPretraining
@@ -26,7 +26,7 @@ OBJECTIVES = {
     "aim": (MODEL, AimObjective(head_layers=1)),
     "aim without a prefix": (replace(MODEL, bos_token=False), AimObjective(prefix=False)),
     "mae": (replace(MODEL, causal=False, position_embedding="sincos"), MAE),
-    "jepa": (jepa_cases.MODEL, replace(jepa_cases.OBJECTIVE, momentum=0.9999)),  # the decay of a run
+    "jepa": (jepa_cases.MODEL, jepa_cases.OBJECTIVE),
 }
 # on two ranks: all rows on both, whole samples on each, and rows that cut a sample, of which the last are padding
 CUTS = [(sequence_parallel, batch) for sequence_parallel in (False, True) for batch in (4, 3)]
@@ -34,8 +34,7 @@ CUTS = [(sequence_parallel, batch) for sequence_parallel in (False, True) for ba
 
 def build(name: str, parallel: ParallelConfig, tensor: TensorGroup) -> tuple[PretrainingModel, ModelConfig]:
     config, objective = OBJECTIVES[name]
-    run = PretrainingConfig(model=config, objective=objective, steps=1)
-    model = build_objective(run, Build(parallel, tensor, seed=SEED))
+    model = build_objective(config, objective, Build(parallel, tensor, seed=SEED))
     spread_vectors(model)
     model.double()
     if isinstance(model, JepaForPretraining):

@@ -71,7 +71,7 @@ PIXELS["aim without a prefix"] = replace(PIXELS["aim"], objective=AimObjective(p
 def test_parameters_of_an_objective_are_those_of_its_model(name: str, size: int) -> None:
     run = PIXELS[name]
     with torch.device("meta"):
-        model = build_objective(run, Build(ParallelConfig(size), TensorGroup(0, size)))
+        model = build_objective(run.model, run.objective, Build(ParallelConfig(size), TensorGroup(0, size)))
     assert count_all(run.model, size, run.objective).local == sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     assert count_trained(run.model, size, run.objective) == trained

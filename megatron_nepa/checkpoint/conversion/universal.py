@@ -35,7 +35,7 @@ from megatron_nepa.checkpoint.reading.weights import (
     write_state,
 )
 from megatron_nepa.checkpoint.saving.checkpoints_folder import beside
-from megatron_nepa.config import ConfigError, ModelConfig, require
+from megatron_nepa.config import ConfigError, JepaObjective, ModelConfig, ObjectiveConfig, read_objective, require
 from megatron_nepa.parallel.parameters import REPLICATED
 
 _LATEST, _RUN, _EMA, _BUFFERS = "latest_universal", "run.json", "ema.safetensors", "buffers.safetensors"
@@ -94,7 +94,7 @@ def export_universal(source: Path, folder: Path) -> Path:
         # torch's AdamW counts in a tensor, and DeepSpeed hands it on as it is
         torch.save(torch.tensor(float(progress["applied_steps"])), target / "zero" / name / "step.pt")
     torch.save(
-        _optimizer_state(run["optimizer"], progress, run.get("objective", {}).get("name", "nepa")),
+        _optimizer_state(run["optimizer"], progress, read_objective(run)),
         target / "zero/optimizer_state.pt",
     )
     torch.save(_model_states(progress), target / "mp_rank_00_model_states.pt")
@@ -169,7 +169,9 @@ def import_universal(folder: Path, target: Path) -> str:
     return f"step {progress['step']} of {source}{note}"
 
 
-def _optimizer_state(optimizer: dict[str, Any], progress: dict[str, int], objective: str) -> dict[str, Any]:
+def _optimizer_state(
+    optimizer: dict[str, Any], progress: dict[str, int], objective: ObjectiveConfig | None
+) -> dict[str, Any]:
     import deepspeed
 
     common = {
@@ -179,7 +181,7 @@ def _optimizer_state(optimizer: dict[str, Any], progress: dict[str, int], object
         "params": [],
     }
     decays = {"decay": optimizer["weight_decay"], "no_decay": 0.0}
-    if objective == "jepa":  # whose trunk has groups of its own
+    if isinstance(objective, JepaObjective):  # whose trunk has groups of its own
         decays |= {f"head, {kind}": decay for kind, decay in decays.items()}
     groups = [{"name": name, "weight_decay": decays[name], **common} for name in sorted(decays)]
     return {"param_groups": groups, "ds_version": deepspeed.__version__, "clip_grad": optimizer["clip_grad"]}

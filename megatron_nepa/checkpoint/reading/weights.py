@@ -29,15 +29,7 @@ from megatron_nepa.checkpoint.saving.checkpoints_folder import (
     sharded_writer,
     sync_folder,
 )
-from megatron_nepa.config import (
-    JepaObjective,
-    ModelConfig,
-    NepaObjective,
-    OptimizerConfig,
-    PretrainingConfig,
-    read_objective,
-    require,
-)
+from megatron_nepa.config import ModelConfig, NepaObjective, OptimizerConfig, read_objective, require
 from megatron_nepa.models.build import Build
 from megatron_nepa.models.trunk import Trunk
 from megatron_nepa.objectives.build import build_objective
@@ -99,13 +91,13 @@ def read_weights(path: str | Path, choice: Choice | None = None) -> Weights:
         name: state[key].reshape(forms[name].shape) if name in forms else state[key] for name, key in keys.items()
     }
     origin = describe_origin(checkpoint, manifest, kind)
-    objective = manifest["run"].get("objective")
+    objective = read_objective(manifest["run"])
     return Weights(
         model,
         tensors,
         origin,
         {name: state[key] for name, key in buffer_keys.items()},
-        objective=None if objective is None else objective.get("name", "nepa"),
+        objective=None if objective is None else objective.name,
     )
 
 
@@ -261,10 +253,8 @@ def parameter_forms(run: Mapping[str, Any], names: Collection[str]) -> dict[str,
     objective = read_objective(run)
     if objective is None or isinstance(objective, NepaObjective):
         return trunk_layouts(model, MASK_TOKEN in names)
-    decay = objective.momentum if isinstance(objective, JepaObjective) else 0.0
-    config = PretrainingConfig(model=model, objective=objective, optimizer=OptimizerConfig(ema_decay=decay), steps=1)
     with torch.device("meta"):
-        whole = build_objective(config, Build())
+        whole = build_objective(model, objective, Build())
     return {name: ParameterForm(param.shape, layout_of(param)) for name, param in whole.named_parameters()}
 
 
