@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,19 +35,7 @@ MODEL = ModelConfig(
 OBJECTIVE = JepaObjective(
     predictor_hidden_size=32, predictor_num_layers=2, predictor_num_heads=4, num_targets=3, momentum=0.9
 )
-PATCHED: tuple[Any, ...] = (block_masks, jepa, predictor, engine_module)
-
-
 CASE = Case(model=MODEL, objective=OBJECTIVE)
-
-
-def undone(mutation: Mutation, function: Callable[[Mutation], Any]) -> Any:
-    """What ``function`` returns under a mutation, which is taken back."""
-    kept = [(module, dict(vars(module))) for module in PATCHED]
-    result = function(mutation)
-    for module, names in kept:
-        vars(module).update(names)
-    return result
 
 
 def raw_weights(model: nn.Module, topology: Topology) -> None:

@@ -25,9 +25,9 @@ from tests.distributed.cases import (
     sample_images,
     train_case,
 )
-from tests.distributed.jepa_cases import CASE, MUTATIONS, undone
+from tests.distributed.jepa_cases import CASE, MUTATIONS
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_objectives import load_and_train, train_and_save
+from tests.distributed.test_objectives import load_and_train, train_and_save, train_cases
 
 CUT: dict[str, Any] = {"data_size": 2, "tensor_size": 2, "sequence_parallel": True, "micro_batch_size": 1}
 GRIDS: list[dict[str, Any]] = [
@@ -44,14 +44,6 @@ GRIDS: list[dict[str, Any]] = [
 def serial() -> Outcome:
     outcome: Outcome = run_ranks(1, train_case, CASE.on(zero_stage=0, micro_batch_size=8))[0]
     return outcome
-
-
-def train_cases(cases: Sequence[Case], mutations: Sequence[Mutation | None]) -> list[Outcome]:
-    def train(case: Case, mutation: Mutation | None) -> Outcome:
-        outcome: Outcome = undone(mutation, lambda given: train_case(case, given))
-        return outcome
-
-    return [train(case, mutation) for case, mutation in zip(cases, mutations, strict=True)]
 
 
 def test_a_grid_computes_what_one_rank_computes() -> None:

@@ -20,10 +20,11 @@ from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import AimObjective, MaeObjective
 from megatron_nepa.models import draws, patch_embedding, stack, transformer, trunk
-from megatron_nepa.objectives import aim, mae, pixels
+from megatron_nepa.objectives import aim, block_masks, jepa, mae, pixels, predictor
 from megatron_nepa.parallel.collectives import gather_rows
 from megatron_nepa.parallel.rows import RowShard
 from megatron_nepa.parallel.topology import TensorGroup, Topology
+from megatron_nepa.training.engine import engine as engine_module
 from tests.distributed.cases import (
     MODEL,
     Case,
@@ -52,7 +53,10 @@ GRIDS: list[dict[str, Any]] = [
     {"tensor_size": 4, "sequence_parallel": True, "activation_checkpointing": "full"},
     {"data_size": 4, "micro_batch_size": 1},
 ]
-PATCHED = (draws, patch_embedding, stack, transformer, trunk, pixels, mae, aim)
+PATCHED = (
+    *(draws, patch_embedding, stack, transformer, trunk, pixels, mae, aim),
+    *(block_masks, jepa, predictor, engine_module),  # by jepa_cases
+)
 
 
 def train_cases(cases: Sequence[Case], mutations: Sequence[Mutation | None]) -> list[Outcome]:
