@@ -124,10 +124,9 @@ class PatchEmbedding(nn.Module):
     @staticmethod
     def _position_rows(positions: Tensor, num_samples: int, rows: RowShard, index: Tensor | None) -> Tensor:
         if index is not None:  # sorted before it is summed: the gradient repeats bit for bit
-            chosen = nn.functional.embedding(index.flatten(), positions)
-            return rows.take(chosen) if rows.count != rows.num_rows else chosen
-        # broadcasting over whole samples keeps the gradient a plain sum: an index would scatter it with atomics
-        every_row = positions.expand(num_samples, *positions.shape).flatten(0, 1)
+            every_row = nn.functional.embedding(index.flatten(), positions)
+        else:  # broadcasting over whole samples keeps the gradient a plain sum: an index would scatter it with atomics
+            every_row = positions.expand(num_samples, *positions.shape).flatten(0, 1)
         return rows.take(every_row) if rows.count != rows.num_rows else every_row
 
 

@@ -164,13 +164,12 @@ class Decoder(nn.Module):
     def _all_tokens(self, tokens: Tensor, encoded: TrunkOutput, order: Tensor, rows: RowShard) -> Tensor:
         """This rank's rows of [encoded and mask tokens in the patches' own order] with their positions, [n, E]."""
         num_prefix = int(self.config.bos_token)
-        cut = False
-        if self.sequence_parallel:
-            if holds_whole_samples(order.shape[0], self.tensor, sequence_parallel=True):
-                order = order.chunk(self.tensor.size)[self.tensor.rank]
-            else:  # rows that cut a sample: each rank takes its own of the whole, so that gradients are shares
-                cut = True
-                tokens = join_rows(tokens, encoded.rows.num_rows, self.tensor)
+        whole = holds_whole_samples(order.shape[0], self.tensor, self.sequence_parallel)
+        cut = self.sequence_parallel and not whole
+        if whole:
+            order = order.chunk(self.tensor.size)[self.tensor.rank]
+        if cut:  # every rank joins all rows, and keeps its own below
+            tokens = join_rows(tokens, encoded.rows.num_rows, self.tensor)
         split = ("rows",) if self.sequence_parallel else ()
         (mask_token,) = sum_split_gradients((self.mask_token,), split, self.tensor)
         assert mask_token is not None

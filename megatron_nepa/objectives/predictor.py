@@ -75,9 +75,11 @@ class Predictor(nn.Module):
         dtype = stream_dtype(config, tokens.dtype)
         assert self.positions is not None
         positions = self.positions.to(dtype)
-        if holds_whole_samples(num_samples, tensor, sequence_parallel):
+        whole = holds_whole_samples(num_samples, tensor, sequence_parallel)
+        cut = sequence_parallel and not whole
+        if whole:
             masks = own_samples(masks, build)
-        elif sequence_parallel:  # the rows cut a sample: every rank joins all of them, and keeps its rows below
+        if cut:  # every rank joins all rows, and keeps its own below
             tokens = join_rows(tokens, num_samples * num_context, tensor)
         tokens = tokens.view(-1, num_context, config.hidden_size).to(dtype) + positions[masks.context]
         queries = mask_token.to(dtype) + positions[masks.targets]  # [b, M, A, d]
@@ -85,11 +87,8 @@ class Predictor(nn.Module):
         sequences = torch.cat((tokens, queries), dim=2)  # [b, M, P, d]
         period = sequences.shape[2]
         stream = sequences.flatten(0, 2)
-        num_rows = num_samples * num_targets * period
-        rows = shard_rows(num_rows, tensor, sequence_parallel)
-        is_cut = sequence_parallel and stream.shape[0] == num_rows
-        if is_cut:
-            stream = rows.take(stream)
+        if cut:
+            stream = shard_rows(num_samples * num_targets * period, tensor, sequence_parallel).take(stream)
         normed, _ = run_blocks(
             self.blocks,
             self.norm,
@@ -99,7 +98,7 @@ class Predictor(nn.Module):
             period=period,
             recompute=build.parallel.activation_checkpointing == "full",
         )
-        if not is_cut:
+        if not cut:
             normed = normed.view(-1, period, config.hidden_size)[:, num_context:].flatten(0, 1)
         return nn.functional.linear(normed, out_weight, out_bias)
 
