@@ -121,8 +121,8 @@ class MaeObjective:
         width, heads, unit = self.decoder_hidden_size, self.decoder_heads, 4 if model.rope else 1
         require(
             width % heads == 0 and width // heads % unit == 0 and width % 4 == 0,
-            f"objective.decoder_hidden_size {width} does not divide into objective.decoder_heads {heads} heads of a "
-            f"width divisible by {unit}: take decoder_hidden_size "
+            f"objective.decoder_hidden_size {width} must be a multiple of 4, for its positions, and divide into "
+            f"objective.decoder_heads {heads} heads of a width divisible by {unit}: take decoder_hidden_size "
             f"{one_of(multiples_around(width, math.lcm(heads * unit, 4)))}.",
         )
         size = parallel.tensor_parallel_size
