@@ -7,38 +7,43 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 from torch import Tensor
 
+from megatron_nepa.benchmarks.input_rounds import (
+    IMAGE_SIZE,
+    SCALE_MIN,
+    SEED,
+    NextBatch,
+    add_round_flags,
+    check_round_flags,
+    crops,
+    images_per_second,
+    in_rounds,
+    sample_images,
+    speed_table,
+    whole,
+)
 from megatron_nepa.config import ConfigError, DataConfig, require
-from megatron_nepa.data.decoding.crop_stream import CropStream
-from megatron_nepa.data.decoding.pipelines import PREFETCH, DecoderOptions
-from megatron_nepa.data.index.builtin import cache_folder, photograph_files
+from megatron_nepa.data.decoding.pipelines import PREFETCH
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import open_image
 from megatron_nepa.data.index.index_file import load_index, save_index
 from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_index
-from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips, image_of_sample
-from megatron_nepa.data.sampling.rank_share import Share
 
-IMAGE_SIZE, SCALE_MIN, SEED = 224, 0.08, 0
 IMAGENET_IMAGES = 1_281_167
 H100_IMAGES_PER_SECOND = 3000  # what one H100 asks for on NEPA-B at 40 % of its bf16 peak
-SETTLE_SECONDS = 0.4  # a contender that was just timed fills its queue again: not at the next one's expense
 
-NextBatch = Callable[[], Tensor]  # [batch, 3, 224, 224]
 LOADER, TORCHVISION = "megatron_nepa, fp32", "torchvision, fp32"
 CROPS, TORCHVISION_UINT8, DALI_READER = "megatron_nepa, uint8", "torchvision, uint8", "DALI's reader, uint8"
 # each other contender and the one of ours with the same output: uint8 is what a GPU would be sent, fp32 is flipped and
@@ -81,25 +86,18 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
         CROPS: lambda: next(decoded)[0],
         DALI_READER: _dali_reader(folder, batch, threads),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            time.sleep(SETTLE_SECONDS)
-            speed = images_per_second(contenders[name], batch, batches, queued=2 * threads + PREFETCH)
-            if number:  # the first round fills caches and starts threads
-                speeds[name].append(speed)
+    queued = 2 * threads + PREFETCH
+    speeds = in_rounds(
+        list(contenders), rounds, lambda name: images_per_second(contenders[name], batch, batches, queued)
+    )
     loader.close()
     decoded.close()
-    median = {name: statistics.median(values) for name, values in speeds.items()}
+    median = speeds.median()
     per_core = median[CROPS] / threads
     return DataReport(
         images_per_second=median,
-        spread={name: (min(values), max(values)) for name, values in speeds.items()},
-        ratio={
-            other: statistics.median(a / b for a, b in zip(speeds[own], speeds[other], strict=True))
-            for other, own in PAIRS.items()
-        },
+        spread=speeds.spread(),
+        ratio={other: speeds.ratio(own, other) for other, own in PAIRS.items()},
         plan_share=_plan_seconds(index, batch) * median[CROPS] / batch,
         startup_seconds=_startup_seconds(batch),
         images_per_second_per_core=per_core,
@@ -107,30 +105,9 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int)
     )
 
 
-def images_per_second(next_batch: NextBatch, batch: int, batches: int, queued: int) -> float:
-    for _ in range(queued):  # decoded while others were timed: not this round's work
-        next_batch()
-    start = time.perf_counter()
-    for _ in range(batches):
-        next_batch()
-    return batch * batches / (time.perf_counter() - start)
-
-
 def _loader(index: DatasetIndex, batch: int, threads: int) -> PretrainingLoader:
     config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN, horizontal_flip=True)
-    return PretrainingLoader(index, config, IMAGE_SIZE, _whole(batch))
-
-
-def crops(index: DatasetIndex, batch: int, threads: int) -> CropStream:
-    """The decoded random crops of one rank that loads everything."""
-    config = DataConfig(num_threads=threads, crop_scale_min=SCALE_MIN)
-    options = DecoderOptions.of(config, index, torch.device("cpu"))
-    return CropStream(index, config, IMAGE_SIZE, _whole(batch), options)
-
-
-def _whole(batch: int) -> Feed:
-    """One rank that loads everything."""
-    return Feed(Share(batch, batch, 1, 0, 1, 0, 1), SEED, torch.device("cpu"), torch.float32)
+    return PretrainingLoader(index, config, IMAGE_SIZE, whole(batch))
 
 
 def _dali_reader(folder: Path, batch: int, threads: int) -> NextBatch:
@@ -208,45 +185,15 @@ def _startup_seconds(batch: int) -> float:
         return time.perf_counter() - start
 
 
-def sample_images(count: int = 300) -> Path:
-    """A folder of ``count`` 500 x 375 JPEGs (quality 90) cut from the built-in photographs, made on first use.
-
-    Cut, not scaled: scaled-up pictures are smooth, and cheaper to decode than photographs are.
-    """
-    target = cache_folder() / f"benchmark-500x375-{count}"
-    if target.is_dir():
-        return target
-    photographs = [Image.open(file).convert("RGB") for file in photograph_files()]
-    large = [image for image in photographs if image.width >= 500 and image.height >= 375]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
-        folder = Path(beside) / "images" / "all"
-        folder.mkdir(parents=True)
-        for number in range(count):
-            image = large[number % len(large)]
-            x, y = int(rng.integers(image.width - 499)), int(rng.integers(image.height - 374))
-            image.crop((x, y, x + 500, y + 375)).save(folder / f"{number:04d}.jpg", quality=90)
-        shutil.move(str(folder.parent), target)
-    return target
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``tools/benchmark.py data``."""
     parser.add_argument("--data", help="ImageFolder tree to read; none takes 500x375 cuts of the built-in photographs")
-    parser.add_argument("--batch", type=int, default=32, help="images of a batch")
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores, decoding threads, DataLoader workers"
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; ratios are medians over them")
-    parser.add_argument("--batches", type=int, default=16, help="batches that are timed of each contender a round")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_round_flags(parser, "contender", batch=32, rounds=9, threads="cores, decoding threads, DataLoader workers")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print."""
-    for name in ("batch", "threads", "rounds", "batches"):
-        require(getattr(options, name) >= 1, f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    check_round_flags(options)
     cores = sorted(os.sched_getaffinity(0))
     require(options.threads <= len(cores), f"--threads {options.threads} is more than the {len(cores)} cores at hand.")
     os.sched_setaffinity(0, cores[: options.threads])  # a contender that starts more threads gets no more cores
@@ -263,11 +210,7 @@ def run(options: argparse.Namespace) -> None:
 def lines(report: DataReport, threads: int) -> Iterator[str]:
     """The report as text."""
     title = f"random crops of 224, {threads} threads"
-    yield f"{title:32s}{'images/s':>10s}{'min':>8s}{'max':>8s}{'ours over it':>14s}"
-    for name, speed in report.images_per_second.items():
-        low, high = report.spread[name]
-        ratio = f"{report.ratio[name]:.2f}" if name in report.ratio else ""
-        yield f"{name:32s}{speed:10.0f}{low:8.0f}{high:8.0f}{ratio:>14s}"
+    yield from speed_table(title, "ours over it", report.images_per_second, report.spread, report.ratio)
     yield f"index look-up and order: {report.plan_share:.2%} of a batch"
     yield f"start-up on an index of {IMAGENET_IMAGES:,} images: {report.startup_seconds:.2f} s"
     yield (

@@ -21,8 +21,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megatron_nepa.benchmarks.data import SETTLE_SECONDS, crops, sample_images
-from megatron_nepa.config import require
+from megatron_nepa.benchmarks.input_rounds import (
+    SETTLE_SECONDS,
+    add_round_flags,
+    check_round_flags,
+    crops,
+    sample_images,
+)
 from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.pipelines import PREFETCH
 from megatron_nepa.data.index.dataset_index import DatasetIndex
@@ -120,17 +125,12 @@ def forms(index: DatasetIndex, folder: Path) -> dict[str, DatasetIndex]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``tools/benchmark.py forms``."""
-    parser.add_argument("--batch", type=int, default=32, help="images of a batch")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds in which each form has its turn")
-    parser.add_argument("--batches", type=int, default=16, help="batches that are timed of each form a round")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_round_flags(parser, "form", batch=32, rounds=15)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print."""
-    for name in ("batch", "threads", "rounds", "batches"):
-        require(getattr(options, name) >= 1, f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    check_round_flags(options)
     report = benchmark(sample_images(), options.batch, options.threads, options.rounds, options.batches)
     if options.json:
         print(json.dumps(asdict(report)))

@@ -6,7 +6,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,13 +15,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_nepa.benchmarks.data import SETTLE_SECONDS, crops, images_per_second, sample_images
+from megatron_nepa.benchmarks.input_rounds import (
+    add_round_flags,
+    check_round_flags,
+    crops,
+    images_per_second,
+    in_rounds,
+    sample_images,
+    speed_table,
+)
 from megatron_nepa.config import require
 from megatron_nepa.data.decoding.pipelines import PREFETCH
 from megatron_nepa.data.decoding.sample_reader import reading_ahead
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
-from megatron_nepa.data.index.index_file import load_index
 from megatron_nepa.data.index.sources import open_source
 from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.data.indexing.write_shards import write_shards
@@ -70,31 +76,23 @@ def benchmark(folder: Path, batch: int, threads: int, rounds: int, batches: int,
 
 
 def _indexed(source: str, path: Path, threads: int) -> DatasetIndex:
-    build_and_save_index(open_source(source), path, workers=threads, progress=False)
-    return load_index(path)
+    return build_and_save_index(open_source(source), path, workers=threads, progress=False)
 
 
 def _timed(indexes: dict[str, DatasetIndex], batch: int, threads: int, rounds: int, batches: int) -> RemoteReport:
     sources = {name: crops(index, batch, threads) for name, index in indexes.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in sources}
-    names = list(sources)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            time.sleep(SETTLE_SECONDS)
-            ahead = PREFETCH + reading_ahead(indexes[name], threads, batch)[1] + 1
-            speed = images_per_second(lambda name=name: next(sources[name])[0], batch, batches, ahead)  # type: ignore[misc]
-            if number:  # the first round opens connections
-                speeds[name].append(speed)
+
+    def speed(name: str) -> float:
+        ahead = PREFETCH + reading_ahead(indexes[name], threads, batch)[1] + 1
+        return images_per_second(lambda: next(sources[name])[0], batch, batches, ahead)
+
+    speeds = in_rounds(list(sources), rounds, speed)
     for stream in sources.values():
         stream.close()
     return RemoteReport(
-        images_per_second={name: statistics.median(values) for name, values in speeds.items()},
-        spread={name: (min(values), max(values)) for name, values in speeds.items()},
-        ratio={
-            name: statistics.median(a / b for a, b in zip(speeds[name], speeds[LOCAL], strict=True))
-            for name in names
-            if name != LOCAL
-        },
+        images_per_second=speeds.median(),
+        spread=speeds.spread(),
+        ratio={name: speeds.ratio(name, LOCAL) for name in sources if name != LOCAL},
         mean_bytes=float(indexes[LOCAL].size[:].mean()),
     )
 
@@ -166,18 +164,13 @@ def _serve(folder: Path, delay: float, connection: Connection) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``tools/benchmark.py remote``."""
     parser.add_argument("--data", help="ImageFolder tree to pack; none takes 500x375 cuts of the built-in photographs")
-    parser.add_argument("--batch", type=int, default=64, help="images of a batch")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; ratios are medians over them")
-    parser.add_argument("--batches", type=int, default=16, help="batches that are timed of each source a round")
     parser.add_argument("--delays", default="0,30", help="milliseconds before a server's answers, one server for each")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_round_flags(parser, "source", batch=64, rounds=7)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print."""
-    for name in ("batch", "threads", "rounds", "batches"):
-        require(getattr(options, name) >= 1, f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    check_round_flags(options)
     try:
         delays = [float(delay) for delay in options.delays.split(",")]
     except ValueError:
@@ -196,8 +189,4 @@ def run(options: argparse.Namespace) -> None:
 def lines(report: RemoteReport) -> Iterator[str]:
     """The report as text."""
     title = f"crops of images of {report.mean_bytes / 1e3:.0f} kB"
-    yield f"{title:32s}{'images/s':>10s}{'min':>8s}{'max':>8s}{'of here':>9s}"
-    for name, speed in report.images_per_second.items():
-        low, high = report.spread[name]
-        ratio = f"{report.ratio[name]:.2f}" if name in report.ratio else ""
-        yield f"{name:32s}{speed:10.0f}{low:8.0f}{high:8.0f}{ratio:>9s}"
+    yield from speed_table(title, "of here", report.images_per_second, report.spread, report.ratio)

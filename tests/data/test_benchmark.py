@@ -12,7 +12,7 @@ from megatron_nepa.benchmarks.data import PAIRS, benchmark, lines
 
 def test_data_benchmark(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One short round: a ratio is the quotient of its pair, and planning is a small part of a batch."""
-    monkeypatch.setattr("megatron_nepa.benchmarks.data.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_nepa.benchmarks.input_rounds.SETTLE_SECONDS", 0.0)
     monkeypatch.setattr("megatron_nepa.benchmarks.data.IMAGENET_IMAGES", 1000)
     report = benchmark(photographs, batch=16, threads=1, rounds=1, batches=2)
     speed = report.images_per_second
