@@ -20,19 +20,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nepa.benchmarks.order import SIZES
 from megatron_nepa.config import DataConfig, require
 from megatron_nepa.data.decoding.sample_reader import SampleReader
 from megatron_nepa.data.index.builtin import builtin_folder
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.folder import read_sizes, scan_folder
 from megatron_nepa.data.index.index_file import load_index, save_index
+from megatron_nepa.data.index.index_writer import COLUMNS, JSON_FILE
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.indexing.write_shards import write_shards
 from megatron_nepa.data.sampling.order import SetOrder, crop_boxes
 from megatron_nepa.data.sampling.rank_share import Share
 
-SIZES = (1_281_167, 100_000_000, 1_000_000_000)
 SEED, SCALE_MIN, THREADS = 0, 0.2, 2
 SHARD_SIZE = 500
 _CHECKED = 20  # points at which memory is looked at
@@ -112,15 +113,11 @@ def sparse_index(folder: Path, images: int) -> Path:
     zero = np.zeros(1, np.int32)
     path = folder / "index"
     save_index(DatasetIndex(folder, PackedNames.pack([""]), zero, zero, zero), path)
-    kinds: dict[str, type[np.integer[Any]]] = {
-        **dict.fromkeys(("width", "height", "label", "shard"), np.int32),
-        **dict.fromkeys(("offset", "size", "names_ends"), np.int64),
-    }
-    for name, kind in kinds.items():
+    for name, kind in (COLUMNS | {"names_ends": np.int64}).items():
         np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=kind, shape=(images,))
-    facts = json.loads((path / "index.json").read_text())
+    facts = json.loads((path / JSON_FILE).read_text())
     facts |= {"images": images, "arrays": {file.name: file.stat().st_size for file in path.glob("*.npy")}}
-    (path / "index.json").write_text(json.dumps(facts))
+    (path / JSON_FILE).write_text(json.dumps(facts))
     return path
 
 
