@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +90,9 @@ class PackedStamps:
 
     def __getitem__(self, i: int) -> Stamp:
         return Stamp(*json.loads(self.text[i]))
+
+    def __iter__(self) -> Iterator[Stamp]:
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -180,21 +183,26 @@ class DatasetIndex:
 
     def select(self, rows: npt.NDArray[np.int64]) -> DatasetIndex:
         """The images at ``rows``, in that order; classes, shards and quarantine stay whole."""
-        columns = ("width", "height", "label", *(("shard", "offset", "size") if self.shards else ()))
-        columns += ("mask_offset", "mask_size") if len(self.mask_offset) else ()
-        picked: dict[str, Any] = {name: np.asarray(getattr(self, name)[rows]) for name in columns}
-        if len(self.masks):
-            picked["masks"] = self.masks.select(rows)
-        names = self.names.select(rows)
-        return replace(self, names=names, recorded_fingerprint="", recorded_labels=None, **picked)
+        return self._of(lambda values: values[rows], lambda names: names.select(rows))
 
     def slice(self, start: int, stop: int) -> DatasetIndex:
         """The images from number ``start`` to ``stop``, as :meth:`select` gives them."""
+        return self._of(lambda values: values[start:stop], lambda names: names.slice(start, stop))
+
+    def _of(
+        self,
+        pick: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
+        pick_names: Callable[[PackedNames], PackedNames],
+    ) -> DatasetIndex:
+        """Some of the images; what none has stays empty."""
         columns = ("width", "height", "label", "shard", "offset", "size", "mask_offset", "mask_size")
-        picked: dict[str, Any] = {name: np.asarray(getattr(self, name)[start:stop]) for name in columns}
-        masks = self.masks.slice(start, stop) if len(self.masks) else self.masks
-        names = self.names.slice(start, stop)
-        return replace(self, names=names, masks=masks, recorded_fingerprint="", recorded_labels=None, **picked)
+        arrays = {name: getattr(self, name) for name in columns}
+        names: dict[str, PackedNames] = {"names": self.names, "masks": self.masks}
+        picked: dict[str, Any] = {
+            **{name: np.asarray(pick(array)) for name, array in arrays.items() if len(array) == len(self)},
+            **{name: pick_names(packed) for name, packed in names.items() if len(packed) == len(self)},
+        }
+        return replace(self, recorded_fingerprint="", recorded_labels=None, **picked)
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and labels: equal indexes give equal runs, wherever their folder lies."""

@@ -57,7 +57,7 @@ class IndexWriter:
         first = len(self._names["shards"])
         stamps = images.stamps or [shard_stamp(images.root / shard) for shard in images.shards]
         self._names["shards"].append(PackedNames.pack(images.shards))
-        self._names["stamps"].append(PackedStamps.pack(stamps[i] for i in range(len(stamps))).text)
+        self._names["stamps"].append(PackedStamps.pack(stamps).text)
         return first
 
     def append(self, images: DatasetIndex, first_shard: int) -> None:

@@ -127,7 +127,8 @@ class Source(ABC):
 
     def is_current(self, number: int, images: DatasetIndex) -> bool:
         """Whether a unit still is what ``images`` were listed from."""
-        return all(is_as_stamped(images.root / shard, images.stamps[i]) for i, shard in enumerate(images.shards))
+        stamped = zip(images.shards, images.stamps, strict=True)
+        return all(is_as_stamped(images.root / shard, stamp) for shard, stamp in stamped)
 
     def identity(self) -> str:
         """A hash of what is to be listed, as far as it is known before."""
@@ -186,7 +187,7 @@ def joined(parts: Sequence[DatasetIndex], numbering: Numbering) -> DatasetIndex:
         names=PackedNames.join([part.names for part in parts]),
         masks=PackedNames.join([part.masks for part in parts]),
         shards=tuple(name for part in parts for name in part.shards),
-        stamps=tuple(part.stamps[i] for part in parts for i in range(len(part.stamps))),
+        stamps=tuple(stamp for part in parts for stamp in part.stamps),
         shard=np.concatenate(shard).astype(np.int32),
         quarantine=tuple(pair for part in parts for pair in part.quarantine),
         classes=numbering.classes,

@@ -62,7 +62,7 @@ class Parts:
         metadata = {
             "facts": listed.facts.to_json(),
             "shards": json.dumps(list(images.shards)),
-            "stamps": json.dumps([images.stamps[i] for i in range(len(images.stamps))]),
+            "stamps": json.dumps(list(images.stamps)),
             "quarantine": json.dumps(list(images.quarantine)),
         }
         _save(self._listing(unit), arrays, metadata)
