@@ -23,7 +23,7 @@ from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
 from megatron_nepa.data.index.label_values import Label, Tally, decode_text, number_classes, read_label
-from megatron_nepa.data.index.listing import Facts, Kind, Listed, Numbering, Source
+from megatron_nepa.data.index.listing import Facts, Listed, Numbering, Source, kinds_of
 from megatron_nepa.data.index.remote_shards import RemoteShard, open_stream, read_whole
 from megatron_nepa.data.index.storage import shard_stamp
 from megatron_nepa.data.index.walk import ARCHIVES, PassedOver, example, is_hidden, is_image
@@ -75,24 +75,21 @@ class TarSource(Source):
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
         images = found.images
-        kinds: dict[tuple[Label, str, str | None], int] = {}
-        code = np.array([kinds.setdefault(image.kind, len(kinds)) for image in images], np.int32)
-        _, firsts, counts = np.unique(code, return_index=True, return_counts=True)
+        kind, kinds = kinds_of((image.kind for image in images), lambda i: f"the label of {images[i].name}")
         unknown = np.zeros(len(images), np.int32)
         listed = DatasetIndex(
             self.root,
             PackedNames.pack(image.name for image in images),
             unknown,
             unknown,
-            code,
+            kind,
             shards=(name,),
             shard=unknown,
             offset=np.array([image.offset for image in images], np.int64),
             size=np.array([image.size for image in images], np.int64),
             stamps=(stamp,),
         )
-        told = tuple(Kind(kind, int(counts[i]), f"the label of {images[firsts[i]].name}") for kind, i in kinds.items())
-        return Listed(listed, Facts(len(images), told, found.passed_over, found.counters))
+        return Listed(listed, Facts(len(images), kinds, found.passed_over, found.counters))
 
     def number(self, facts: Iterable[Facts]) -> Numbering:
         """Classes are the labels; without any, the tars inside the tars or the folders."""

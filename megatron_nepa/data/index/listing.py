@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.storage import is_as_stamped
@@ -59,6 +60,25 @@ class Facts:
             kinds = tuple(Kind(tuple(what), count, first) for what, count, first in kinds)
         found = {kind: (count, first) for kind, (count, first) in passed_over.items()}
         return cls(images, kinds, PassedOver(found), counters)
+
+
+def kinds_of(
+    whats: Iterable[tuple[Any, ...]], first: Callable[[int], str]
+) -> tuple[npt.NDArray[np.int32], tuple[Kind, ...]]:
+    """The kinds of the images of a unit.
+
+    Args:
+        whats: what tells the class of each image.
+        first: of the number of an image, which it is, for messages.
+
+    Returns:
+        The number of each image's kind, and the kinds in the order of their first images.
+    """
+    number: dict[tuple[Any, ...], int] = {}
+    of_image = np.array([number.setdefault(what, len(number)) for what in whats], np.int32)
+    _, firsts, counts = np.unique(of_image, return_index=True, return_counts=True)
+    kinds = zip(number, counts.tolist(), firsts.tolist(), strict=True)
+    return of_image, tuple(Kind(what, count, first(i)) for what, count, i in kinds)
 
 
 @dataclass(frozen=True)

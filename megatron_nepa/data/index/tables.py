@@ -19,7 +19,7 @@ from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import extension_of
 from megatron_nepa.data.index.label_values import Label, Tally, number_classes, read_label
-from megatron_nepa.data.index.listing import Facts, Kind, Known, Listed, Numbering, Source
+from megatron_nepa.data.index.listing import Facts, Known, Listed, Numbering, Source, kinds_of
 from megatron_nepa.data.index.storage import shard_stamp
 from megatron_nepa.data.index.table_columns import Columns, choose_columns
 from megatron_nepa.data.index.table_files import TableSet
@@ -80,14 +80,11 @@ class TableSource(Source):
         name = self.units[number]
         stamp, found = shard_stamp(self.root / name), _Found()
         _read_table(self._tables, number, name, self._columns, found)
-        kinds: dict[Label, int] = {}
-        code = np.array([kinds.setdefault(label, len(kinds)) for label in found.labels], np.int32)
-        _, firsts, counts = np.unique(code, return_index=True, return_counts=True)
-        told = tuple(Kind((label,), int(counts[i]), str(firsts[i])) for label, i in kinds.items())
-        index = _with_ranges(_plain(self._tables, found, code), name, found)
-        index = replace(index, shards=(name,), stamps=(stamp,), shard=np.zeros(len(code), np.int32))
-        empty = len(code) - int(np.count_nonzero(index.size))
-        return Listed(_without_empty(index), Facts(len(code), told, counters={"empty": empty}))
+        kind, kinds = kinds_of(((label,) for label in found.labels), str)
+        index = _with_ranges(_plain(self._tables, found, kind), name, found)
+        index = replace(index, shards=(name,), stamps=(stamp,), shard=np.zeros(len(kind), np.int32))
+        empty = len(kind) - int(np.count_nonzero(index.size))
+        return Listed(_without_empty(index), Facts(len(kind), kinds, counters={"empty": empty}))
 
     def number(self, facts: Iterable[Facts]) -> Numbering:
         """Classes are the labels."""
