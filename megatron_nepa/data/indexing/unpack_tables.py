@@ -11,11 +11,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index.archives import sample_key
 from megatron_nepa.data.index.headers import UnreadableImageError, image_size
 from megatron_nepa.data.index.table_files import TableSet
 from megatron_nepa.data.index.table_values import open_table
 from megatron_nepa.data.index.tables import columns_of, rows_of
+from megatron_nepa.data.index.tar_members import sample_key
 from megatron_nepa.data.indexing.lock import claimed
 from megatron_nepa.data.indexing.write_shards import (
     FACTS_FILE,

@@ -16,10 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index.archives import CLASSES_FILE, sample_key
+from megatron_nepa.data.index.archives import CLASSES_FILE
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import open_image
 from megatron_nepa.data.index.storage import ImageStore
+from megatron_nepa.data.index.tar_members import sample_key
 from megatron_nepa.data.indexing.lock import claimed
 
 _JPEG_QUALITY = 95
