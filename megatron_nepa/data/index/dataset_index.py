@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from megatron_nepa.data.remote.folder import RemoteFolder
 
+_EDGE_BYTES = 4096  # at each end of a shard
+
 
 @dataclass(frozen=True)
 class PackedNames:
@@ -62,6 +64,20 @@ class PackedNames:
         begin = int(self.ends[start - 1]) if start else 0
         ends = np.asarray(self.ends[start:stop])
         return PackedNames(np.asarray(self.text[begin : int(ends[-1]) if len(ends) else begin]), ends - begin)
+
+
+def edges_of(read: Callable[[int, int], bytes], size: int) -> str:
+    """The hash of a shard's first and last bytes that its stamp holds: they tell it from another of its size.
+
+    Args:
+        read: some bytes of it, from an offset on.
+        size: its bytes.
+    """
+    few = min(size, _EDGE_BYTES)
+    edges = hashlib.blake2b(digest_size=16)
+    for offset in (0, size - few):
+        edges.update(read(offset, few) if few else b"")
+    return edges.hexdigest()
 
 
 class Stamp(NamedTuple):

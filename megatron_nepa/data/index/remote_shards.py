@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.config import require
-from megatron_nepa.data.index.dataset_index import DatasetIndex, Stamp
+from megatron_nepa.data.index.dataset_index import DatasetIndex, Stamp, edges_of
 from megatron_nepa.data.index.walk import is_hidden
 from megatron_nepa.data.remote.cache import RangeCache
 from megatron_nepa.data.remote.files import CONNECTIONS, Facts, RemoteFiles
 from megatron_nepa.data.remote.folder import AbsentError, Access, RefusedError, RemoteFolder, common_folder, shard_urls
 
-_EDGE_BYTES = 4096  # at each end of a shard, as of a local one
 _STREAM_BYTES = 1 << 22  # of one request while a shard is listed
 _MOST_JOINED = 1 << 23  # bytes of one request for several images
 _GAP = 1 << 16  # bytes between two images that cost less than another request
@@ -98,10 +97,7 @@ class RemoteShard:
         return Stamp(facts.size, _time(facts), self._edges(facts.size))
 
     def _edges(self, size: int) -> str:
-        few = min(size, _EDGE_BYTES)
-        edges = hashlib.blake2b(self.files.read(self.url, 0, few) if few else b"", digest_size=16)
-        edges.update(self.files.read(self.url, size - few, few) if few else b"")
-        return edges.hexdigest()
+        return edges_of(lambda offset, count: self.files.read(self.url, offset, count), size)
 
 
 class RemoteShards:

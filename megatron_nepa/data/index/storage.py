@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.data.index.dataset_index import DatasetIndex, Stamp
+from megatron_nepa.data.index.dataset_index import DatasetIndex, Stamp, edges_of
 from megatron_nepa.data.index.headers import InaccessibleImageError, UnreadableImageError, check_signature, image_size
 from megatron_nepa.data.index.remote_shards import RemoteShard, RemoteShards
 from megatron_nepa.data.remote.files import RemoteFiles
@@ -22,7 +21,6 @@ from megatron_nepa.data.remote.folder import RefusedError, RemoteFolder
 
 _MAX_OPEN_SHARDS = 128
 HEADER_BYTES = 65536
-_EDGE_BYTES = 4096  # at each end of a shard, that tell it from another of its size
 
 
 class ImageStore:
@@ -173,9 +171,8 @@ class _Shard:
 
     def stamp(self) -> Stamp:
         facts = os.fstat(self._descriptor)
-        edges = hashlib.blake2b(os.pread(self._descriptor, _EDGE_BYTES, 0), digest_size=16)
-        edges.update(os.pread(self._descriptor, _EDGE_BYTES, max(0, facts.st_size - _EDGE_BYTES)))
-        return Stamp(facts.st_size, facts.st_mtime_ns, edges.hexdigest())
+        edges = edges_of(lambda offset, size: os.pread(self._descriptor, size, offset), facts.st_size)
+        return Stamp(facts.st_size, facts.st_mtime_ns, edges)
 
     def is_as(self, stamp: Stamp) -> bool:
         """Whether the shard is what it was; a copy of it is, too."""
