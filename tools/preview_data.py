@@ -83,13 +83,14 @@ def main() -> None:
     run = run_of(args.recipe, args.data, flags)
     index = images_of(args, run)
     side = run.model.image_size
-    summary = DataSummary.of(index, side)
     if isinstance(index, Mixture):
-        for source in index.sources:
-            own = DataSummary.of(source.index, side)
+        summaries = [DataSummary.of(source.index, side) for source in index.sources]
+        for source, own in zip(index.sources, summaries, strict=True):
             print(f"{source.name}, {source.per_block / BLOCK:.2%} of the samples:")
             print(*(f"  {line}" for line in (*own.lines(), *source.index.notes)), sep="\n")
+        summary = DataSummary.joined(summaries)
     else:
+        summary = DataSummary.of(index, side)
         print(*summary.lines(), *index.notes, sep="\n")
     samples = first_samples(run, index, min(args.count, len(index)))
     headline = f"{args.data}: the first {len(samples)} samples of {args.recipe}, seed {run.seed}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.mixture import Mixture, sets_of
 
 _MOST_READ = 100_000  # images whose sizes are looked at; evenly spread where there are more
 _MOST_FILES = 2_000  # files that the system is asked about
@@ -48,16 +47,13 @@ class DataSummary:
     image_size: int
 
     @classmethod
-    def of(cls, index: DatasetIndex | Mixture, image_size: int) -> DataSummary:
+    def of(cls, index: DatasetIndex, image_size: int) -> DataSummary:
         """Look at an index, evenly spread where it is large.
 
         Args:
-            index: the images, their sizes known. Those of a mixture are looked at together, without their classes,
-                which mean something else in each set.
+            index: the images, their sizes known.
             image_size: side of the crops that a run takes.
         """
-        if isinstance(index, Mixture):
-            return cls._joined([cls.of(one, image_size) for one in sets_of(index)])
         rows = _spread(len(index), _MOST_READ)
         label = np.asarray(index.label[rows]).astype(np.int64)
         known = label[label >= 0]
@@ -76,7 +72,8 @@ class DataSummary:
         )
 
     @classmethod
-    def _joined(cls, parts: list[DataSummary]) -> DataSummary:
+    def joined(cls, parts: Sequence[DataSummary]) -> DataSummary:
+        """The figures of several sets together, without their classes, which mean something else in each."""
         return cls(
             images=sum(part.images for part in parts),
             looked_at=sum(part.looked_at for part in parts),

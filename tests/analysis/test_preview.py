@@ -204,7 +204,7 @@ def test_a_mixture_is_shown_by_source(folder: Path, tmp_path: Path) -> None:
         seen = torch.from_numpy(sample.seen).permute(2, 0, 1).float()
         assert (seen - (pixels * 127.5 + 127.5)).abs().max() <= 0.5
     assert {sample.name.partition(": ")[0] for sample in samples} == {"many", "few"}
-    summary = DataSummary.of(mixture, 32)
+    summary = DataSummary.joined([DataSummary.of(source.index, 32) for source in mixture.sources])
     assert (summary.images, summary.looked_at, len(summary.width), summary.classes) == (19, 19, 19, ())
 
 

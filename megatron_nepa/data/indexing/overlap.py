@@ -87,7 +87,7 @@ def find_overlap(
         ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool,
         tqdm(total=len(small) + len(large), unit=" images", disable=not progress) as bar,
     ):
-        known = _Known(small, len(small))
+        known = _Known(small)
         for rows, unreadable in _in_chunks(pool, known.add, len(small)):
             overlap.unreadable += unreadable
             bar.update(rows)
@@ -112,8 +112,8 @@ def find_overlap(
 class _Known:
     """What is kept of the smaller set: of each image its size, a hash of its beginning and, once needed, of all."""
 
-    def __init__(self, index: DatasetIndex, images: int) -> None:
-        self.index, self._store = index, ImageStore(index)
+    def __init__(self, index: DatasetIndex) -> None:
+        self._index, self._store, images = index, ImageStore(index), len(index)
         self._size = np.full(images, -1, np.int64)
         self._head = np.zeros(images, np.uint64)
         self._whole = np.zeros((images, 16), np.uint8)
@@ -122,7 +122,7 @@ class _Known:
 
     def add(self, rows: Rows) -> tuple[int, int]:
         """Read some images; how many they were, and how many could not be read."""
-        self._size[rows], unreadable = _sizes(self.index, rows)
+        self._size[rows], unreadable = _sizes(self._index, rows)
         for row in rows[self._size[rows] >= 0].tolist():
             try:
                 self._head[row] = _head(self._store, row)
