@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ class ListedPart:
         """What was left out when they were listed, and why."""
         return [(name, reason) for name, reason in json.loads(self._metadata["quarantine"])]
 
+    @cached_property
+    def _shards(self) -> tuple[str, ...]:  # of labels from a file, those of the whole set
+        return tuple(json.loads(self._metadata["shards"]))
+
+    @cached_property
+    def _stamps(self) -> tuple[Stamp, ...]:
+        return tuple(Stamp(*stamp) for stamp in json.loads(self._metadata["stamps"]))
+
     def slice(self, start: int = 0, stop: int | None = None) -> DatasetIndex:
         """Some of the images, by default all, without what was left out."""
         stop = self._length if stop is None else stop
@@ -147,8 +156,8 @@ class ListedPart:
             self._root,
             width=unknown,
             height=unknown,
-            shards=tuple(json.loads(self._metadata["shards"])),
-            stamps=tuple(Stamp(*stamp) for stamp in json.loads(self._metadata["stamps"])),
+            shards=self._shards,
+            stamps=self._stamps,
             **columns,
         )
 
