@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -61,3 +62,16 @@ def seen_on(grid: Grid, index: DatasetIndex | Mixture, steps: int, consumed: int
                 pixels[local], images[local] = batch.images, batch.image_index
             loader.close()
     return pixels, images
+
+
+def check_grids(grids: Iterable[Grid], index: DatasetIndex, pixels: Tensor, images: IntArray, steps: int) -> None:
+    """Assert that each grid is given the samples of one rank, ``pixels`` and ``images`` of sample 0 on.
+
+    Every grid goes on from a step of its own, as after a restart.
+    """
+    for number, grid in enumerate(grids):
+        consumed = number % 4 * GLOBAL
+        found_pixels, found_images = seen_on(grid, index, steps, consumed)
+        expected = slice(consumed, consumed + steps * GLOBAL)
+        assert np.array_equal(found_images, images[expected])
+        assert torch.equal(found_pixels, pixels[expected])

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -34,7 +33,7 @@ from megatron_nepa.data.index.splits import split_of
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.index.table_values import NotInPlaceError
 from megatron_nepa.data.sampling.order import crop_boxes
-from tests.data.grids import GLOBAL, GRIDS, SEED, Grid, seen_on
+from tests.data.grids import GRIDS, SEED, Grid, check_grids, seen_on
 from tests.data.index_tool import run_tool
 from tests.data.test_folders_and_archives import write_tar
 
@@ -397,12 +396,7 @@ def test_training_sees_what_it_sees_in_the_folder(
     samples = np.arange(len(images))
     boxes = [crop_boxes(SEED, samples, found.width[images], found.height[images], 0.2) for found in (folder, index)]
     assert np.array_equal(*boxes)
-    for number, grid in enumerate(GRIDS):
-        consumed = number % 4 * GLOBAL
-        found_pixels, found_images = seen_on(grid, index, 5, consumed)
-        expected = slice(consumed, consumed + 5 * GLOBAL)
-        assert np.array_equal(found_images, images[expected])
-        assert torch.equal(found_pixels, pixels[expected])
+    check_grids(GRIDS, index, pixels, images, 5)
 
 
 def test_packing_what_is_read_in_place(tmp_path: Path) -> None:

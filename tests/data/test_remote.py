@@ -35,7 +35,7 @@ from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_inde
 from megatron_nepa.data.remote.cache import RangeCache
 from megatron_nepa.data.remote.folder import Access, RemoteFolder, SourceLostError, shard_urls
 from megatron_nepa.data.sampling.order import crop_boxes
-from tests.data.grids import GLOBAL, GRIDS, SEED, Grid, seen_on
+from tests.data.grids import GLOBAL, GRIDS, SEED, Grid, check_grids, seen_on
 from tests.data.index_tool import run_tool
 from tests.data.range_server import RangeServer, serving
 from tests.data.test_loader import make_loader, take
@@ -130,12 +130,7 @@ def test_training_sees_what_it_sees_in_local_shards(
     assert np.array_equal(*boxes)
     server.faults.failing = 0.1
     index = at(indexed, server)
-    for number, grid in enumerate(grids):
-        consumed = number % 4 * GLOBAL
-        found_pixels, found_images = seen_on(grid, index, 3, consumed)
-        expected = slice(consumed, consumed + 3 * GLOBAL)
-        assert np.array_equal(found_images, images[expected])
-        assert torch.equal(found_pixels, pixels[expected])
+    check_grids(grids, index, pixels, images, 3)
 
 
 def test_a_server_that_dies_and_returns(
