@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from index_tool import run_tool
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.indexing import overlap as module
 from megatron_nepa.data.indexing.overlap import Overlap, find_overlap
+from tests.data.test_folders_and_archives import write_tar
 from tests.runs import make_images
 
 
@@ -26,13 +25,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (train / "twin.jpg").write_bytes(twin)
     twin[-200] ^= 1
     (root / "shards").mkdir()
-    with tarfile.open(root / "shards" / "val.tar", "w") as archive:
-        for number in (3, 4, 29, *range(31, 35), *range(36, 39)):
-            archive.add(other / f"{number:03}.jpg", f"{number}.jpg")
-        for name, content in (("twin.jpg", bytes(twin)), ("again.jpg", (other / "004.jpg").read_bytes())):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+    numbers = (3, 4, 29, *range(31, 35), *range(36, 39))
+    members = [(f"{number}.jpg", (other / f"{number:03}.jpg").read_bytes()) for number in numbers]
+    members += [("twin.jpg", bytes(twin)), ("again.jpg", (other / "004.jpg").read_bytes())]
+    write_tar(root / "shards/val.tar", members)
     return train, root / "shards"
 
 
