@@ -166,11 +166,11 @@ def test_one_place_over_many_epochs_and_seeds() -> None:
 def test_the_statistics_notice_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds are too few, and seen to be."""
     monkeypatch.setattr(bijection, "_ROUNDS", 2)
-    order._set_order.cache_clear()
+    order.set_order.cache_clear()
     try:
         assert min(min(values) for values in p_values(computed).values()) < 1e-6
     finally:
-        order._set_order.cache_clear()
+        order.set_order.cache_clear()
 
 
 @pytest.mark.parametrize("version", [0, 3])

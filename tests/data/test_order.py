@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +39,22 @@ def test_image_of_sample_follows_the_epochs() -> None:
     np.testing.assert_array_equal(images, expected)
     skipped = order.image_of_sample(5, samples, 100, skip=8)
     np.testing.assert_array_equal(skipped, [order.permutation(5, k // 100, 100)[(k + 8) % 100] for k in samples])
+
+
+def test_threads_that_come_to_an_epoch_shuffle_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def slow(seed: int, epoch: int, num_images: int) -> order.IntArray:
+        made.append(epoch)
+        time.sleep(0.02)
+        return np.roll(np.arange(num_images), epoch)
+
+    monkeypatch.setattr(order, "permutation", slow)
+    shared = order.SetOrder(5, 100)
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda _: shared.images(np.arange(95, 105)).tolist(), range(8)))
+    assert made == [0, 1]
+    assert seen == [[*range(95, 100), 99, *range(4)]] * 8
 
 
 def test_draws_belong_to_the_sample_alone() -> None:

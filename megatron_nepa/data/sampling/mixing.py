@@ -16,7 +16,7 @@ import numpy as np
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.mixture import Mixture
 from megatron_nepa.data.index.mixture_grammar import BLOCK
-from megatron_nepa.data.sampling.order import IntArray, SampleOrder, SetOrder
+from megatron_nepa.data.sampling.order import IntArray, SampleOrder, set_order
 from megatron_nepa.parallel.random import derive_key, uniform
 
 _MIXTURE, _SOURCE = "mixture", "source"
@@ -93,7 +93,7 @@ class MixtureOrder:
         self._mixing, self._starts, self._sizes = Mixing.of(mixture, seed), mixture.starts, mixture.sizes
         # keyed by what the source is, not by its place among the others: it keeps its order when these change
         self._orders = [
-            SetOrder(derive_key(seed, f"{_SOURCE}/{key}"), size, version)
+            set_order(derive_key(seed, f"{_SOURCE}/{key}"), size, version)
             for key, size in zip(mixture.keys, mixture.sizes, strict=True)
         ]
 
@@ -119,7 +119,7 @@ def sample_order(index: DatasetIndex | Mixture, seed: int, version: int) -> Samp
     """The order in which a run shows a set or a mixture."""
     if isinstance(index, Mixture):
         return MixtureOrder(index, seed, version)
-    return SetOrder(seed, len(index), version)
+    return set_order(seed, len(index), version)
 
 
 def passes(mixture: Mixture, seed: int, samples: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ by k.
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache, partial
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def permutation(seed: int, epoch: int, num_images: int) -> IntArray:
 class SetOrder:
     """The order of one set: an epoch after the other, each image once in it.
 
-    It keeps the two epochs that a batch may straddle: of a shuffle, 8 bytes an image.
+    It keeps the two epochs that a batch may straddle: of a shuffle, 8 bytes an image. Threads may share it.
 
     Args:
         seed: of the order.
@@ -91,7 +92,7 @@ class SetOrder:
     """
 
     def __init__(self, seed: int, num_images: int, version: int = ORDER_VERSION) -> None:
-        self._num_images, self._version = num_images, version
+        self._num_images, self._version, self._lock = num_images, version, threading.Lock()
         self._permutation = lru_cache(maxsize=2)(partial(permutation, seed, num_images=num_images))
         self._bijection = lru_cache(maxsize=2)(lambda epoch: KeyedBijection.derive(seed, _BIJECTION, epoch, num_images))
 
@@ -104,8 +105,12 @@ class SetOrder:
         for value in np.unique(epoch):
             rows, number = epoch == value, int(value)
             places = position[rows]
-            image[rows] = self._bijection(number)(places) if computed else self._permutation(number)[places]
+            image[rows] = self._bijection(number)(places) if computed else self._shuffle(number)[places]
         return image
+
+    def _shuffle(self, epoch: int) -> IntArray:
+        with self._lock:  # of several threads that come to an epoch one computes it
+            return self._permutation(epoch)
 
     def source(self, sample: IntArray) -> IntArray:
         """Zeros: there is one set."""
@@ -116,7 +121,7 @@ class SetOrder:
         return self._num_images
 
 
-_set_order = lru_cache(maxsize=2)(SetOrder)  # of two loaders
+set_order = lru_cache(maxsize=16)(SetOrder)  # of two loaders, or of the sources of a mixture
 
 
 def image_of_sample(
@@ -134,7 +139,7 @@ def image_of_sample(
     Returns:
         int64 [n] in [0, num_images).
     """
-    return _set_order(seed, num_images, version).images(sample, skip)
+    return set_order(seed, num_images, version).images(sample, skip)
 
 
 def crop_boxes(
