@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import posixpath
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from megatron_nepa.config import ConfigError, require
@@ -119,11 +120,7 @@ class RemoteFiles:
             return True
 
         async def status(system: Any) -> int:
-            session = await system.set_session()
-            settings = dict(system.kwargs)
-            headers = {**settings.pop("headers", {}), "Range": "bytes=1-1", "Accept-Encoding": "identity"}
-            async with session.get(system.encode_url(url), headers=headers, **settings) as response:
-                system._raise_not_found_for_status(response, url)
+            async with _answer(system, url, 1, 2) as response:
                 return int(response.status)
 
         # one of several servers behind an address may do without
@@ -199,17 +196,20 @@ def _waited_for(system: Any, function: Callable[..., Any], *arguments: Any) -> A
     return sync(system.loop, function, *arguments, timeout=_REQUEST_SECONDS)
 
 
-async def _http_range(system: Any, url: str, offset: int, size: int) -> bytearray:
-    """A byte range; fsspec's own call holds the whole file in memory where a server ignores the range."""
+@contextlib.asynccontextmanager
+async def _answer(system: Any, url: str, start: int, stop: int) -> AsyncIterator[Any]:
+    """A web server's answer where the bytes from ``start`` to ``stop`` of a file are asked for."""
     session = await system.set_session()
     settings = dict(system.kwargs)
-    headers = {
-        **settings.pop("headers", {}),
-        "Range": f"bytes={offset}-{offset + size - 1}",
-        "Accept-Encoding": "identity",
-    }
+    headers = {**settings.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     async with session.get(system.encode_url(url), headers=headers, **settings) as response:
         system._raise_not_found_for_status(response, url)
+        yield response
+
+
+async def _http_range(system: Any, url: str, offset: int, size: int) -> bytearray:
+    """A byte range; fsspec's own call holds the whole file in memory where a server ignores the range."""
+    async with _answer(system, url, offset, offset + size) as response:
         skipped = offset
         if response.status == 206:
             place = response.headers.get("Content-Range", f"bytes {offset}-")
