@@ -41,10 +41,11 @@ class MetricWindow:
     def add(self, row: Row, scalars: Mapping[str, Tensor]) -> None:
         """Add a step: its host numbers, and its device scalars, fp32 [] or [1], by the same names on every rank."""
         self.names += [name for name in scalars if name not in self.names]
-        nothing = torch.zeros_like(next(iter(scalars.values()))).view(1)
         self._rows.append(row)
         self._present.append(tuple(scalars))
-        self._scalars.append(torch.cat([scalars[name].view(1) if name in scalars else nothing for name in self.names]))
+        first = next(iter(scalars.values())).view(1)
+        values = [scalars[name].view(1) if name in scalars else torch.zeros_like(first) for name in self.names]
+        self._scalars.append(torch.cat(values))
 
     def read(self, extra: Tensor | None = None) -> tuple[list[Row], Tensor]:
         """The complete rows, oldest first, and ``extra`` on the host; empties the window.
