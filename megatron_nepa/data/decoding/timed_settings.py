@@ -83,7 +83,7 @@ def settle(
     if on_gpu and config.hw_decoder_load is None and not torch.are_deterministic_algorithms_enabled():
         load = kept_load
     if load is not None and config.num_threads is not None:
-        return replace(config, num_threads=config.num_threads, hw_decoder_load=load)
+        return replace(config, hw_decoder_load=load)
 
     def slowest(value: float) -> float:
         agreed = torch.tensor(value, dtype=torch.float64)

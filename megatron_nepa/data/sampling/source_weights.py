@@ -27,7 +27,7 @@ class SourceWeights:
         """By source of the step, fp32 [micro_batch_size] on the device; the same names on every rank."""
         share = self._share
         first = share.first_sample(micro_batch)
-        start = first // share.global_batch_size * share.global_batch_size
+        start = share.step_of(first) * share.global_batch_size
         source_of, _ = self._mixing.place(np.arange(start, start + share.global_batch_size))
         count = np.bincount(source_of, minlength=len(self._names))
         mine = source_of[first - start :][: share.micro_batch_size]
