@@ -20,6 +20,7 @@ from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data.decoding.crop_pipeline import EncodedBatch, crop_pipeline
 from megatron_nepa.data.decoding.normalising import normalise
 from megatron_nepa.data.decoding.pipelines import DecoderOptions
+from megatron_nepa.data.decoding.sample_reader import ReadAhead
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.pretraining import Batch, PretrainingLoader, SyntheticLoader
 from megatron_nepa.data.sampling import order
@@ -228,6 +229,16 @@ def test_bad_images_are_replaced(photographs: Path, tmp_path: Path, kind: str) -
     assert torch.equal(parts, whole)
     resumed = take(make_loader(folder, index=index, consumed_samples=3 * GLOBAL), 2)
     assert torch.equal(torch.cat([batch.images for batch in resumed]), whole[3 * GLOBAL :])
+
+
+def test_a_rejected_batch_alone_is_read_again() -> None:
+    read: list[int] = []
+    ahead = ReadAhead(lambda batch: np.array([batch]), lambda part: read.extend(part.tolist()), threads=1, depth=3)
+    ahead(0)
+    ahead.forget(0)
+    ahead(0)
+    assert read == [0, 1, 2, 3, 0]
+    ahead.close()
 
 
 @pytest.mark.parametrize("kind", ["missing", "garbage", "truncated"])

@@ -62,9 +62,9 @@ class ReadAhead(Generic[T]):
         self._ahead = {later: self._ahead.get(later) or self._submit(later) for later in following}
         return [task.result() for task in tasks]
 
-    def reset(self) -> None:
-        """Forget what was read ahead."""
-        self._ahead = {}
+    def forget(self, batch: int) -> None:
+        """Read ``batch`` anew when it is asked for, and keep what was read ahead of the others."""
+        self._ahead.pop(batch, None)
 
     def close(self) -> None:
         """End the threads."""
@@ -195,7 +195,7 @@ class SampleReader(Generic[T]):
         Raises:
             ConfigError: under on_bad_image "fail", or when there are too many.
         """
-        self._read_ahead.reset()
+        self._read_ahead.forget(micro_batch)
         samples = self._samples_of(micro_batch)
         for slot in slots:
             sample = int(samples[slot])
