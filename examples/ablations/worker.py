@@ -51,7 +51,9 @@ def begin(log_folder: Path) -> None:
 
 
 def carry_out(task: Task) -> Outcome:
-    """Pre-train, then fine-tune each cell; the weights are removed at the end.
+    """Pre-train, then fine-tune each cell.
+
+    The pre-trained weights stay for later cells that start from them, on the same machine; fine-tuned ones are removed.
 
     Raises:
         ConfigError: for settings that a training refuses.
@@ -80,9 +82,9 @@ def carry_out(task: Task) -> Outcome:
             last = result.pop("last")
             result.pop("curves")
             cells[cell.key] = {**result, "accuracy": last.get("val_top1")}
+            shutil.rmtree(folder / cell.key, ignore_errors=True)
     except RunStopped as stop:
         return Outcome(pretraining, cells, str(stop))
-    shutil.rmtree(folder, ignore_errors=True)
     return Outcome(pretraining, cells)
 
 
