@@ -18,6 +18,7 @@ from examples.fashion_mnist.run import (
 )
 
 Flags = dict[str, object]
+Use = Literal["fine-tuning", "probe"]  # of a trunk
 Split = Literal["test", "held_out"]  # the 10,000 test photographs; 5,000 training photographs without use otherwise
 FINETUNING_RATE = 12e-3  # before scaling by the batch; so are those of pre-training
 PRETRAINING_RATE = 4e-3
@@ -46,6 +47,13 @@ OBJECTIVES: dict[str, Flags] = {
         "objective.predictor_num_heads": 3,
     },
     "aim": {**_SAME_TRUNK, "recipe": "aim_b"},
+}
+PROBING: Flags = {  # a linear layer on the frozen trunk, on the photographs that fine-tuning sees
+    "recipe": "quickstart_probe",
+    "trunk.weights": "raw",
+    **{name: FINETUNING[name] for name in ("data.crop_scale_min", "global_batch_size", "micro_batch_size")},
+    **{name: FINETUNING[name] for name in FINETUNING if name.startswith(("evaluation.", "save_", "keep_", "log_"))},
+    **{name: NETWORK[name] for name in ("data.num_threads", "data.horizontal_flip", "dtype", "stall_timeout")},
 }
 # I-JEPA's encoder is the average of the one that is trained
 _WEIGHTS = {"jepa": "ema"}
@@ -105,15 +113,16 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Cell:
-    """One accuracy: a fine-tuning with 10 % of the labels, from a pre-training or from scratch.
+    """One accuracy with 10 % of the labels: a fine-tuning, from a pre-training or from scratch, or a linear probe.
 
     Attributes:
         start: the pre-training, or None: from scratch.
-        steps: of fine-tuning, of 64 photographs.
+        steps: of fine-tuning or of the probe, of 64 photographs.
         seed: of the head's weights, order and draws.
-        changes: flags that differ from the study's fine-tuning.
+        changes: flags that differ from the study's fine-tuning or probe.
         split: photographs that are classified at the end.
         percent: of the training labels.
+        use: whether the trunk is fine-tuned, or frozen under a linear layer.
     """
 
     start: Pretraining | None
@@ -122,12 +131,15 @@ class Cell:
     changes: tuple[tuple[str, object], ...] = field(default=())
     split: Split = "test"
     percent: int = 10
+    use: Use = "fine-tuning"
 
     @property
     def flags(self) -> Flags:
         """All flags but those that say where its data, weights and output lie."""
         flags = {**NETWORK, **FINETUNING}
-        if self.start is not None:  # the checkpoint says what its network is
+        if self.use == "probe":
+            flags = PROBING
+        elif self.start is not None:  # the checkpoint says what its network is
             flags = {name: value for name, value in flags.items() if name not in NETWORK or "model." not in name}
             flags |= {"model.causal": "false", "model.drop_path": 0}
             flags |= FROM_PRETRAINED | {"init_weights": _WEIGHTS.get(self.start.objective, "raw")}

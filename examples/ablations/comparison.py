@@ -38,6 +38,16 @@ class Comparison:
         ]
         self.study.run([*equal, *self.scratch()], "Table 2")
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether all of it was."""
+        has, objectives = self.study.has, self.objectives
+        return (
+            all(map(has, self.sweep.values()))
+            and all(has(self.at_steps(name)) and has(self.at_flops(name)) for name in objectives)
+            and has(self.scratch())
+        )
+
     def at_steps(self, objective: str) -> list[Cell]:
         """An objective's cells, each with the steps of NEPA."""
         return self._cells(objective, self.study.steps)

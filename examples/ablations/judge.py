@@ -26,6 +26,11 @@ def standard_error(first: Sequence[float], second: Sequence[float], noise: float
     return float(np.sqrt(sum(spreads)))
 
 
+def level(first: Sequence[float], second: Sequence[float], noise: float) -> Verdict:
+    """Whether what the paper finds level is level here, too."""
+    return "holds" if compare(first, second, noise) == "within noise" else "does not hold"
+
+
 def compare(better: Sequence[float], worse: Sequence[float], noise: float) -> Verdict:
     """Whether what the paper finds better is better here, too."""
     difference = float(np.mean(better) - np.mean(worse))

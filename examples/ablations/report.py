@@ -10,7 +10,8 @@ import numpy as np
 from examples.ablations.cells import Cell
 from examples.ablations.comparison import Comparison
 from examples.ablations.figures import draw_figures
-from examples.ablations.judge import STANDARD_ERRORS, compare
+from examples.ablations.judge import STANDARD_ERRORS, compare, level
+from examples.ablations.lengths import Lengths
 from examples.ablations.results import Results
 from examples.ablations.study import NEEDED_GAIN, Study
 from examples.ablations.tables import Claim, Table
@@ -20,21 +21,25 @@ from megatron_nepa.files import replace_text
 COMMAND = "python examples/ablations/run.py"
 
 
-def write_report(study: Study, tables: Sequence[Table], comparison: Comparison | None, path: Path) -> None:
-    """Write the report and, beside it, its figures.
+def write_report(study: Study, tables: Sequence[Table], comparison: Comparison, lengths: Lengths, path: Path) -> None:
+    """Write the report and, beside it, its figures: of all that has been trained so far, whichever start trained it.
 
     Args:
         study: with the results of all cells.
-        tables: of the paper, that were trained.
-        comparison: of the objectives, or None where it was not trained.
+        tables: of the paper.
+        comparison: of the objectives.
+        lengths: of pre-training.
         path: of the Markdown file.
     """
     sections = [_head(study.results), _noise(study)]
-    sections += [_table(study, table) for table in tables]
-    if comparison is not None:
+    sections += [_table(study, table) for table in tables if all(map(study.has, study.cells_of(table).values()))]
+    if comparison.is_trained:
         sections.append(comparison.describe())
     figures = draw_figures(study, path.parent)
     sections += [f"## {title}\n\n![{title}]({name})" for title, name in figures]
+    if lengths.is_trained:
+        lengths.draw(path.with_name("lengths.png"))
+        sections.append(lengths.describe("lengths.png"))
     replace_text(path, "\n\n".join(sections) + "\n")
 
 
@@ -90,7 +95,8 @@ def judged(study: Study, claim: Claim, cells: dict[str, list[Cell]]) -> str:
     """A claim, whether it holds here, and the difference."""
     better, worse = (study.accuracies(cells[label]) for label in (claim.better, claim.worse))
     difference = 100 * (float(np.mean(better)) - float(np.mean(worse)))
-    return f"{claim.sentence} **{compare(better, worse, study.noise)}**: {difference:+.2f} points."
+    verdict = (level if claim.is_level else compare)(better, worse, study.noise)
+    return f"{claim.sentence} **{verdict}**: {difference:+.2f} points."
 
 
 def _health(study: Study, cells: Sequence[Cell]) -> str:
@@ -98,5 +104,6 @@ def _health(study: Study, cells: Sequence[Cell]) -> str:
     for cell in cells:
         last = study.results.pretraining(cell.pretrained)["last"]
         losses.append(last.get("loss", float("nan")))
-        ranks.append(last.get("target_effective_rank", float("nan")))
-    return f"{np.mean(losses):.4f} | {np.mean(ranks):.1f}"
+        ranks.append(last.get("target_effective_rank"))
+    rank = f"{np.mean(ranks):.1f}" if None not in ranks else "-"  # pixels have none
+    return f"{np.mean(losses):.4f} | {rank}"

@@ -1,7 +1,7 @@
 """Do the paper's claims hold on a small scale? Its ablations and rival objectives on Fashion-MNIST, one command.
 
     python examples/ablations/run.py                  # noise, tables 1a, 1c, 1e, 9 and 2, figure 3
-    python examples/ablations/run.py --second         # tables 1b, 1d and 8 as well
+    python examples/ablations/run.py --second         # tables 1b, 1d, 6, 7 and 8 and figure 4 as well
     python examples/ablations/run.py --quick --output_dir runs/ablations_quick    # a few steps of everything
 
 First the baseline is trained with five seeds, from whose spread the steps of all other cells are chosen and written
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from examples.ablations.cells import OBJECTIVES, Cell
     from examples.ablations.comparison import Comparison
     from examples.ablations.figures import pretrainings
+    from examples.ablations.lengths import Lengths
     from examples.ablations.report import write_report
     from examples.ablations.results import Results
     from examples.ablations.study import QUICK, Scale, Study
@@ -47,15 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = QUICK if options.quick else Scale()
     with Study(results, scale, work / "data", work / "runs", options.jobs) as study:
         study.measure_noise()
-        tables = (*FIRST, *SECOND) if options.second else FIRST
-        comparison = Comparison(study, tuple(OBJECTIVES))
-        cells = [cell for table in tables for found in study.cells_of(table).values() for cell in found]
+        comparison, lengths = Comparison(study, tuple(OBJECTIVES)), Lengths(study)
+
+        def report() -> None:
+            write_report(study, (*FIRST, *SECOND), comparison, lengths, output / "RESULTS.md")
+
+        cells = study.all_cells(FIRST)
         for start in pretrainings(study):
             cells.append(Cell(start, study.scale.finetuning, start.seed, percent=study.scale.percent))
         study.run(cells, "tables and curves")
-        write_report(study, tables, None, output / "RESULTS.md")
+        report()
         comparison.train()
-        write_report(study, tables, comparison, output / "RESULTS.md")
+        report()
+        if options.second:
+            study.run(study.all_cells(SECOND), "tables of the second part")
+            lengths.train()
+            report()
     print(f"{output}/RESULTS.md")
 
 

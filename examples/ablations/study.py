@@ -137,21 +137,26 @@ class Study:
         """The network trained on the labels alone."""
         return Cell(None, self.scale.finetuning, seed, percent=self.scale.percent)
 
-    def cell(self, row: Row, seed: int, steps: int | None = None, objective: str = "nepa") -> Cell:
+    def cell(self, row: Row, seed: int, steps: int | None = None) -> Cell:
         """A row's cell of one seed."""
-        start = Pretraining(objective, frozen(row.pretraining), steps or self.steps, seed)
-        return Cell(start, self.scale.finetuning, seed, frozen(row.finetuning), percent=self.scale.percent)
+        start = Pretraining(row.objective, frozen(row.pretraining), row.steps or steps or self.steps, seed)
+        changes = frozen(row.finetuning)
+        return Cell(start, self.scale.finetuning, seed, changes, percent=self.scale.percent, use=row.use)
 
     def cells_of(self, table: Table) -> dict[str, list[Cell]]:
         """A table's cells by the label of their row."""
         return {row.label: [self.cell(row, seed) for seed in self.scale.seeds] for row in table.rows}
+
+    def all_cells(self, tables: Iterable[Table]) -> list[Cell]:
+        """All tables' cells."""
+        return [cell for table in tables for found in self.cells_of(table).values() for cell in found]
 
     def sweep(self, objectives: Sequence[str]) -> dict[str, list[Cell]]:
         """The cells that choose each objective's learning rate, on photographs that are not the test's."""
         cells = {
             objective: [
                 replace(
-                    self.cell(Row("", "", {"optimizer.base_lr": PRETRAINING_RATE * factor}), 0, objective=objective),
+                    self.cell(Row("", "", {"optimizer.base_lr": PRETRAINING_RATE * factor}, objective=objective), 0),
                     split="held_out",
                 )
                 for factor in SWEEP
@@ -173,6 +178,10 @@ class Study:
     def accuracies(self, cells: Iterable[Cell]) -> list[float]:
         """Of cells that were trained; a failed one counts as 0.1, the accuracy of a guess."""
         return [0.1 if value is None else value for value in map(self.results.accuracy, cells)]
+
+    def has(self, cells: Iterable[Cell]) -> bool:
+        """Whether all of them were trained."""
+        return all(cell.key in self.results.cells for cell in cells)
 
     def spread(self, cells: Sequence[Cell]) -> str:
         """Mean and deviation of cells in per cent, and how many of them failed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from examples.ablations.cells import Flags
+from examples.ablations.cells import Flags, Use
 
 NEPA = "NEPA"
 
@@ -17,22 +17,29 @@ class Row:
         label: in the report.
         paper: accuracy on ImageNet in the paper, per cent, or "fail"; "" where the paper has no such row.
         pretraining: flags that differ from the study's NEPA.
-        finetuning: flags that differ from the study's fine-tuning.
+        finetuning: flags that differ from the study's fine-tuning or, where the trunk is probed, from its probe.
+        objective: a key of :data:`~examples.ablations.cells.OBJECTIVES`.
+        steps: of pre-training; None: as many as the noise chose.
+        use: of the trunk.
     """
 
     label: str
     paper: str
     pretraining: Flags = field(default_factory=dict)
     finetuning: Flags = field(default_factory=dict)
+    objective: str = "nepa"
+    steps: int | None = None
+    use: Use = "fine-tuning"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper, as an order of two rows."""
+    """A sentence of the paper, as an order of two rows; or, where ``is_level``, that there is none beyond noise."""
 
     sentence: str
     better: str
     worse: str
+    is_level: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,24 @@ class Table:
 
 def _baseline(paper: str) -> Row:
     return Row(NEPA, paper)
+
+
+def _components(
+    label: str, paper: str, *, scale: bool, rope: bool, norm: bool, gated: bool = False, objective: str = "nepa"
+) -> Row:
+    """A trunk of some components: LayerScale, RoPE, QK-norm, SwiGLU."""
+    flags: Flags = {
+        "model.layer_scale_init": 0.1 if scale else "none",
+        "model.rope": str(rope).lower(),
+        "model.qk_norm": "plain" if norm else "none",
+    }
+    return Row(label, paper, flags if gated else flags | _GELU, objective=objective)
+
+
+_GELU: Flags = {
+    "model.mlp": "gelu",
+    "model.mlp_hidden_size": 384,
+}  # the width of equal parameters: two matrices, not three
 
 
 SHIFT = Table(
@@ -91,8 +116,7 @@ FEED_FORWARD = Table(
     "feed-forward layers",
     (
         Row("SwiGLU", "83.8"),
-        # the width of equal parameters: two matrices instead of three
-        Row("GELU", "83.6", {"model.mlp": "gelu", "model.mlp_hidden_size": 384}),
+        Row("GELU", "83.6", _GELU),
     ),
     (Claim("SwiGLU is a little better than GELU, which is not essential.", "SwiGLU", "GELU"),),
 )
@@ -100,16 +124,7 @@ COMPONENTS = Table(
     "1b",
     "components, one added to the other",
     tuple(
-        Row(
-            label,
-            paper,
-            {
-                "model.layer_scale_init": 0.1 if scale else "none",
-                "model.rope": str(rope).lower(),
-                "model.qk_norm": "plain" if norm else "none",
-                **({} if gated else {"model.mlp": "gelu", "model.mlp_hidden_size": 384}),
-            },
-        )
+        _components(label, paper, scale=scale, rope=rope, norm=norm, gated=gated)
         for label, paper, scale, rope, norm, gated in (
             ("plain ViT", "78.2", False, False, False, False),
             ("LayerScale", "77.4", True, False, False, False),
@@ -144,5 +159,39 @@ LAYER_DECAY = Table(
     ),
     (Claim("A rate that rises from 0.35 to 1 is better.", "0.35 to 1", "0.65"),),
 )
+_UNTRAINED: Flags = {"optimizer.base_lr": 1e-12}
+PROBE = Table(
+    "6",
+    "linear probe of the frozen trunk",
+    (
+        Row("last embedding", "11.3", {}, {"trunk.pooling": "last"}, use="probe"),
+        Row("average of all", "14.1", {}, {"trunk.pooling": "mean"}, use="probe"),
+        Row("untrained trunk, last embedding", "", _UNTRAINED, {"trunk.pooling": "last"}, steps=1, use="probe"),
+        Row("untrained trunk, average of all", "", _UNTRAINED, {"trunk.pooling": "mean"}, steps=1, use="probe"),
+        Row("fine-tuned instead", ""),
+    ),
+    (
+        Claim("The average probes better than the last embedding.", "average of all", "last embedding"),
+        Claim("A probe reaches far less than fine-tuning.", "fine-tuned instead", "average of all"),
+    ),
+)
+MAE_COMPONENTS = Table(
+    "7",
+    "MAE with components, one added to the other",
+    tuple(
+        _components(label, paper, scale=scale, rope=rope, norm=norm, objective="mae")
+        for label, paper, scale, rope, norm in (
+            ("MAE", "85.6", False, False, False),
+            ("LayerScale", "85.5", True, False, False),
+            ("LayerScale, RoPE", "85.6", True, True, False),
+            ("LayerScale, RoPE, QK-norm", "85.6", True, True, True),
+        )
+    ),
+    (
+        Claim("LayerScale changes MAE little.", "MAE", "LayerScale", is_level=True),
+        Claim("RoPE changes MAE little.", "LayerScale, RoPE", "LayerScale", is_level=True),
+        Claim("QK-norm changes MAE little.", "LayerScale, RoPE, QK-norm", "LayerScale, RoPE", is_level=True),
+    ),
+)
 FIRST = (SHIFT, MASKING, ATTENTION, FEED_FORWARD)
-SECOND = (COMPONENTS, PATCH_EMBEDDING, LAYER_DECAY)
+SECOND = (COMPONENTS, PATCH_EMBEDDING, PROBE, MAE_COMPONENTS, LAYER_DECAY)

@@ -51,7 +51,7 @@ def begin(log_folder: Path) -> None:
 
 
 def carry_out(task: Task) -> Outcome:
-    """Pre-train, then fine-tune each cell.
+    """Pre-train, then fine-tune or probe each cell.
 
     The pre-trained weights stay for later cells that start from them, on the same machine; fine-tuned ones are removed.
 
@@ -59,6 +59,7 @@ def carry_out(task: Task) -> Outcome:
         ConfigError: for settings that a training refuses.
     """
     from examples.finetune_classification import main as finetune
+    from examples.linear_probe import main as probe
     from megatron_nepa.training.stopping.errors import RunStopped
     from pretrain_nepa import main as pretrain
 
@@ -77,8 +78,8 @@ def carry_out(task: Task) -> Outcome:
                 continue
             where = {**cell.data(task.data), "output_dir": folder / cell.key}
             if start is not None:
-                where["init_from"] = folder / "pretraining"
-            result = _train(finetune, cell.flags | where)
+                where["trunk" if cell.use == "probe" else "init_from"] = folder / "pretraining"
+            result = _train(probe if cell.use == "probe" else finetune, cell.flags | where)
             last = result.pop("last")
             result.pop("curves")
             cells[cell.key] = {**result, "accuracy": last.get("val_top1")}

@@ -14,18 +14,20 @@ import pytest
 from examples.ablations import study as studies
 from examples.ablations.cells import OBJECTIVES, PRETRAINING_RATE, Cell, Pretraining
 from examples.ablations.comparison import Comparison
-from examples.ablations.judge import compare, standard_error
+from examples.ablations.judge import compare, level, standard_error
+from examples.ablations.lengths import Lengths
 from examples.ablations.report import write_report
 from examples.ablations.results import Results
 from examples.ablations.study import Scale, Study
 from examples.ablations.tables import FIRST, SECOND, Row
 from examples.fashion_mnist.data import prepare
 from megatron_nepa.config import ConfigError, override
-from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES
+from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, PROBING_RECIPES
 from tests.examples.test_fashion_mnist import source  # noqa: F401
 
 PROJECT = Path(__file__).parents[2]
 SCALE = Scale(candidates=(10, 20, 40), finetuning=10)
+_UNTRAINED_LAST = "untrained trunk, last embedding"
 
 
 def accuracy_of(cell: Cell) -> float:
@@ -77,6 +79,8 @@ def test_verdicts() -> None:
     assert compare([0.90, 0.91, 0.92], [0.80, 0.81, 0.82], noise=0.01) == "holds"
     assert compare([0.80, 0.81, 0.82], [0.90, 0.91, 0.92], noise=0.01) == "does not hold"
     assert compare([0.90, 0.91, 0.92], [0.89, 0.90, 0.91], noise=0.01) == "within noise"
+    assert level([0.90, 0.91, 0.92], [0.89, 0.90, 0.91], noise=0.01) == "holds"
+    assert level([0.90, 0.91, 0.92], [0.80, 0.81, 0.82], noise=0.01) == "does not hold"
     # three equal accuracies do not mean that there is no noise
     assert compare([0.81] * 3, [0.80] * 3, noise=0.01) == "within noise"
     assert standard_error([0.5] * 2, [0.5] * 8, noise=0.01) == pytest.approx((0.0001 / 2 + 0.0001 / 8) ** 0.5)
@@ -114,8 +118,10 @@ def test_results_of_another_scale_are_refused(study: Study) -> None:
 
 def test_every_cell_is_a_run_that_can_start(study: Study) -> None:
     study.measure_noise()
-    cells = [cell for table in (*FIRST, *SECOND) for row in study.cells_of(table).values() for cell in row]
+    cells = study.all_cells((*FIRST, *SECOND))
     cells += [cell for row in study.sweep(tuple(OBJECTIVES)).values() for cell in row]
+    cells += [cell for row in Lengths(study).sweep.values() for cell in row]
+    recipes = {"fine-tuning": CLASSIFICATION_RECIPES, "probe": PROBING_RECIPES}
     for cell in cells:
         shape = {}
         if cell.start is not None:
@@ -123,7 +129,7 @@ def test_every_cell_is_a_run_that_can_start(study: Study) -> None:
             override(PRETRAINING_RECIPES[str(cell.start.flags["recipe"])](), given)
             shape = {name: value for name, value in given.items() if name.startswith("model.")}  # of the checkpoint
         given = {name: parsed(value) for name, value in cell.flags.items() if name != "recipe"}
-        override(CLASSIFICATION_RECIPES[str(cell.flags["recipe"])](), {**shape, **given})
+        override(recipes[cell.use][str(cell.flags["recipe"])](), {**shape, **given})
 
 
 def parsed(value: object) -> object:
@@ -133,16 +139,38 @@ def parsed(value: object) -> object:
 
 def test_the_report(study: Study) -> None:
     study.measure_noise()
-    comparison = Comparison(study, tuple(OBJECTIVES))
-    study.run([cell for table in FIRST for row in study.cells_of(table).values() for cell in row], "")
-    comparison.train()
+    comparison, lengths = Comparison(study, tuple(OBJECTIVES)), Lengths(study)
+    study.run(study.all_cells(FIRST), "")
     path = study.results.path.with_name("RESULTS.md")
-    write_report(study, FIRST, comparison, path)
+    write_report(study, (*FIRST, *SECOND), comparison, lengths, path)
+    assert [line.split(":")[0] for line in path.read_text().splitlines() if line.startswith("## Table")] == [
+        f"## Table {table.name}" for table in FIRST
+    ]  # what is not trained is not told
+    comparison.train()
+    study.run(study.all_cells(SECOND), "")
+    lengths.train()
+    write_report(study, (*FIRST, *SECOND), comparison, lengths, path)
     text = path.read_text()
     assert "| 20 steps | 80.96 ± 0.17 |" in text
     assert "The causal mask helps. **holds**: +5.00 points." in text
     assert "The stop-gradient is needed. **within noise**: +0.00 points." in text
     assert "- NEPA is ahead of training from scratch." in text
+    assert "QK-norm changes MAE little. **holds**: +0.00 points." in text
+    assert "A probe reaches far less than fine-tuning. **within noise**: +0.00 points." in text
+    # the made-up world gains 0.05 points a step
+    assert "- 40 steps are better than 20. **holds**: +1.00 points." in text
+    assert path.with_name("lengths.png").is_file()
+
+
+def test_a_probe_is_another_cell_than_a_fine_tuning(study: Study) -> None:
+    study.measure_noise()
+    (probe,) = [table for table in SECOND if table.name == "6"]
+    cells = study.cells_of(probe)
+    last, untrained, tuned = (cells[name][0] for name in ("last embedding", _UNTRAINED_LAST, "fine-tuned instead"))
+    assert last.start == tuned.start
+    assert last.key != tuned.key
+    assert untrained.pretrained.steps == 1
+    assert untrained.pretrained.learning_rate < 1e-11
 
 
 def test_what_holds_no_results_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Figure 4 at this scale: accuracy after a light search of the learning rate against the length of pre-training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from examples.ablations.cells import FINETUNING_RATE, Cell, frozen
+from examples.ablations.judge import compare
+from examples.ablations.study import SWEEP, Study
+from examples.fashion_mnist.spread import deviation, in_percent
+from megatron_nepa.training.reporting.plot_style import BLUE, STYLE, save_figure
+
+CAUSAL = {"model.causal": "true"}  # as the paper fine-tunes for this figure
+
+
+class Lengths:
+    """Fine-tunes pre-trainings of every length with the best of a few learning rates.
+
+    Args:
+        study: whose noise is known.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.sweep = {
+            steps: [
+                replace(
+                    study.baseline(0, steps),
+                    changes=frozen({**CAUSAL, "optimizer.base_lr": FINETUNING_RATE * factor}),
+                    split="held_out",
+                )
+                for factor in SWEEP
+            ]
+            for steps in study.scale.candidates
+        }
+
+    def train(self) -> None:
+        """The learning rates first."""
+        self.study.run([cell for cells in self.sweep.values() for cell in cells], "Figure 4: learning rates")
+        self.study.run([cell for steps in self.sweep for cell in self.best(steps)], "Figure 4")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether all of it was."""
+        study = self.study
+        return all(study.has(cells) and study.has(self.best(steps)) for steps, cells in self.sweep.items())
+
+    def best(self, steps: int) -> list[Cell]:
+        """The cells of one length, on the test photographs."""
+        best = self.study.best(self.sweep[steps])
+        return [
+            replace(best, start=replace(best.pretrained, seed=seed), seed=seed, split="test")
+            for seed in self.study.scale.seeds
+        ]
+
+    def draw(self, path: Path) -> None:
+        """Mean accuracy with its deviation against the steps of pre-training."""
+        found = [100 * np.array(self.study.accuracies(self.best(steps))) for steps in self.sweep]
+        with rc_context(STYLE):
+            figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+            axes = figure.subplots()
+            means, spreads = [values.mean() for values in found], [deviation(values) for values in found]
+            axes.errorbar(list(self.sweep), means, spreads, color=BLUE, marker="o", capsize=3, linewidth=1.4)
+            axes.set(xlabel="steps of pre-training", ylabel="accuracy, %", xscale="log")
+            axes.set_xticks(list(self.sweep), [f"{steps:,}" for steps in self.sweep])
+            axes.minorticks_off()
+            save_figure(figure, path)
+
+    def describe(self, picture: str) -> str:
+        """The section of the report."""
+        study, lengths = self.study, list(self.sweep)
+        lines = [
+            "## Figure 4: length of pre-training",
+            "",
+            f"![Accuracy against the length of pre-training]({picture})",
+            "",
+            "| steps of pre-training | here, % |",
+            "|---|---|",
+        ]
+        found = {steps: study.accuracies(self.best(steps)) for steps in lengths}
+        for steps, values in found.items():
+            lines.append(f"| {steps:,} | {in_percent(float(np.mean(values)), deviation(values))} |")
+        lines += [
+            "",
+            f"Causal fine-tuning; for each length the best of {len(SWEEP)} learning rates on 5,000 training "
+            "photographs that fine-tuning does not see.",
+            "",
+        ]
+        for shorter, longer in pairwise(lengths):
+            verdict = compare(found[longer], found[shorter], study.noise)
+            gain = 100 * float(np.mean(found[longer]) - np.mean(found[shorter]))
+            lines.append(f"- {longer:,} steps are better than {shorter:,}. **{verdict}**: {gain:+.2f} points.")
+        return "\n".join(lines)
