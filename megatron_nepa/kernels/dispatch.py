@@ -56,8 +56,8 @@ def select_kernels(
     always does.
 
     Args:
-        choice: ``auto`` takes the Triton kernels on a CUDA device and plain torch elsewhere; ``triton`` and
-            ``reference`` insist. ``reference`` also takes torch's SDPA for attention.
+        choice: ``auto`` takes the Triton kernels on a CUDA device and plain torch elsewhere, in bf16 on a CPU a few
+            rows at a time; ``triton`` and ``reference`` insist. ``reference`` also takes torch's SDPA for attention.
         device: where the run computes.
         attention_shape: (B, T, local heads, d) of the run's attention, on which a GPU's back-ends are timed once; None
             takes the first that is installed.
@@ -74,7 +74,10 @@ def select_kernels(
     deterministic = torch.are_deterministic_algorithms_enabled()
     attention = choose_attention(device, attention_shape, dtype, causal, deterministic)
     if choice == "auto" and not _triton_compiles_for(device):
-        return Kernels(attention=attention)
+        # in fp32 the references take no longer
+        on_cpu = OPERATIONS if device.type == "cpu" and dtype == torch.bfloat16 else ()
+        served = {operation.name: operation.on_cpu for operation in on_cpu if operation.on_cpu is not None}
+        return Kernels(attention=attention, **served)
     sizes = {*head_sizes, *(() if attention_shape is None else attention_shape[3:])}
     return _triton_kernels(choice, device, sizes, attention)
 

@@ -52,6 +52,7 @@ class Operation:
         serves: whether a model has the operation.
         scale: size of the terms of an output that is a sum with cancellation, against which its rounding counts; 0
             where none is.
+        on_cpu: serves bf16 on a CPU better than the reference, called like it; None where nothing does.
     """
 
     name: str
@@ -63,3 +64,4 @@ class Operation:
     launches: Callable[[ModelConfig, int, int, NewTensor], Iterator[Case]]
     serves: Callable[[ModelConfig], bool] = lambda model: True
     scale: float = 0.0
+    on_cpu: Callable[..., Any] | None = None

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_nepa.config import ConfigError
 from megatron_nepa.kernels.dispatch import Kernels, select_kernels
@@ -20,9 +21,14 @@ REFERENCE = {
 }
 
 
-@pytest.mark.parametrize("choice", ["auto", "reference"])
-def test_a_cpu_takes_the_reference(choice):
-    assert select_kernels(choice, "cpu").describe() == REFERENCE == Kernels().describe()
+@pytest.mark.parametrize(("choice", "dtype"), [("auto", torch.float32), ("reference", torch.bfloat16)])
+def test_a_cpu_takes_the_reference(choice, dtype):
+    assert select_kernels(choice, "cpu", dtype=dtype).describe() == REFERENCE == Kernels().describe()
+
+
+def test_a_cpu_in_bf16_takes_a_few_rows_at_a_time():
+    served = {"qk_norm_rope": "qk_norm_rope_cpu", "swiglu": "swiglu_cpu"}
+    assert select_kernels("auto", "cpu").describe() == REFERENCE | served
 
 
 def test_a_gpu_takes_the_compiled_kernels_by_itself_but_never_the_interpreter():
@@ -66,4 +72,4 @@ from megatron_nepa.kernels.dispatch import select_kernels
 print(select_kernels("reference", "cpu").describe()["swiglu"], select_kernels("auto", "cpu").describe()["swiglu"])
 """
     result = run(code)
-    assert result.stdout.split() == ["swiglu_reference", "swiglu_reference"], result.stderr
+    assert result.stdout.split() == ["swiglu_reference", "swiglu_cpu"], result.stderr

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_nepa.config import ModelConfig
+from megatron_nepa.kernels.qk_norm_rope.cpu import qk_norm_rope_cpu
 from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
 from megatron_nepa.kernels.record import Case, NewTensor, Operation
 
@@ -63,4 +64,5 @@ QK_NORM_ROPE = Operation(
     trained=("qkv",),
     minimum_bytes=_minimum_bytes,
     launches=_launches,
+    on_cpu=qk_norm_rope_cpu,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.kernels.record import Case, NewTensor, Operation
+from megatron_nepa.kernels.swiglu.cpu import swiglu_cpu
 from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 
 
@@ -47,4 +48,5 @@ SWIGLU = Operation(
     minimum_bytes=_minimum_bytes,
     launches=_launches,
     serves=lambda model: model.mlp == "swiglu",
+    on_cpu=swiglu_cpu,
 )
