@@ -12,7 +12,7 @@ activation checkpointing) and prints the best first:
     TP, SP       tensor-parallel ranks of a replica; whether they share its token rows
     micro, x     images of a forward pass, and how many of those an optimizer step accumulates
     ckpt         what blocks compute again in the backward pass, to keep less: nothing, what is cheap, everything
-    GB           of one GPU at its peak, in bf16; "fits" compares it with what an 80 GB part can give to a run
+    GB           of one GPU at its peak, in bf16; "fits" compares it with what the part can give to a run
     MFU          model FLOP/s over the GPUs' dense bf16 peak; computing blocks again lowers it
     images/s     "<" marks a bound only: the kernels are so short that the host launches them more slowly
     waits        share of the step in which a GPU waits for others
@@ -25,7 +25,7 @@ How far to trust it. Memory and collectives are counted: --dry_run runs the real
 memory, for any number of ranks, and prints both. Time is a roofline: the best matrix products that were measured on
 the part, everything else at the data sheet's bandwidth, NCCL's own latencies. It leaves out the host's work for each
 kernel, slow ranks, the data and the file system, so it is the best case: --validate says how far from
-published runs. NVIDIA's own ViT-g runs reached 52 to 66 % of it.
+published runs. NVIDIA's own ViT-g runs reached 52 to 66 % of it, a compiled ViT-L on an H200 65 %.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from megatron_nepa.acceptance.device_calls import Cuda
 from megatron_nepa.benchmarks.kernels import copy_bandwidth
 from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.hardware import data_sheet
-from megatron_nepa.planning.cluster import A100, GPUS, H100, Gpu
+from megatron_nepa.planning.cluster import A100, GPUS, H100, H200, Gpu
 from megatron_nepa.planning.layout import Layout
 from megatron_nepa.planning.plan import Plan, predict
 from megatron_nepa.training.reporting.device_peak import measure_matmul
@@ -25,7 +25,7 @@ def planned(calls: Cuda, run: PretrainingConfig, micro_batch: int) -> Plan:
 def this_gpu(calls: Cuda) -> Gpu:
     """The planner's own record of the device, or one of its data sheet and of rates measured now."""
     sheet = data_sheet(calls.name())
-    for known, key in ((H100, "h100"), (A100, "a100")):
+    for known, key in ((H100, "h100"), (H200, "h200"), (A100, "a100")):
         if sheet == known:
             return GPUS[key]
     rate = measure_matmul(calls.device, torch.bfloat16, 8192 if calls.device.type == "cuda" else 512)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_nepa.hardware import DataSheet, data_sheet
@@ -25,8 +25,8 @@ class Gpu:
 
     Attributes:
         name: the GPU's name as its data sheet prints it.
-        memory_bytes: what a run may fill. A part sold as "80 GB" has about 85e9 bytes: the rest is left to CUDA's
-            context, NCCL's buffers and the allocator's gaps.
+        memory_bytes: what a run may fill. A part sold as "80 GB" has about 85e9 bytes, one of "141 GB" about 151e9: the
+            rest is left to CUDA's context, NCCL's buffers and the allocator's gaps.
         peak_flops: dense bf16 peak in FLOP/s, the denominator of MFU.
         matmul_flops: bf16 FLOP/s of the best matrix product that was measured on the part.
         attention_flops: FlashAttention-2, forward and backward, causal pairs counted once.
@@ -51,19 +51,26 @@ def _sheet(name: str) -> DataSheet:
     return sheet
 
 
-H100, A100 = _sheet("NVIDIA H100 80GB HBM3"), _sheet("NVIDIA A100-SXM4-80GB")
-
-
+H100, H200, A100 = _sheet("NVIDIA H100 80GB HBM3"), _sheet("NVIDIA H200"), _sheet("NVIDIA A100-SXM4-80GB")
+_H100 = Gpu(
+    "H100 SXM 80 GB",
+    memory_bytes=80e9,
+    peak_flops=H100.bf16_peak,
+    matmul_flops=792.1e12,  # "maximum achievable matmul FLOPS", S. Bekman, ML Engineering (CUDA 12.1)
+    attention_flops=141e12,  # head width 64, 512 tokens: the shortest of flash-attention's own charts
+    memory_bandwidth=H100.memory_bandwidth,
+    nvlink_bandwidth=450e9,
+    network_bandwidth=50e9,
+)
 GPUS = {
-    "h100": Gpu(
-        "H100 SXM 80 GB",
-        memory_bytes=80e9,
-        peak_flops=H100.bf16_peak,
-        matmul_flops=792.1e12,  # "maximum achievable matmul FLOPS", S. Bekman, ML Engineering (CUDA 12.1)
-        attention_flops=141e12,  # head width 64, 512 tokens: the shortest of flash-attention's own charts
-        memory_bandwidth=H100.memory_bandwidth,
-        nvlink_bandwidth=450e9,
-        network_bandwidth=50e9,
+    "h100": _H100,
+    # the H100's chip, and so its matrix products (the same table says so), with another memory
+    "h200": replace(
+        _H100,
+        name="H200 SXM 141 GB",
+        memory_bytes=141e9,
+        peak_flops=H200.bf16_peak,
+        memory_bandwidth=H200.memory_bandwidth,
     ),
     "a100": Gpu(
         "A100 SXM 80 GB",

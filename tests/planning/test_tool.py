@@ -99,13 +99,14 @@ def test_validation_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1,428" in text
     assert "21,561" in text
     assert "in 3 days" in text
+    assert "1 x h200" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--gpus", "24"], "must divide the batch; take 16 or 32 GPUs."),
-        (["--gpu", "z9"], "--gpu z9 is unknown; there are h100, a100."),
+        (["--gpu", "z9"], "--gpu z9 is unknown; there are h100, h200, a100."),
         (["--top", "0"], "--top is 0; it must be at least 1."),
         (["--json", "--dry_run"], "--dry_run prints a table, not JSON"),
         (["--plot", "."], "--plot . exists; remove it or name another file."),
