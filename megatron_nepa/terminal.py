@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,28 @@ _EXTRAS = {
 _REQUIRED = frozenset(
     {"torch", "deepspeed", "triton", "wandb", "safetensors", "matplotlib", "timm", "torchvision", "skimage", "sklearn"}
 )
+
+
+# what a path was refused for, where the way out is known; every other refusal is the system's own words
+_WAYS_OUT = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user reach it, or give another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or give another path"),
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EROFS: "give a path that can be written",
+    errno.ELOOP: "mend the link, or give another path",
+}
+
+
+def refused_by_system(error: OSError) -> str | None:
+    """The sentence for a path that the system does not let be looked at, read or written; None for other errors.
+
+    Args:
+        error: that nothing nearer to the path has made a sentence of.
+    """
+    if error.errno is None or error.strerror is None or error.filename is None:
+        return None
+    places = " and ".join(str(place) for place in (error.filename, error.filename2) if place is not None)
+    return f"{places}: {error.strerror.lower()}; {_WAYS_OUT.get(error.errno, 'see that it is there and can be read')}."
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
@@ -104,8 +127,8 @@ def tolerant_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tool(name: str) -> Iterator[None]:
-    """The body of a command-line tool: a user's mistake, or a package that is not installed, ends it with one sentence
-    and status 2.
+    """The body of a command-line tool: a user's mistake, a path that the system refuses, or a package that is not
+    installed, ends it with one sentence and status 2.
 
     Args:
         name: of the tool, before the sentence.
@@ -118,6 +141,12 @@ def tool(name: str) -> Iterator[None]:
             sys.exit(2)
         except ModuleNotFoundError as error:
             sentence = missing_package(error)
+            if sentence is None:
+                raise
+            print(f"{name}: {sentence}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            sentence = refused_by_system(error)
             if sentence is None:
                 raise
             print(f"{name}: {sentence}", file=sys.stderr)

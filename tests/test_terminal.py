@@ -47,9 +47,12 @@ def test_a_closed_pipe_ends_nothing() -> None:
         ("raise SystemExit('try: what is wrong.')", 2, "try: what is wrong."),
         ("raise SystemExit(1)", 1, ""),
         ("raise KeyboardInterrupt", 130, "try: interrupted."),
+        ("open('x' * 300)", 2, f"try: {'x' * 300}: file name too long; give a shorter path."),
+        ("import os; os.rename('/dev/null/a', '/b')", 2, "try: /dev/null/a and /b: not a directory; see that it is"),
     ],
 )
 def test_how_a_tool_ends(body: str, status: int, said: str) -> None:
     code = f"from megatron_nepa.terminal import tool\nwith tool('try'):\n    {body}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip()) == (status, said)
+    assert done.returncode == status
+    assert done.stderr.strip().startswith(said) if said else not done.stderr

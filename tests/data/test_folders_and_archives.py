@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,11 @@ def test_folders_that_are_hardly_classes_are_said(folders: tuple[str, str], advi
     assert advice is None or (f"its classes are {', '.join(folders)}: if" in notes[0] and advice in notes[0])
 
 
+def test_classes_that_look_alike_are_said(tmp_path: Path) -> None:
+    fill(tmp_path, "\u00e9/1.jpg", "e\u0301/1.jpg", "ox/1.jpg")
+    assert list_source(tmp_path).notes == (r"its classes 'e\u0301' and '\xe9' look alike: are they one?",)
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any depth, whatever the system says."""
     fill(tmp_path, "cat/1.jpg", "dog/deep/2.jpg")
@@ -141,6 +147,7 @@ def test_archives_that_are_refused(tmp_path: Path, members: dict[str, bytes], me
     ("members", "notes"),
     [
         ({"0.jpg": PIXEL, "0.json": b'{"caption": "x"}'}, ("1 JSON file without a label",)),
+        ({"0.jpg": PIXEL, "0.json": b'{"label": NaN}'}, ("1 JSON file without a label",)),
         (
             {"0.jpg": PIXEL, "0.cls": b"1", "1.jpg": PIXEL, "1.json": b"[", "2.jpg": PIXEL, "2.json": b"{}"},
             ("2 images without a label", "labels go up to 1", "2 JSON files without a label"),
@@ -160,14 +167,45 @@ def test_what_an_archive_holds_besides_is_counted(
     assert all(note.startswith(start) for note, start in zip(found, notes, strict=True)), found
 
 
-def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "kind"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")])
+def test_compressed_archives_are_refused(tmp_path: Path, mode: str, kind: str) -> None:
     """By their name, and where the name hides it."""
-    write_tar(tmp_path / "a.tar.gz", [("0.jpg", PIXEL)], "w:gz")
-    with pytest.raises(ConfigError, match=r"a\.tar\.gz is no plain tar file"):
+    write_tar(tmp_path / f"a.tar.{mode}", [("0.jpg", PIXEL)], f"w:{mode}")
+    with pytest.raises(ConfigError, match=rf"a\.tar\.{mode} is no plain tar file"):
         list_source(tmp_path)
-    (tmp_path / "a.tar.gz").rename(tmp_path / "a.tar")
-    with pytest.raises(ConfigError, match=r"a\.tar is cut short or damaged"):
+    (tmp_path / f"a.tar.{mode}").rename(tmp_path / "a.tar")
+    with pytest.raises(ConfigError, match=rf"a\.tar is compressed \({kind}\): .* so unpack it\.$"):
         list_source(tmp_path / "a.tar")
+
+
+def test_joined_archives_are_refused(tmp_path: Path) -> None:
+    """The second would be left out: tar's readers stop at the mark of the first one's end."""
+    write_tar(tmp_path / "s.tar", [("0.jpg", PIXEL)])
+    (tmp_path / "s.tar").write_bytes((tmp_path / "s.tar").read_bytes() * 2)
+    with pytest.raises(ConfigError, match=r"s\.tar holds more behind the mark of its end .* pack it again\.$"):
+        list_source(tmp_path)
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    """As what they are: they store less than their size, as a file that is cut short does."""
+    (tmp_path / "0.jpg").write_bytes(PIXEL)
+    os.truncate(tmp_path / "0.jpg", 1 << 20)
+    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "s.tar", "-C", tmp_path, "0.jpg"], check=True)
+    with pytest.raises(ConfigError, match=r"s\.tar holds 0\.jpg as a sparse file"):
+        list_source(tmp_path / "s.tar")
+
+
+def test_what_lies_beside_shards_is_counted(tmp_path: Path) -> None:
+    """Shards in folders below, and what has a shard's name alone, are not read."""
+    write_tar(tmp_path / "s.tar", [("0.jpg", PIXEL)])
+    (tmp_path / "classes.json").write_text('["ox"]')
+    assert list_source(tmp_path).notes == ()
+    (tmp_path / "more").mkdir()
+    write_tar(tmp_path / "more/t.tar", [("0.jpg", PIXEL)])
+    os.mkfifo(tmp_path / "u.tar")
+    (note,) = list_source(tmp_path).notes
+    assert "archives 1 (more/t.tar)" in note
+    assert "neither file nor folder 1 (u.tar)" in note
 
 
 def test_links_inside_an_archive(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def test_an_existing_path_wins(here: Path) -> None:
 
 def test_a_file_names_paths_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "sets.json"
-    file.write_text(json.dumps({"a": 0.25, "/data/b": 0.75}))
-    assert shares(str(file)) == {str(tmp_path / "a"): 0.25, "/data/b": 0.75}
+    file.write_bytes(json.dumps({"a": 0.25, "/data/b": 0.25, "s3://c/d": 0.5}).encode("utf-8-sig"))
+    assert shares(str(file)) == {str(tmp_path / "a"): 0.25, "/data/b": 0.25, "s3://c/d": 0.5}
 
 
 REFUSED = {
@@ -74,6 +74,10 @@ REFUSED = {
     "a=0.5,./a=0.5": "names ./a twice",
     "a=0.7,b=0.3,": "has an empty entry",
     "a=0.5,link=0.5": "names link twice",
+    "a=0.5,=0.5": "=0.5 has no path",
+    '{"a": 0.5, "": 0.5}.json': "names the source '', which is no path",
+    '{"a": 0.5, "b\\u0000": 0.5}.json': r"names the source 'b\x00', which is no path",
+    '{"a": 0.5, "\\ud800": 0.5}.json': r"names the source '\ud800', which is no path",
     "a=0.5,b=0.5,a=0.5": "can be read in 2 ways whose paths all exist",
     "none.json": None,
     "[1, 2].json": "holds no mixture",

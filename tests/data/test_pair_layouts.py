@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import tempfile
@@ -101,6 +102,28 @@ def test_cityscapes(tmp_path: Path) -> None:
     (tmp_path / CITY_MASK.format(2, "labelTrainIds")).unlink()
     with pytest.raises(ConfigError, match=r"1 image of .* with labelIds only, the first ulm/u_2"):
         list_source(tmp_path)
+
+
+def test_masks_that_no_file_holds_are_no_masks(tmp_path: Path) -> None:
+    """A pipe would be read for ever, a link may lead nowhere: the image has no mask, and both are counted."""
+    touch(tmp_path, [*plain("b.png"), "images/c.jpg", "annotations/more/c.json"])
+    os.mkfifo(tmp_path / "annotations/a.png")
+    (tmp_path / "annotations/c.png").symlink_to("nowhere.png")
+    index = list_source(tmp_path)
+    assert [index.names[i] for i in range(len(index))] == ["images/b.jpg"]
+    assert index.quarantine == (("images/a.jpg", "has no mask"), ("images/c.jpg", "has no mask"))
+    (note,) = index.notes
+    for part in (
+        "neither file nor folder 1 (annotations/a.png)",
+        "lead nowhere 1 (annotations/c.png)",
+        "kinds 1 (annota",
+    ):
+        assert part in note
+
+
+def test_names_of_masks_may_be_written_in_the_other_form(tmp_path: Path) -> None:
+    touch(tmp_path, ["images/e\u0301.jpg", "annotations/\u00e9.png"])
+    assert listed(tmp_path) == {"images/e\u0301.jpg": "annotations/\u00e9.png"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_nepa.training.stopping.signals import SIGNALS
 
+REACH = "let this user reach it, or give another path"
 BODY = """
 import sys, time, threading
 from megatron_nepa.config import ConfigError, RankConfigError
@@ -41,8 +42,10 @@ def start(line: str, before: Callable[[], object] = hear_hangups) -> subprocess.
         ("raise RankConfigError('a.jpg is bad.')", 2, "error: a.jpg is bad.\n"),
         ("raise TrainingError('it diverged.')", 3, "error: it diverged.\n"),
         ("raise RunStopped('by a signal')", 75, ""),
+        ("open('x' * 300)", 2, f"error: {'x' * 300}: file name too long; give a shorter path.\n"),
+        ("raise PermissionError(13, 'Permission denied', '/a')", 2, f"error: /a: permission denied; {REACH}.\n"),
     ],
-    ids=["finished", "bad input", "bad input of one rank", "failed", "stopped"],
+    ids=["finished", "bad input", "bad input of one rank", "failed", "stopped", "long name", "closed folder"],
 )
 def test_status(line: str, status: int, message: str) -> None:
     process = start(line)

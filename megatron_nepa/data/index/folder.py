@@ -14,6 +14,7 @@ import numpy as np
 from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS, InaccessibleImageError, UnreadableImageError
+from megatron_nepa.data.index.label_values import alike
 from megatron_nepa.data.index.listing import Facts, Listed, Numbering, Source
 from megatron_nepa.data.index.storage import ImageStore
 from megatron_nepa.data.index.walk import Walked, images_in, walk
@@ -111,7 +112,8 @@ class FolderSource(Source):
 
     def number(self, facts: Iterable[Facts]) -> Numbering:
         """Classes are the folders, by name."""
-        classes, notes = self.units if self.units != ("",) else (), self._walked.passed_over.note()
+        classes = self.units if self.units != ("",) else ()
+        notes = (*self._walked.besides(tars=False).note(), *alike(classes))
         if len(classes) > 1 and _SPLITS.issuperset(name.lower() for name in classes):
             notes += (f"its classes are {', '.join(classes)}: if these are the parts of a data set, give one of them",)
         lowered = {name.lower() for name in classes}
@@ -154,6 +156,6 @@ def _classes(root: Path, walked: Walked) -> tuple[str, ...]:
             f"{root} holds Arrow or parquet files: index them with tools/index_dataset.py and give the index as --data."
         )
     if not walked.images:
-        passed_over = "".join(f"; {note}" for note in walked.passed_over.note())
+        passed_over = "".join(f"; {note}" for note in walked.besides(tars=False).note())
         raise ConfigError(f"the data folder {root} holds no images ({', '.join(sorted(EXTENSIONS))}){passed_over}.")
     return classes

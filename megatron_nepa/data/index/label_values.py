@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.index.headers import EXTENSIONS
 from megatron_nepa.terminal import counted
 
 Label = int | str | None
 
-# 7, 007, +7, 7.0, .5, 7.000e+00; "1e3" is as likely a name
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-][0-9]+)?")
+# 7, 007, +7, 7.0, .5, 7.000e+00, and what stands for a missing number; "1e3" is as likely a name
+_NUMBER = r"(?:[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-][0-9]+)?|(?i:inf|infinity))|(?i:nan))"
+_SEVERAL_NUMBERS = re.compile(rf"{_NUMBER}(?:[\s,;]+{_NUMBER})+")
+_IMAGE_NAME = re.compile(rf"(?:{'|'.join(map(re.escape, EXTENSIONS))})(?![a-z0-9])", re.IGNORECASE)
+_UNSEEN = "\u200b\u200c\u200d\u200e\u200f\u2060"  # that copied text leaves behind
 _MOST = 2**31 - 2  # labels are int32, and so is the number of classes
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """Text in UTF-8, or in UTF-16 where a byte-order mark says so; the mark is no part of it.
+    """Text in UTF-8, or in UTF-16 where a byte-order mark says so; the mark is no part of it, in joined files either.
 
     Bytes that are no UTF-8 come back as surrogates, as in the names of files.
 
@@ -31,28 +37,51 @@ def decode_text(content: bytes, where: str) -> str:
     except UnicodeDecodeError:
         text = "\0"
     require("\0" not in text, f"{where} is no text in UTF-8: convert it (iconv -t UTF-8).")
-    return text
+    return text.replace("\ufeff", "")
 
 
 def read_label(text: str, where: str) -> int | str:
-    """A class number, however it is written, or else a class name.
+    """A class number, however it is written, or else a class name, as NFC; quotes around either are no part of it.
 
     Raises:
-        ConfigError: a number that no class can have, or a name that is no UTF-8.
+        ConfigError: a number that no class can have, several numbers, the name of an image, or a name that is no UTF-8.
     """
-    text = text.strip()
-    if not _NUMBER.fullmatch(text):
+    text = text.strip().strip(_UNSEEN).strip()
+    if len(text) > 2 and text[0] == text[-1] == '"' and text.count('"') == 2:
+        text = text[1:-1].strip()
+    if not re.fullmatch(_NUMBER, text):
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{where} holds a label that is no UTF-8: convert it (iconv -t UTF-8).") from None
-        return text
-    number = Decimal(text)
+        shown = text[:60]
+        require(
+            not _SEVERAL_NUMBERS.fullmatch(text), f"{where} holds several numbers ({shown}): write one class number."
+        )
+        require(
+            not _IMAGE_NAME.search(text),
+            f"{where} holds the label {shown}, which names an image: write a name, a space and a class.",
+        )
+        return unicodedata.normalize("NFC", text)
+    try:
+        number = Decimal(text)
+    except InvalidOperation:  # an exponent of twenty digits
+        number = Decimal("inf")
     require(
-        0 <= number <= _MOST and number == number.to_integral_value(),
+        number.is_finite() and 0 <= number <= _MOST and number == number.to_integral_value(),
         f"{where} holds the label {text[:40]}; a class number is whole, from 0 to {_MOST}.",
     )
     return int(number)
+
+
+def alike(classes: Iterable[str]) -> tuple[str, ...]:
+    """A note where the names of two classes look the same: by case, spaces or the form of their letters alone."""
+    known: dict[str, str] = {}
+    for name in classes:
+        other = known.setdefault("".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if other != name:
+            return (f"its classes {other!a} and {name!a} look alike: are they one?",)
+    return ()
 
 
 @dataclass
@@ -113,7 +142,7 @@ def number_classes(
         not classes or not found or found[-1] < len(classes),
         f"{source} holds the label {found[-1] if found else 0}, but there are {len(classes)} class names, from 0.",
     )
-    return numbers, classes, _notes(tally, found, bool(classes))
+    return numbers, classes, (*_notes(tally, found, bool(classes)), *alike(classes))
 
 
 def _notes(tally: Tally, found: list[int], named: bool) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import csv
 import os
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from megatron_nepa.terminal import counted
 
 _SPACE = "a space"  # the documented delimiter
 _DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
+# what a file of labels alone is headed by
+_HEADERS = {
+    f"{word}{ending}" for word in ("label", "class", "category", "target") for ending in ("", "s", "_id", "_name")
+}
 
 
 def with_labels(listing: DatasetIndex, labels: str | Path, devkit_meta: str | Path | None = None) -> DatasetIndex:
@@ -131,6 +136,12 @@ def _named(
     if unmatched:
         lines_of = counted(len(unmatched), "line")
         notes.append(f"{lines_of} of its labels file without an image (line {unmatched[0][0].number})")
+    elsewhere = ((_below(pair[0], root), image) for pair, image in zip(pairs, matched, strict=True) if pair)
+    other_path = next(
+        (name for name, i in elsewhere if i is not None and "/" in name and not _same(name, images[i])), ""
+    )
+    if other_path:
+        notes.append(f"names of its labels file lead elsewhere ({other_path}) and are taken as base names")
     if repeated:
         notes.append(f"{counted(len(repeated), 'line')} of its labels file said twice (line {repeated[0].number})")
     without = [image for i, image in enumerate(images) if i not in label_of]
@@ -161,8 +172,11 @@ def _split(line: _Line, delimiter: str) -> tuple[str, str] | None:
 
 def _match(pairs: list[tuple[str, str] | None], images: list[str], root: Path | RemoteFolder) -> list[int | None]:
     """Which image each name is: by its path below root, or by its base name where paths match nothing."""
-    place = {name: i for i, name in enumerate(images)}
     names = ["" if pair is None else _below(pair[0], root) for pair in pairs]
+    composed = [unicodedata.normalize("NFC", name) for name in images]
+    if len(set(composed)) == len(images):  # é is written in one way or the other, by macOS in two letters
+        images, names = composed, [unicodedata.normalize("NFC", name) for name in names]
+    place = {name: i for i, name in enumerate(images)}
     by_path = [place.get(name) for name in names]
     of_base = Counter(map(posixpath.basename, images))
     base = {posixpath.basename(name): i for name, i in place.items() if of_base[posixpath.basename(name)] == 1}
@@ -172,6 +186,10 @@ def _match(pairs: list[tuple[str, str] | None], images: list[str], root: Path | 
         i if i is not None or (paths_match and "/" in name) else base.get(posixpath.basename(name))
         for i, name in zip(by_path, names, strict=True)
     ]
+
+
+def _same(one: str, other: str) -> bool:
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def _below(name: str, root: Path | RemoteFolder) -> str:
@@ -203,6 +221,14 @@ def _in_order(
         len(lines) == len(images),
         f"{file} holds {counted(len(lines), 'label')} for the {counted(len(images), 'image')} of {root}"
         + (f": is line 1 ({lines[0].text[:60]}) a header?" if len(lines) == len(images) + 1 else "."),
+    )
+    is_header = lines[0].text.strip('"').casefold() in _HEADERS and all(
+        line.text != lines[0].text for line in lines[1:]
+    )
+    require(
+        not is_header,
+        f"line 1 of {file} ({lines[0].text}) reads like a header, without which {counted(len(lines) - 1, 'label')} are "
+        f"left for the {counted(len(images), 'image')} of {root}: give a name and a label a line.",
     )
     by_path = sorted(range(len(images)), key=images.__getitem__)
     bases = [posixpath.basename(name) for name in images]

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_nepa.config import ConfigError, require
+from megatron_nepa.data.index.label_values import decode_text
+from megatron_nepa.data.remote.folder import is_url
 
 BLOCK = 10_000  # samples in which the shares hold exactly
 _SUM_TOLERANCE = 1e-3  # of the shares' sum: thirds are written as 0.333
@@ -93,6 +95,7 @@ def _of_text(text: str) -> list[tuple[str, Any]] | None:
     for piece in pieces:
         require(piece != "", f"--data {text} has an empty entry: give every source as PATH=SHARE.")
         require("=" in piece, f"--data {text}: {piece} has no share; every source has one, as in {_EXAMPLE}.")
+        require(not piece.startswith("="), f"--data {text}: {piece} has no path; give every source as PATH=SHARE.")
     return [(path, share) for path, _, share in (piece.rpartition("=") for piece in pieces)]
 
 
@@ -110,14 +113,18 @@ def _readings(text: str) -> Iterator[list[tuple[str, str]]]:
 
 def _of_file(path: Path) -> list[tuple[str, Any]]:
     try:
-        named = json.loads(path.read_text(), object_pairs_hook=list)
+        named = json.loads(decode_text(path.read_bytes(), f"the mixture {path}"), object_pairs_hook=list)
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"the mixture {path} cannot be read as JSON: {error}.") from None
     require(
         isinstance(named, list) and all(isinstance(entry, tuple) for entry in named),
         f'{path} holds no mixture: give an object such as {{"a.index": 0.7, "b.index": 0.3}}.',
     )
-    return [(str(path.parent / name), share) for name, share in named]
+    for name, _ in named:
+        require(_is_path(name), f"{path} names the source {name!a}, which is no path.")
+    return [(name if is_url(name) else str(path.parent / name), share) for name, share in named]
 
 
 def _checked(named: list[tuple[str, Any]], source: str) -> tuple[Part, ...]:
@@ -146,6 +153,14 @@ def _checked(named: list[tuple[str, Any]], source: str) -> tuple[Part, ...]:
         f"{source}: the shares add up to {total:g}, not to 1; in the same proportions they are {fitting}.",
     )
     return tuple(Part(part.path, part.share / total) for part in parts)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a system can be asked for it: not nothing, no end of a string inside, no half letters."""
+    try:
+        return name != "" and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _number(given: Any) -> float | None:

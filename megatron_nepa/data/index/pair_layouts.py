@@ -7,6 +7,7 @@ refused.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.headers import EXTENSIONS
-from megatron_nepa.data.index.walk import is_hidden, is_image
+from megatron_nepa.data.index.walk import PassedOver, images_in, is_image, walk
 from megatron_nepa.terminal import counted
 
 _SAME_SPLIT = {"training": "train", "train": "training", "validation": "val", "val": "validation"}
@@ -88,8 +89,9 @@ def list_pairs(root: Path, layout: PairLayout, split: str) -> DatasetIndex:
         names, part = _listed_names(root / layout.lists, split), ""
     else:
         names, part = None, _split_folder(root, layout, split)
-    images = _files(root, os.path.join(layout.images, part), layout.image_ending)
-    masks = _files(root, os.path.join(layout.masks, part), layout.mask_ending)
+    passed_over = PassedOver()
+    images = _files(root, os.path.join(layout.images, part), layout.image_ending, passed_over)
+    masks = _files(root, os.path.join(layout.masks, part), layout.mask_ending, passed_over)
     if layout is CITYSCAPES:
         _require_train_ids(root, part, images.keys() - masks.keys())
     where = f"{root / layout.images / part} has a mask of its name in {root / layout.masks / part}"
@@ -127,6 +129,7 @@ def list_pairs(root: Path, layout: PairLayout, split: str) -> DatasetIndex:
         np.full(len(names), -1, np.int32),
         masks=PackedNames.pack(masks[name][0] for name in names),
         quarantine=tuple(quarantine),
+        notes=passed_over.note(),
     )
 
 
@@ -173,30 +176,24 @@ def _listed_names(folder: Path, split: str) -> list[str]:
     return names
 
 
-def _files(root: Path, folder: str, ending: str) -> dict[str, list[str]]:
+def _files(root: Path, folder: str, ending: str, passed_over: PassedOver) -> dict[str, list[str]]:
     """Image files below ``folder`` whose stem ends so, sorted paths below root, by what their pairs share."""
-
-    def refuse(error: OSError) -> None:
-        raise ConfigError(f"the data folder {error.filename} cannot be read: {error.strerror}.") from error
-
+    walked = walk(root / folder)
+    passed_over.merge(walked.besides(tars=False, below=folder))
     found: dict[str, list[str]] = {}
-    for where, folders, files in os.walk(root / folder, followlinks=True, onerror=refuse):
-        inside = os.path.realpath(where)
-        targets = {name: os.path.realpath(os.path.join(where, name)) for name in folders if not name.startswith(".")}
-        # a symbolic link to a folder that it lies in would be walked again and again
-        folders[:] = [name for name, target in targets.items() if os.path.commonpath((target, inside)) != target]
-        for name in files:
-            stem = os.path.splitext(name)[0]
-            if is_image(name) and not is_hidden(name) and stem.endswith(ending):
-                path = os.path.join(where, name)
-                shared = os.path.join(os.path.relpath(where, root / folder), stem.removesuffix(ending))
-                found.setdefault(os.path.normpath(shared), []).append(os.path.relpath(path, root))
+    for inside in walked.folders:
+        for path in images_in(root / folder, inside):
+            stem = os.path.splitext(path)[0]
+            if stem.endswith(ending):
+                # as NFC: one of the two may have been named on macOS, which writes é in two letters
+                shared = unicodedata.normalize("NFC", os.path.normpath(stem.removesuffix(ending)))
+                found.setdefault(shared, []).append(os.path.join(folder, path))
     return {key: sorted(found[key]) for key in sorted(found)}
 
 
 def _require_train_ids(root: Path, part: str, without: set[str]) -> None:
     """Refuse images whose only label file numbers all 34 kinds of things, rather than the 19 classes."""
-    ids = without & _files(root, os.path.join(CITYSCAPES.masks, part), _CITYSCAPES_IDS).keys()
+    ids = without & _files(root, os.path.join(CITYSCAPES.masks, part), _CITYSCAPES_IDS, PassedOver()).keys()
     require(
         not ids,
         f"{counted(len(ids), 'image')} of {root / CITYSCAPES.images / part} with labelIds only, the first "

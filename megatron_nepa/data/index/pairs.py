@@ -30,6 +30,8 @@ def pair_index(path: str, split: str, verbose: bool = True) -> DatasetIndex:
     index = load_index(path) if is_index(path) else read_sizes(list_source(path, split))
     require_masks(index)
     if verbose:
+        if index.notes:
+            print(f"{index.root}: {counted(len(index), 'pair')}; {'; '.join(index.notes)}")
         alone = [name for name, reason in index.quarantine if reason == WITHOUT_IMAGE]
         if alone:
             masks = counted(len(alone), "mask")

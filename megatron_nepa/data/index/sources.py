@@ -63,7 +63,8 @@ def open_source(source: str | Path, split: str = "training") -> Source:
     walked = walked_folder(path)
     archives = walked.archives
     if archives and not walked.images:
-        return TarSource(path, *choose_split(archives, split, str(path)))
+        tars, notes = choose_split(archives, split, str(path))
+        return TarSource(path, tars, (*notes, *walked.besides(tars=True).note()))
     if not walked.images and walked.tables:
         return table_source(loose_tables(path, walked.tables, split))
     require(

@@ -7,6 +7,7 @@ samples up by number.
 from __future__ import annotations
 
 import json
+import math
 import posixpath
 import tarfile
 from collections import Counter
@@ -20,6 +21,8 @@ from megatron_nepa.data.index.walk import ARCHIVES, PassedOver, is_hidden, is_im
 
 _LABEL_FIELDS = ("cls", "cls.txt", "json")
 _MOST_LINKS = 16  # that lead from one to the next
+_REST = 1 << 16  # bytes that are looked at at once behind the end of a tar file, which tar fills up with zeros
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 def sample_key(name: str) -> tuple[str, str]:
@@ -159,6 +162,7 @@ def _label_in(name: str, content: bytes, where: str) -> int | str | None:
         except (ValueError, RecursionError):
             return None
         value = value.get("label") if isinstance(value, dict) else value
+        value = None if isinstance(value, float) and math.isnan(value) else value
         text = "" if isinstance(value, bool) or not isinstance(value, (int, float, str)) else str(value)
     else:
         text = decode_text(content, where)
@@ -229,12 +233,16 @@ def _members(file: BinaryIO, path: str, start: int, end: int) -> Iterator[tarfil
     count = 0
     try:
         file.seek(start)
+        first = file.read(min(6, end - start))
+        kind = next((name for magic, name in _COMPRESSED.items() if first.startswith(magic)), None)
+        require(kind is None, f"{path} is compressed ({kind}): images are read from tar files in place, so unpack it.")
+        file.seek(start)
         archive = tarfile.TarFile(fileobj=file)
         before = start - 1
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # a million TarInfo objects would stay in memory
             whole = member.size >= 0 and member.offset_data + member.size <= end and archive.offset > before
-            if not whole:
+            if not whole and not member.issparse():  # which stores less than its size
                 raise tarfile.ReadError("cut short")
             before = archive.offset
             yield member
@@ -242,12 +250,21 @@ def _members(file: BinaryIO, path: str, start: int, end: int) -> Iterator[tarfil
         # tarfile ends in silence at damage behind the first header: only a block of zeros marks the true end
         file.seek(archive.offset)
         block = file.read(max(0, min(512, end - archive.offset)))
+        ended = len(block) == 512 and not any(block)
+        while ended and (rest := file.read(max(0, min(_REST, end - file.tell())))):
+            require(
+                not any(rest),
+                f"{path} holds more behind the mark of its end (two tar files joined?), which no reader sees: "
+                "unpack it (tar --ignore-zeros -xf) and pack it again.",
+            )
+    except ConfigError:
+        raise
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{path} is cut short or damaged behind its first {count} members ({error}): get it again, or move it away."
         ) from error
     require(
-        len(block) == 512 and not any(block),
+        ended,
         f"{path} ends without the mark of a tar file's end behind its first {count} members, so it may be cut short: "
         "get it again, or move it away; if it is known to be whole, append the mark (head -c 1024 /dev/zero).",
     )

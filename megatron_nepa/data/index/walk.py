@@ -14,6 +14,7 @@ from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index.headers import EXTENSIONS
 
 ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+OTHER_KINDS = "files of other kinds"
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Walked:
     # how many images, by extension, lie in each folder; those without are left out, and "" is the folder itself
     folders: dict[str, int]
     passed_over: PassedOver
-    # archives directly in the folder, sorted
+    # archives directly in the folder, sorted; they are not in passed_over
     archives: list[str]
     # Arrow and parquet files anywhere below the folder, sorted
     tables: list[str]
@@ -56,6 +57,21 @@ class Walked:
     def images(self) -> int:
         """Images in all folders."""
         return sum(self.folders.values())
+
+    def besides(self, tars: bool, below: str = "") -> PassedOver:
+        """What was passed over.
+
+        Args:
+            tars: whether the archives directly in the folder are what is used, rather than the images.
+            below: the folder's own path, which goes before the names.
+        """
+        found = PassedOver()
+        for kind, (count, first) in self.passed_over.found.items():
+            if not (tars and kind == OTHER_KINDS):  # such as the names of the classes
+                found.add(kind, os.path.join(below, first), count)
+        for name in () if tars else self.archives:
+            found.add("archives", os.path.join(below, name))
+        return found
 
 
 def example(names: list[str]) -> str:
@@ -158,10 +174,12 @@ class _Walker:
             self.images[folder] = self.images.get(folder, 0) + 1
             return
         elif name.lower().endswith(ARCHIVES):
+            if "/" not in name:
+                self.archives.append(name)
+                return
             kind = "archives"
-            self.archives += [] if "/" in name else [name]
         else:
-            kind = "files of other kinds"
+            kind = OTHER_KINDS
             self.tables += [name] if name.endswith((".parquet", ".arrow")) else []
         self.passed_over.add(kind, name)
 

@@ -13,7 +13,7 @@ from types import FrameType
 
 from megatron_nepa.config import ConfigError, RankConfigError
 from megatron_nepa.parallel.launcher import speaks_for_its_node
-from megatron_nepa.terminal import missing_package, tolerant_output
+from megatron_nepa.terminal import missing_package, refused_by_system, tolerant_output
 from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
 from megatron_nepa.training.stopping.signals import heard_signals
@@ -25,7 +25,8 @@ def exit_on_user_error() -> Iterator[None]:
 
     A mistake of the user's ends it with one sentence and status 2, a training that cannot go on with 3. Every rank
     sees the same settings, so the first rank of each node speaks for all. A run that a signal stopped ends with 75:
-    start the same command again. An unforeseen error ends with its traceback and 1.
+    start the same command again. A path that the system refuses is told as a mistake is; an unforeseen error ends with
+    its traceback and 1.
     """
     _StopAtOnce()
     with tolerant_output():
@@ -50,8 +51,10 @@ def _ended_in_order() -> Iterator[None]:
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
     except Exception as error:
         sentence = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
-        if sentence is not None:  # at once: where it is missing on this machine alone, the other ranks wait
-            if speaks_for_its_node(os.environ):
+        if isinstance(error, OSError):
+            sentence = refused_by_system(error)
+        if sentence is not None:  # at once: where it is so on this machine alone, the other ranks wait
+            if speaks_for_its_node(os.environ) or isinstance(error, OSError):
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(EXIT_BAD_INPUT)
