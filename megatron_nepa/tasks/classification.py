@@ -30,6 +30,7 @@ from megatron_nepa.parallel.topology import TensorGroup, Topology
 from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
+from megatron_nepa.training.lost_source import evaluated
 from megatron_nepa.training.task import Task
 
 
@@ -124,9 +125,9 @@ class ClassificationEvaluator:
         run, topology = self.run, self.topology
         loader = evaluation_loader(run, self.index, topology, DTYPES[run.dtype])
         sums = torch.zeros(4, dtype=torch.float64, device=topology.device)  # images, top-1, top-5, cross-entropy
-        for batch in tqdm(
-            loader, "evaluating", unit=" batches", leave=False, disable=None if topology.is_main else True
-        ):
+        shown = None if topology.is_main else True  # None: where there is a terminal
+        batches = evaluated(loader, topology)
+        for batch in tqdm(batches, "evaluating", len(loader), unit=" batches", leave=False, disable=shown):
             if interrupted():
                 return None
             logits = model(batch.images, batch.image_index)

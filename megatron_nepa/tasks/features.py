@@ -16,6 +16,7 @@ from megatron_nepa.data.loaders.evaluation import OnePassLoader
 from megatron_nepa.models.probe import TrunkFeatures
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.tasks.knn import weighted_knn
+from megatron_nepa.training.lost_source import evaluated
 
 
 class Features(NamedTuple):
@@ -50,7 +51,9 @@ def extract_features(
         The features, or None where ``interrupted`` said so.
     """
     values, labels = [], []
-    for batch in tqdm(loader, "features", unit=" batches", leave=False, disable=None if topology.is_main else True):
+    shown = None if topology.is_main else True  # None: where there is a terminal
+    batches = evaluated(loader, topology)
+    for batch in tqdm(batches, "features", len(loader), unit=" batches", leave=False, disable=shown):
         if interrupted():
             return None
         values.append(features(batch.images, batch.image_index))

@@ -41,7 +41,7 @@ from megatron_nepa.terminal import counted
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.evaluation import load_weights
-from megatron_nepa.training.results import identify_weights, write_results
+from megatron_nepa.training.results import identify_weights, require_results, write_results
 from megatron_nepa.training.task import Task
 
 # MAE's probe sees random crops and flips alone
@@ -165,6 +165,8 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
         f"--knn {run.knn} neighbours are asked of the {counted(len(task.index), 'image')} of {task.index.root}: ask "
         f"for {len(task.index)} or less.",
     )
+    results_file = Path(run.output_dir) / "neighbours.json"
+    require_results(results_file, topology)
     sets = []
     for index in (task.index, task.validation):
         loader = evaluation_loader(run, index, topology, DTYPES[run.dtype])
@@ -180,7 +182,7 @@ def evaluate_neighbours(task: ProbingTask) -> dict[str, float]:
             "k": run.knn,
             "temperature": TEMPERATURE,
         }
-        write_results(Path(run.output_dir) / "neighbours.json", task.origin, settings, results)
+        write_results(results_file, task.origin, settings, results)
     return results
 
 

@@ -26,9 +26,10 @@ from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.reporting.metric_display import describe_result
-from megatron_nepa.training.results import identify_weights, write_results
+from megatron_nepa.training.results import identify_weights, require_results, write_results
 from megatron_nepa.training.task import Evaluator, Task
 
+RESULTS_FILE = "evaluation.json"
 RESULT_OF_AVERAGE = "ema_"  # what the average's results have in their names in the log, after the evaluator's prefix
 
 
@@ -109,6 +110,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     evaluator = task.evaluator
     assert evaluator is not None
     output_dir = Path(run.output_dir)
+    require_results(output_dir / RESULTS_FILE, topology)
     source = run.init_from
     choice: Choice | None = "raw" if run.init_weights == "raw" else None  # a run may have kept no average
     if source is None:
@@ -131,7 +133,7 @@ def evaluate_only(run: RunConfig, task: Task, kernels: Kernels, topology: Topolo
     assert results is not None
     if topology.is_main:
         settings = {**identify_weights(source, choice), **task.evaluation_settings()}
-        write_results(output_dir / "evaluation.json", origin, settings, results)
+        write_results(output_dir / RESULTS_FILE, origin, settings, results)
     return results
 
 

@@ -81,6 +81,8 @@ class TrainingLoop:
 
     def run_from(self, progress: Progress) -> tuple[Progress, str | None]:
         """Train to the end of the run or until it is asked to stop; where it stands then, and what stopped it."""
+        if progress.step < self.total_steps:
+            self.saves.require_room()
         self.log.warn(self.saves.time.warning())
         lost = LostRankWatch(self.topology, EXIT_TRAINING_FAILED, orderly=(TrainingError,))
         with self.stop, lost, self.stall, self.profiler:
@@ -143,6 +145,8 @@ class TrainingLoop:
 
     def save_before_end(self, progress: Progress) -> str:
         """Save where the run stands, if that is not done, and say what to do; every rank calls it."""
+        if progress.step > 0:
+            self.saves.restore_folder(progress.step)
         if len(self.window):
             self.write_log(progress, {})
         self.saves.conclude(wait=True)
@@ -165,7 +169,10 @@ class TrainingLoop:
             self.stall.at("evaluating", progress.step)
             return self.asked_to_stop() is not None
 
-        results = self.judge.evaluate(progress, interrupted)
+        try:
+            results = self.judge.evaluate(progress, interrupted)
+        except DataLostError as error:
+            raise TrainingError(f"{error} {self.save_before_end(progress)}") from error
         self.clock.restart()  # the time to evaluate is not the next step's
         return results
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nepa.checkpoint.conversion.release_folder import holds_average, is_release
+from megatron_nepa.checkpoint.format.agreement import RankError, on_main_rank
 from megatron_nepa.checkpoint.format.manifest import read_manifest
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.weights import Choice, choose_kind
 from megatron_nepa.config import ConfigError, require
-from megatron_nepa.files import replace_text
+from megatron_nepa.files import replace_text, try_to_write
+from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.reporting.metric_display import describe_result
+from megatron_nepa.training.reporting.run_record import require_writable
 
 
 def identify_weights(source: str, choice: Choice | None) -> dict[str, Any]:
@@ -42,6 +45,24 @@ def identify_weights(source: str, choice: Choice | None) -> dict[str, Any]:
         "step": None if alone else manifest["progress"]["step"],
         "weights": None if alone else kind,
     }
+
+
+def require_results(path: Path, topology: Topology) -> None:
+    """Refuse a file that :func:`write_results` could not write, before anything is evaluated; every rank calls it.
+
+    Raises:
+        ConfigError: its folder cannot be made or written, or the file holds something else.
+    """
+    require_writable(path.parent)
+
+    def try_it() -> None:
+        try_to_write(path.parent)
+        read_results(path)
+
+    try:
+        on_main_rank(topology, try_it)
+    except RankError as error:
+        raise ConfigError(f"{path} cannot be written ({error}): give another --output_dir.") from None
 
 
 def write_results(path: Path, origin: str, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:

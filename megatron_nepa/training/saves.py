@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_nepa.checkpoint.format.agreement import RankError
+from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks
 from megatron_nepa.checkpoint.saving.asynchronous import CheckpointSaver
 from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress, SaveError
+from megatron_nepa.config import require
 from megatron_nepa.training.engine.engine import TrainingEngine
 from megatron_nepa.training.reporting.log import Log
 from megatron_nepa.training.reporting.run_record import RunRecord
@@ -45,6 +47,20 @@ class Saves:
         self.saver = CheckpointSaver(record.checkpoints, engine.topology, in_background)
         num_bytes = checkpoint_bytes(engine.module, engine.topology.tensor.size, has_ema=engine.ema is not None)
         self.time = SaveTime(num_bytes)
+
+    def require_room(self) -> None:
+        """Refuse a disk that has no room for one checkpoint, before the first step; every rank calls it.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+        topology, folder = self.engine.topology, self.record.path
+        total, _, free = on_all_ranks(topology, lambda: tuple(shutil.disk_usage(folder)) if topology.is_main else ())[0]
+        require(
+            free >= self.time.num_bytes or total == 0,  # of a file system that tells nothing
+            f"a checkpoint of this run takes {self.time.num_bytes / 1e6:,.1f} MB, and the disk of {folder} has "
+            f"{free / 1e6:,.1f} MB left: make room, or choose another --output_dir.",
+        )
 
     def save(self, progress: Progress, wait: bool) -> Path:
         """Write a checkpoint, or begin to: where it stands, or will.

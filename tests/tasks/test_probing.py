@@ -294,9 +294,7 @@ def test_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> N
         "give it as --trunk": [f"--init_from={folder / 'trunk'}"],
         "ask for 24 or less": ["--knn=25"],
         "holds a trunk, not the layer of a probe": ["--evaluate_only", f"--init_from={folder / 'trunk'}"],
-        "cannot be written (Not a directory); the results stand above": [
-            *["--knn=5", f"--output_dir={folder / 'train/a/000.jpg/below'}"]
-        ],
+        "000.jpg is a file; give a folder": [*["--knn=5", f"--output_dir={folder / 'train/a/000.jpg/below'}"]],
         "--trunk.dtype is called --dtype": ["--trunk.dtype=fp32"],
     }
     found = run_ranks(1, refusals, folder, tmp_path / "run", list(cases.values()))[0]

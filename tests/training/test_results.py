@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_nepa.config import ConfigError
-from megatron_nepa.training.results import read_results, write_results
+from megatron_nepa.parallel.topology import build_topology
+from megatron_nepa.training.results import read_results, require_results, write_results
+from tests.distributed.ranks import run_ranks
 
 
 def test_other_settings_stand_beside_and_the_same_settings_replace(tmp_path: Path) -> None:
@@ -36,3 +39,24 @@ def test_another_file_is_not_overwritten(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"evaluation.json holds no results of an evaluation: move it away"):
         write_results(path, "raw weights of x", {}, {"top1": 0.4})
     assert path.read_text() == text
+
+
+def refusals(folder: Path) -> list[str]:
+    topology, said = build_topology(torch.device("cpu"), 1), []
+    for place in ("/dev/full", "/proc/none", str(folder / "file/below"), str(folder)):
+        with pytest.raises(ConfigError) as refused:
+            require_results(Path(place) / "evaluation.json", topology)
+        said.append(str(refused.value))
+    require_results(folder / "new/evaluation.json", topology)
+    return said
+
+
+def test_what_cannot_be_written_is_refused_before_the_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "evaluation.json").write_text("[3]")
+    full, proc, file, other = run_ranks(1, refusals, tmp_path)[0]
+    assert full == "--output_dir /dev/full: /dev/full is a file; give a folder."
+    assert proc.startswith("/proc/none/evaluation.json cannot be written (rank 0: [Errno 2] No such file")
+    assert file == f"--output_dir {tmp_path}/file/below: {tmp_path}/file is a file; give a folder."
+    assert "holds no results of an evaluation: move it away" in other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "file"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_nepa.config import ConfigError, PretrainingConfig
+from megatron_nepa.config import ConfigError, DataConfig, PretrainingConfig
 from megatron_nepa.parallel.topology import build_topology
 from megatron_nepa.training.reporting.run_record import RunRecord
 from tests.distributed.ranks import run_ranks
@@ -24,6 +26,8 @@ PLACES = {
     "loop/below": "Symlink loop",
     "file": "is a file; give a folder",
     "file/below": "is a file; give a folder",
+    "gone": "gone is a link that leads nowhere; give a folder",
+    "gone/below": "gone is a link that leads nowhere; give a folder",
 }
 
 
@@ -40,10 +44,63 @@ def refusals(folder: Path) -> list[str]:
 
 def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "file").write_text("")
     for said, reason in zip(run_ranks(1, refusals, tmp_path)[0], PLACES.values(), strict=True):
         assert reason in said
         assert said.startswith("--output_dir ")
+
+
+OUTPUTS = {  # where the images are "d", and what is a folder of a run there
+    ("d", "d"): False,
+    ("d", "d/runs/one"): False,
+    ("d", "e"): True,
+    ("d", "d/.runs/one"): True,  # hidden entries are no images
+    ("e=0.5,d=0.5", "d/runs"): False,
+    ("pairs", "pairs/runs"): True,  # images/ and annotations/ alone are walked
+}
+
+
+def apart_from_data(folder: Path) -> list[str | None]:
+    topology, said = build_topology(torch.device("cpu"), 1), list[str | None]()
+    os.chdir(folder)  # of this forked rank
+    for data, output in OUTPUTS:
+        run = PretrainingConfig(output_dir=str(folder / output), steps=1, data=DataConfig(path=data))
+        try:
+            RunRecord(run).checkpoint_to_resume(topology, None)
+            said.append(None)
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_run_does_not_write_its_pictures_among_its_images(tmp_path: Path) -> None:
+    for name in ("d", "e", "pairs/images", "pairs/annotations"):
+        (tmp_path / name).mkdir(parents=True)
+    for said, allowed in zip(run_ranks(1, apart_from_data, tmp_path)[0], OUTPUTS.values(), strict=True):
+        assert (said is None) == allowed
+        assert said is None or "lies among the images of d, which its pictures would join" in said
+
+
+def without_room(arguments: list[str]) -> str | None:
+    shutil.disk_usage = lambda _: (10**9, 10**9 - 1000, 1000)  # type: ignore[assignment, return-value]
+    return pretrain(arguments)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    arguments = [
+        *TINY,
+        f"--data={make_images(tmp_path / 'images', 8)}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--steps=2",
+    ]
+    first, second = run_ranks(2, without_room, arguments)
+    assert first == second
+    assert first is not None
+    assert re.search(
+        r"ConfigError: a checkpoint of this run takes 0\.\d MB, and the disk of .*run has 0\.0 MB left", first
+    )
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def remove_in_step(step: int, folder: Path, claim: bool) -> None:

@@ -26,6 +26,7 @@ from megatron_nepa.data.decoding.pipelines import (
 from megatron_nepa.data.decoding.sample_reader import ReadAhead, reading_ahead
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.headers import UnreadableImageError
+from megatron_nepa.data.remote.folder import SourceLostError
 from megatron_nepa.data.sampling.order import IntArray
 from megatron_nepa.data.transfer import to_device
 
@@ -68,6 +69,7 @@ class OnePassLoader:
 
     Raises:
         RankConfigError: while iterating, an image that cannot be decoded, by name.
+        SourceLostError: while iterating, remote images that cannot be had.
     """
 
     def __init__(
@@ -87,6 +89,11 @@ class OnePassLoader:
         self._data_rank, self._data_size = data_rank, data_size
         self._device, self._dtype, self._interpolation = device, dtype, interpolation
         self._options = DecoderOptions.of(config, index, device)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images lie behind URLs, whose source may be lost."""
+        return self._index.is_remote
 
     def __len__(self) -> int:
         """Batches, the same on every rank."""
@@ -131,6 +138,8 @@ class OnePassLoader:
             return encoded.read(image)
         except UnreadableImageError as error:
             raise RankConfigError(f"{self._index.where(image)} cannot be read: {error}; {_REMEDY}.") from error
+        except SourceLostError:
+            raise
         except ConfigError as error:
             raise RankConfigError(str(error)) from error
 
@@ -177,11 +186,14 @@ def decode_all(batches: Iterable[object], interrupted: Callable[[], bool]) -> No
         interrupted: asked between them, on this rank alone.
 
     Raises:
-        RankConfigError: an image that cannot be decoded, by name.
+        RankConfigError: an image that cannot be decoded, by name, or a source that is lost.
     """
-    for _ in batches:
-        if interrupted():
-            return
+    try:
+        for _ in batches:
+            if interrupted():
+                return
+    except SourceLostError as error:
+        raise RankConfigError(str(error)) from error
 
 
 class EvaluationLoader(OnePassLoader):

@@ -16,7 +16,10 @@ from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, o
 from megatron_nepa.checkpoint.reading.resume import Found, find_checkpoint, find_intact
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, RunConfig, require
-from megatron_nepa.data.index.mixture_grammar import BLOCK
+from megatron_nepa.data.index.index_file import is_index
+from megatron_nepa.data.index.mixture_grammar import BLOCK, Part, read_mixture
+from megatron_nepa.data.index.pair_layouts import pair_layout
+from megatron_nepa.data.index.walk import is_hidden
 from megatron_nepa.files import AlreadyHeldError, Hold, replace_text, try_to_write
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.reporting.metrics_file import truncate_metrics
@@ -94,7 +97,8 @@ class RunRecord:
             ConfigError: where the folder holds another run, ``--resume`` names no checkpoint, all are damaged, or the
                 note of the best one is.
         """
-        self._require_writable()
+        require_writable(self.path, self.checkpoints.folder)
+        self._require_apart_from_data()
         resume = self.run.resume
         newest = self.checkpoints.latest()
         self.checkpoints.best()  # a damaged note of it is refused before the first step
@@ -205,16 +209,19 @@ class RunRecord:
                 f"--output_dir {self.path} cannot be written ({error}): make room, or choose another folder."
             ) from None
 
-    def _require_writable(self) -> None:
-        for folder in (self.path, self.checkpoints.folder):
-            try:
-                existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-            except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
-                raise ConfigError(f"--output_dir {self.path} cannot be a folder ({error}): give another.") from None
-            require(existing.is_dir(), f"--output_dir {self.path}: {existing} is a file; give a folder.")
+    def _require_apart_from_data(self) -> None:
+        """Refuse a folder among the images: its pictures would be images of the next run, and itself a class."""
+        path, output = self.run.data.path, self.path.resolve()
+        if path is None:
+            return
+        for source in (part.path for part in read_mixture(path) or (Part(path, 1.0),)):
+            if not os.path.isdir(source) or is_index(source) or pair_layout(Path(source)) is not None:
+                continue
+            folder = Path(source).resolve()
             require(
-                os.access(existing, os.W_OK | os.X_OK),
-                f"--output_dir {self.path}: {existing} cannot be written; give another folder.",
+                not output.is_relative_to(folder) or is_hidden(output.relative_to(folder).as_posix()),
+                f"--output_dir {self.path} lies among the images of {source}, which its pictures would join: choose a "
+                "folder elsewhere.",
             )
 
     def _refuse_another_run(self, data_fingerprint: Fingerprint) -> None:
@@ -252,6 +259,30 @@ class RunRecord:
             moved or recorded_print == data_fingerprint,
             f"--output_dir {self.path} holds a run on other images: files were added, removed or changed since, or "
             f"--data is not {other_path}. Restore them, or choose another --output_dir.",
+        )
+
+
+def require_writable(output_dir: Path, *folders: Path) -> None:
+    """Refuse what cannot be a run's folder, by what is there; nothing changes on disk.
+
+    Args:
+        output_dir: the folder.
+        folders: below it, that will be made.
+
+    Raises:
+        ConfigError: a file, a link to nothing or to itself, a name that is too long, or a folder without permission.
+    """
+    for folder in (output_dir, *folders):
+        try:
+            existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+            lost = next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None)
+        except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads to itself
+            raise ConfigError(f"--output_dir {output_dir} cannot be a folder ({error}): give another.") from None
+        require(lost is None, f"--output_dir {output_dir}: {lost} is a link that leads nowhere; give a folder.")
+        require(existing.is_dir(), f"--output_dir {output_dir}: {existing} is a file; give a folder.")
+        require(
+            os.access(existing, os.W_OK | os.X_OK),
+            f"--output_dir {output_dir}: {existing} cannot be written; give another folder.",
         )
 
 
