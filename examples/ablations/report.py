@@ -12,11 +12,11 @@ from examples.ablations.comparison import Comparison
 from examples.ablations.figures import draw_figures
 from examples.ablations.judge import STANDARD_ERRORS, compare, level
 from examples.ablations.lengths import Lengths
-from examples.ablations.results import Results
-from examples.ablations.study import NEEDED_GAIN, Study
+from examples.ablations.study import NEEDED_GAIN, QUICK, Study
 from examples.ablations.tables import Claim, Table
 from examples.fashion_mnist.spread import in_percent
 from megatron_nepa.files import replace_text
+from megatron_nepa.terminal import counted
 
 COMMAND = "python examples/ablations/run.py"
 
@@ -31,7 +31,7 @@ def write_report(study: Study, tables: Sequence[Table], comparison: Comparison, 
         lengths: of pre-training.
         path: of the Markdown file.
     """
-    sections = [_head(study.results), _noise(study)]
+    sections = [_head(study), _noise(study)]
     sections += [_table(study, table) for table in tables if all(map(study.has, study.cells_of(table).values()))]
     if comparison.is_trained:
         sections.append(comparison.describe())
@@ -43,10 +43,12 @@ def write_report(study: Study, tables: Sequence[Table], comparison: Comparison, 
     replace_text(path, "\n\n".join(sections) + "\n")
 
 
-def _head(results: Results) -> str:
+def _head(study: Study) -> str:
+    results = study.results
     hours, machines, dates = results.cost()
+    quick = "**A few steps of everything: they show that all of it runs, and say nothing of the paper.**\n\n"
     return (
-        "# The paper's ablations on Fashion-MNIST\n\n"
+        f"# The paper's ablations on Fashion-MNIST\n\n{quick if study.scale == QUICK else ''}"
         f"Written by `{COMMAND}` from the trainings' own logs: {len(results.pretrainings)} pre-trainings and "
         f"{len(results.cells)} fine-tunings, {hours:.1f} core-hours on {', '.join(machines)}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n\n"
@@ -70,8 +72,8 @@ def _noise(study: Study) -> str:
         f"{plan['finetuning_steps']:,} steps of fine-tuning, 10,000 test photographs. The steps of every cell below "
         f"were fixed from this table on {plan['date']}, before the others ran: {plan['steps']:,}, the fewest at which "
         f"pre-training is worth {NEEDED_GAIN:.0f} standard deviations (the most, where none is). With "
-        f"{len(study.scale.seeds)} seeds each, two variants differ by more than noise (beyond {STANDARD_ERRORS:.0f} "
-        f"standard errors) from {100 * plan['detectable']:.2f} points on.",
+        f"{counted(len(study.scale.seeds), 'seed')} each, two variants differ by more than noise (beyond "
+        f"{STANDARD_ERRORS:.0f} standard errors) from {100 * plan['detectable']:.2f} points on.",
     ]
     return "\n".join(lines)
 
