@@ -46,24 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare(options.source, work / "data")
     results = Results(output / "results.json")
     scale = QUICK if options.quick else Scale()
-    with Study(results, scale, work / "data", work / "runs", options.jobs) as study:
-        study.measure_noise()
-        comparison, lengths = Comparison(study, tuple(OBJECTIVES)), Lengths(study)
+    study = Study(results, scale, work / "data", work / "runs", options.jobs)
+    study.measure_noise()
+    comparison, lengths = Comparison(study, tuple(OBJECTIVES)), Lengths(study)
 
-        def report() -> None:
-            write_report(study, (*FIRST, *SECOND), comparison, lengths, output / "RESULTS.md")
+    def report() -> None:
+        write_report(study, (*FIRST, *SECOND), comparison, lengths, output / "RESULTS.md")
 
-        cells = study.all_cells(FIRST)
-        for start in pretrainings(study):
-            cells.append(Cell(start, study.scale.finetuning, start.seed, percent=study.scale.percent))
-        study.run(cells, "tables and curves")
+    cells = study.all_cells(FIRST)
+    for start in pretrainings(study):
+        cells.append(Cell(start, study.scale.finetuning, start.seed, percent=study.scale.percent))
+    study.run(cells, "tables and curves")
+    report()
+    comparison.train()
+    report()
+    if options.second:
+        study.run(study.all_cells(SECOND), "tables of the second part")
+        lengths.train()
         report()
-        comparison.train()
-        report()
-        if options.second:
-            study.run(study.all_cells(SECOND), "tables of the second part")
-            lengths.train()
-            report()
     print(f"{output}/RESULTS.md")
 
 

@@ -59,17 +59,7 @@ class Study:
 
     def __init__(self, results: Results, scale: Scale, data: Path, folder: Path, jobs: int) -> None:
         self.results, self.scale = results, scale
-        self.data, self.folder = data, folder
-        context = multiprocessing.get_context("spawn")
-        # a process starts anew now and then: what trainings leave behind in one does not pile up
-        self._pool = ProcessPoolExecutor(jobs, context, begin, (folder / "logs",), max_tasks_per_child=20)
-
-    def __enter__(self) -> Study:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the processes; what they train at an error is left for the next start."""
-        self._pool.shutdown(cancel_futures=True)
+        self.data, self.folder, self.jobs = data, folder, jobs
 
     def measure_noise(self) -> None:
         """Train the baseline with all its seeds; choose the steps of every other cell and write them down.
@@ -199,14 +189,20 @@ class Study:
         tasks = self._tasks(cells)
         if not tasks:
             return
-        with tqdm(total=sum(map(_steps, tasks)), desc=title, unit=" steps") as bar:
-            running = {self._pool.submit(carry_out, task): task for task in tasks}
-            for done in as_completed(running):
-                outcome: Outcome = done.result()
-                self.results.add(outcome.pretraining, outcome.cells)
-                if outcome.stopped is not None:
-                    raise ConfigError(f"stopped; the same command goes on ({outcome.stopped})")
-                bar.update(_steps(running[done]))
+        context = multiprocessing.get_context("spawn")
+        # processes of this call alone: what trainings leave behind in one does not pile up over the whole study
+        pool = ProcessPoolExecutor(self.jobs, context, begin, (self.folder / "logs",))
+        try:
+            with tqdm(total=sum(map(_steps, tasks)), desc=title, unit=" steps") as bar:
+                running = {pool.submit(carry_out, task): task for task in tasks}
+                for done in as_completed(running):
+                    outcome: Outcome = done.result()
+                    self.results.add(outcome.pretraining, outcome.cells)
+                    if outcome.stopped is not None:
+                        raise ConfigError(f"stopped; the same command goes on ({outcome.stopped})")
+                    bar.update(_steps(running[done]))
+        finally:  # what they train at an error is left for the next start
+            pool.shutdown(cancel_futures=True)
 
     def _tasks(self, cells: Iterable[Cell]) -> list[Task]:
         """Missing cells, those of one pre-training together, long ones first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def accuracy_of(cell: Cell) -> float:
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Study]:
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     """A study whose cells cost nothing."""
 
     def run(self: Study, cells: list[Cell], title: str) -> None:
@@ -60,8 +59,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Study]:
         self.results.save()
 
     monkeypatch.setattr(studies.Study, "run", run)
-    with Study(Results(tmp_path / "results.json"), SCALE, tmp_path / "data", tmp_path / "runs", jobs=1) as made:
-        yield made
+    return Study(Results(tmp_path / "results.json"), SCALE, tmp_path / "data", tmp_path / "runs", jobs=1)
 
 
 def test_noise_chooses_the_fewest_steps_that_pay(study: Study) -> None:
