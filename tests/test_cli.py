@@ -151,7 +151,6 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], recipes: 
             ["--model.hidden_size", "250"],
             "250 is not divisible by model.num_heads 4: take model.hidden_size 240 or 256",
         ),
-        (["--tensor_parallel_size", "3", "--compile"], "--compile serves tensor_parallel_size 1"),
         (["--steps", "3", "--epochs", "3"], "set either steps or epochs"),
         (["--objective.mask_ratio", "1.5"], r"must lie in \[0, 1\)"),
         (["--recipe", "aim_b", "--objective.mask_ratio", "0.4"], "mask_ratio is of the objective nepa or mae, which"),

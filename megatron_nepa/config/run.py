@@ -63,7 +63,7 @@ class RunConfig:
     wandb_project: str = "megatron_nepa"
     # record steps START:STOP, counted from 1 with both ends, in OUTPUT_DIR/profile: a trace and a table of operations
     profile: str | None = None
-    # torch.compile each block (tensor_parallel_size 1)
+    # torch.compile each block
     compile: bool = False
     # fused operations: auto takes Triton on a GPU and the torch reference elsewhere
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -83,10 +83,6 @@ class RunConfig:
         require(self.steps is None or self.steps >= 1, f"steps is {self.steps}; it must be at least 1.")
         require(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; it must be positive.")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2**63).")
-        require(
-            not (self.compile and self.parallel.tensor_parallel_size > 1),
-            f"--compile serves tensor_parallel_size 1, not {self.parallel.tensor_parallel_size}: drop one of them.",
-        )
         require(
             self.init_from is None or self.resume in ("auto", "none"),
             f"--resume {self.resume} continues a run and --init_from {self.init_from} starts one: give one of them.",

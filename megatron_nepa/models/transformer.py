@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_nepa.config import ModelConfig
@@ -98,12 +99,18 @@ class FeedForward(nn.Module):
     def forward(self, normed: Tensor) -> Tensor:
         """[n, D] to [n, D]."""
         hidden = self.up(normed)  # [N, F], or [N, 2F] packed [gate, up]
+        if torch.compiler.is_compiling():
+            # a trace would compute the projection again, too: it keeps nothing that such a call returns
+            output: Tensor = self.down(self.call_cheap(self._activate, hidden))
+            return output
         return self.call_cheap(self._activate_and_project, hidden)
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
-        hidden = self.kernels.swiglu(hidden) if self.gated else nn.functional.gelu(hidden)  # [N, F]
-        output: Tensor = self.down(hidden)  # [n, D]
+        output: Tensor = self.down(self._activate(hidden))  # [n, D]
         return output
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        return self.kernels.swiglu(hidden) if self.gated else nn.functional.gelu(hidden)  # [N, F]
 
 
 class _Replicated(NamedTuple):

@@ -8,16 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_nepa.parallel.collectives import (
-    all_gather_rows_async,
-    reduce_from_group,
-    reduce_scatter_rows,
-    reduce_scatter_rows_async,
-)
+from megatron_nepa.parallel.collectives import reduce_from_group, reduce_scatter_rows
 from megatron_nepa.parallel.parameters import ParameterLayout, parameter
+from megatron_nepa.parallel.products import (
+    gathered_product,
+    gathered_product_backward,
+    gathered_product_backward_op,
+    gathered_product_op,
+    replicated_product_backward,
+    replicated_product_backward_op,
+)
 from megatron_nepa.parallel.topology import TensorGroup
 
 
@@ -47,7 +49,10 @@ class ColumnParallelLinear(nn.Module):
         """[n, in] to [N, out / size], N being n * size under sequence parallelism and n elsewhere."""
         if self.tensor.size == 1:
             return nn.functional.linear(x, self.weight, self.bias)
-        output: Tensor = _ColumnParallelProduct.apply(x, self.weight, self.bias, self.tensor, self.sequence_parallel)
+        if self.sequence_parallel:
+            output: Tensor = _GatheredProduct.apply(x, self.weight, self.bias, self.tensor.size, self.tensor.name)
+        else:
+            output = _ReplicatedProduct.apply(x, self.weight, self.bias, self.tensor.name)
         return output
 
 
@@ -77,37 +82,34 @@ class RowParallelLinear(nn.Module):
         return reduce_from_group(partial, self.tensor)
 
 
-class _ColumnParallelProduct(torch.autograd.Function):
-    """The product of a column-parallel layer, with its collectives overlapped.
-
-    Under sequence parallelism the rows are gathered before the product; only this rank's rows are kept, and the
-    backward pass gathers them again while it computes the input's gradient, then sums that gradient over the ranks
-    while it computes the weight's (Korthikanti et al. 2022, section 4.2.2).
-    """
+class _GatheredProduct(torch.autograd.Function):
+    """A column-parallel layer's product of rows that the ranks share; only this rank's are kept for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, tensor: TensorGroup, sequence_parallel: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tensor, ctx.sequence_parallel = tensor, sequence_parallel
-        if sequence_parallel:
-            x, work = all_gather_rows_async(x, tensor)
-            work.wait()
-        return nn.functional.linear(x, weight, bias)
+        ctx.size, ctx.group = size, group
+        product = gathered_product_op if torch.compiler.is_compiling() else gathered_product
+        return product(x, weight, bias, size, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        if ctx.sequence_parallel:
-            x, gathering = all_gather_rows_async(x, ctx.tensor)
-            grad_rows = grad @ weight
-            gathering.wait()
-            grad_x, summing = reduce_scatter_rows_async(grad_rows, ctx.tensor)
-        else:
-            grad_x = grad @ weight
-            summing = dist.all_reduce(grad_x, group=ctx.tensor.group, async_op=True)
-        grad_weight = grad.t() @ x
-        grad_bias = grad.sum(0)
-        summing.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        products = gathered_product_backward_op if torch.compiler.is_compiling() else gathered_product_backward
+        return *products(grad, x, weight, ctx.size, ctx.group), None, None
+
+
+class _ReplicatedProduct(torch.autograd.Function):
+    """A column-parallel layer's product of rows that every rank holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, group: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        products = replicated_product_backward_op if torch.compiler.is_compiling() else replicated_product_backward
+        return *products(grad, x, weight, ctx.group), None

@@ -29,6 +29,12 @@ class TensorGroup:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the process group in torch's table of them, by which its functional collectives find it."""
+        assert self.group is not None
+        return self.group.group_name
+
 
 @dataclass(frozen=True)
 class Topology:

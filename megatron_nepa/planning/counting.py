@@ -13,12 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# the c10d operators that this project and DeepSpeed call, and which of their arguments is the whole tensor
+# the c10d operators that DeepSpeed and torch.distributed's own functions call, and which of their arguments is the
+# whole tensor
 _COLLECTIVES = {
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "allreduce_": ("all_reduce", 0),
     "reduce_": ("reduce", 0),
+}
+# and the functional ones that this project calls
+_FUNCTIONAL = {
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
 }
 
 
@@ -84,6 +92,8 @@ class Recorder(TorchDispatchMode):
                 self.track(leaf)
         if func.namespace == "c10d":
             self._record_collective(func, args)
+        elif func.namespace == "_c10d_functional":
+            self._record_functional(func, args, result)
         return result
 
     def _record_collective(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -93,9 +103,17 @@ class Recorder(TorchDispatchMode):
         kind, index = _COLLECTIVES[operator]
         whole = sum(leaf.nbytes for leaf in tree_leaves(args[index]) if isinstance(leaf, Tensor))
         group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-        key = (kind, dist.ProcessGroup.unbox(group).size())
-        self.traffic.calls[key] += 1
-        self.traffic.bytes[key] += whole
+        self._add(kind, dist.ProcessGroup.unbox(group).size(), whole)
+
+    def _record_functional(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        operator = func.overloadpacket.__name__
+        if operator in _FUNCTIONAL:
+            size = dist.distributed_c10d._resolve_process_group(args[-1]).size()
+            self._add(_FUNCTIONAL[operator], size, max(args[0].nbytes, result.nbytes))
+
+    def _add(self, kind: str, size: int, whole: int) -> None:
+        self.traffic.calls[kind, size] += 1
+        self.traffic.bytes[kind, size] += whole
 
 
 def _is_fake(tensor: Any) -> bool:
