@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_nepa.cli import path_argument
-from megatron_nepa.config import ConfigError, require
+from megatron_nepa.config import require
 from megatron_nepa.terminal import tool
 
 Command = Callable[[argparse.Namespace], int]
@@ -203,13 +203,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run one command."""
     args = parse_arguments()
-    try:
-        status = args.command(args)
-    except ConfigError as error:
-        sys.exit(f"convert_checkpoint: {error}")
-    except OSError as error:
-        sys.exit(f"convert_checkpoint: {error.filename or args.command.__name__}: {error.strerror or error}.")
-    sys.exit(status)
+    sys.exit(args.command(args))
 
 
 def _say(origin: str, target: Path, notes: list[str]) -> None:

@@ -33,6 +33,8 @@ from megatron_nepa.training.engine.learning_rates import LearningRates
 from megatron_nepa.training.lost_source import evaluated
 from megatron_nepa.training.task import Task
 
+_MOST_EMPTY_CLASSES = 100_000  # of a small part of a set of many classes
+
 
 class ClassificationTask(Task):
     """Cross-entropy with the augmented images' soft targets.
@@ -182,6 +184,11 @@ def labelled_index(data: DataConfig, path: str | None, topology: Topology, flag:
         bool((labels >= 0).all()),
         f"{index.root} has images without a label: classification takes a folder for each class, or an index with "
         "labels.",
+    )
+    require(
+        index.num_classes <= max(len(index), _MOST_EMPTY_CLASSES),
+        f"the labels of {index.root} go up to {labels[-1]:,}, far beyond its {counted(len(index), 'image')}: number "
+        "the classes from 0, one after another.",
     )
     require(
         len(labels) > 1,

@@ -11,6 +11,7 @@ from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.saving.checkpoints_folder import Progress
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.data.decoding.timed_settings import settle
+from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
@@ -60,6 +61,14 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         f"{asked} ends before step {stands} of {found.checkpoint}, which this run would continue: ask for more, or "
         "continue an older checkpoint with --resume PATH.",
     )
+    unnamed = None
+    if found.checkpoint is not None:
+        trained, remedy = (
+            found.manifest["run"].get("classes"),
+            "label the images as those were, or start from it with --init_from and --reset_head",
+        )
+        images = "the training images"
+        unnamed = compare_with_head(f"the head of {found.checkpoint}", trained, task.classes, images, remedy)
     rates = task.learning_rates(total_steps)
     with waiting_for("drawing the weights", topology.is_main):
         model = task.build_model(kernels)
@@ -106,6 +115,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         log = RunLog(record.path, run, total_steps, progress.step)
         log.message(describe_start(run, engine, topology, kernels, found, progress, total_steps, peak.source))
         log.warn(start)
+        log.warn(unnamed)
         for line in data_said:
             log.message(line)
     with waiting_for("building the data pipeline", topology.is_main):

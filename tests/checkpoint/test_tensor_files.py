@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 ONE = torch.ones(2)
 
 
-def write(folder: Path, files: dict[str, list[str]], index: dict[str, str] | None = None) -> Path:
+def write(folder: Path, files: dict[str, list[str]], index: dict[str, Any] | None = None) -> Path:
     for file, names in files.items():
         save_file({name: ONE.clone() for name in names}, folder / file)
     if index is not None:
@@ -41,12 +42,13 @@ def test_only_the_files_that_are_meant_are_read(tmp_path: Path) -> None:
         ({A: ["a", "c"]}, {"a": A}, f"{A} holds c, of which"),
         ({A: ["a"], MODEL_FILE: ["a"]}, {"a": A}, "holds both"),
         ({A: ["a"]}, {"a": f"../{A}"}, "lies in another folder"),
+        ({A: ["a"]}, {"a": 3}, "is no index of safetensors, with a weight_map: a tensor's file is no name"),
         ({A: ["a"]}, None, f"holds {A} but no {INDEX_FILE}"),
         ({}, None, f"{MODEL_FILE} does not exist"),
     ],
 )
 def test_what_does_not_belong_together_is_named(
-    files: dict[str, list[str]], index: dict[str, str] | None, message: str, tmp_path: Path
+    files: dict[str, list[str]], index: dict[str, Any] | None, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as error:
         read_folder(write(tmp_path, files, index))

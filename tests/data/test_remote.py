@@ -236,6 +236,7 @@ def test_what_cannot_be_read_is_said_before_the_first_step(
 @pytest.mark.parametrize(
     ("source", "said"),
     [
+        ("s3://", "s3:// names no place"),
         ("s4://bucket/shards", "begins with s4://, which fsspec does not know"),
         ("{url}/none-{{0..3}}.tar", "{url}/none-0.tar cannot be read: there is no such file"),
         ("{url}/a.tar?signature=1", "with a signature or a password"),

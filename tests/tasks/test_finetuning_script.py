@@ -14,6 +14,10 @@ import pytest
 from torch import nn
 
 from megatron_nepa.checkpoint.reading.weights import read_weights
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.labels import with_labels
+from megatron_nepa.data.index.listing import Known
+from megatron_nepa.data.indexing.build import build_and_save_index
 from megatron_nepa.tasks.classification import ClassificationEvaluator
 from megatron_nepa.training.results import read_results
 from tests.distributed.ranks import run_ranks
@@ -209,10 +213,13 @@ def test_a_run_without_an_average(labelled: dict[str, Path], tmp_path: Path) -> 
 def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, Path], tmp_path: Path) -> None:
     flat = make_images(tmp_path / "flat", 3)
     fewer = make_labelled(tmp_path / "fewer", 2, ("blue", "red"))
+    huge = with_labels(scan_folder(flat), _written(tmp_path / "labels.txt", "0\n1\n2147483646\n"))
+    build_and_save_index(Known(huge), tmp_path / "huge", workers=1, progress=False)
     wider = [f"--init_from={trunk}", "--model.hidden_size=64"]
     cases: list[tuple[list[str], str]] = [
         ([f"--data={flat}"], "without a label"),
         (["--data=synthetic"], "no labels"),
+        ([f"--data={tmp_path / 'huge'}"], "go up to 2,147,483,646, far beyond its 3 images: number the classes from 0"),
         ([f"--validation_data={fewer}"], r"3 classes .* 2: class green is missing"),
         (["--augmentation.mix_group=4", "--model.num_layers=4000"], "take --augmentation.mix_group 2"),  # at once
         (["--head.num_classes=2"], "label 2, but the classifier has 2 classes"),
@@ -229,6 +236,26 @@ def test_bad_input_is_refused_in_one_sentence(trunk: Path, labelled: dict[str, P
         assert re.search(message, outcome), outcome
         assert "\n" not in outcome
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_head_goes_on_with_its_own_classes_alone(labelled: dict[str, Path], tmp_path: Path) -> None:
+    """Its outputs mean the classes that it was trained on, whichever folder --resume names."""
+    other = make_labelled(tmp_path / "other", 8, ("blue", "green", "violet"))
+    flags = [flag for flag in flags_of(labelled, tmp_path / "run") if not flag.startswith(("--steps", "--evaluation"))]
+    flags = [flag for flag in flags if not flag.startswith("--validation_data")] + ["--steps=1"]
+    more = [*flags, "--steps=2", f"--resume={tmp_path / 'run'}", f"--output_dir={tmp_path / 'more'}"]
+    first, named, sized = run_ranks(1, _all, [flags, [*more, f"--data={other}"], [*more, "--head.num_classes=4"]])[0]
+    assert first is None
+    assert named is not None
+    assert "number 2 is red there, violet here: label the images as those were, or start from it" in named
+    assert sized is not None
+    assert re.search(r"classifier\.\w+ has the shape \(3.*\), here \(4.*\): start from its weights", sized), sized
+    assert not (tmp_path / "more").exists()
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def _all(commands: list[list[str]]) -> list[str | None]:

@@ -112,7 +112,8 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
     state = empty_state(train)
     quiet_torch_checkpoint()
     reader = HuggingFaceStorageReader(str(checkpoint))
-    missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
+    stored = reader.read_metadata().state_dict_metadata
+    missing = state.keys() - stored.keys()
     average = {key for key in missing if key.startswith("ema.")}
     missing -= average
     require(
@@ -124,6 +125,13 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
         not average,
         f"{checkpoint} holds no weight average: set --optimizer.ema_decay 0, or start from another checkpoint.",
     )
+    for key, value in state.items():
+        there, name = tuple(getattr(stored[key], "size", ())), key.partition(".")[2]
+        require(
+            there == tuple(value.shape),
+            f"{checkpoint} is of another task, its {name} has the shape {there}, here {tuple(value.shape)}: start from "
+            "its weights with --init_from instead of --resume.",
+        )
     dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
     restore_state(train, state)
     progress = Progress(**{"order": 1, **manifest["progress"]})  # older checkpoints name none

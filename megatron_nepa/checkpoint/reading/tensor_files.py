@@ -56,7 +56,9 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     )
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(file, str) for file in places.values()):
+            raise TypeError("a tensor's file is no name")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index} is no index of safetensors, with a weight_map: {error}.") from None
     state: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):

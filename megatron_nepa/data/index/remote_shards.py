@@ -235,6 +235,8 @@ def list_remote(source: str | Path) -> tuple[RemoteFolder, list[str]]:
         ConfigError: none there, no access, or a server that gives whole files alone.
     """
     urls = shard_urls(source)
+    named = urls is not None or str(source).partition("://")[2].strip("/")
+    require(bool(named), f"{source} names no place: give the URL of a folder, or of tar files.")
     if urls is not None:
         folder, names = common_folder(urls, source)
     else:
