@@ -91,6 +91,11 @@ MODES = (
     Mode(lambda run: run["optimizer.weight_decay"] == 0, "nothing is decayed", ("optimizer.decay_bos_token",)),
     Mode(lambda run: not run["model.bos_token"], "there is no BOS token", ("optimizer.decay_bos_token",)),
     Mode(
+        lambda run: run["parallel.tensor_parallel_size"] == 1,
+        "without --tensor_parallel_size no rows are exchanged",
+        ("parallel.chunk_bytes",),
+    ),
+    Mode(
         lambda run: not run["model.rope"],
         "there is no RoPE",
         ("model.rope_theta", "model.rope_rescale", "model.rope_rescale_group"),

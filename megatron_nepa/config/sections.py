@@ -24,17 +24,22 @@ class ParallelConfig:
     # computed again in the backward pass: none; selective, what is cheap (a residual sum and norm, SwiGLU or GELU);
     # full, whole blocks (so does the bare flag)
     activation_checkpointing: ActivationCheckpointing = "none"
+    # rows that tensor-parallel ranks exchange in the forward pass travel in chunks of at least this many bytes, each
+    # behind the product of another
+    chunk_bytes: int = 2**26
 
     def __post_init__(self) -> None:
-        require(
-            self.tensor_parallel_size >= 1,
-            f"tensor_parallel_size is {self.tensor_parallel_size}; it must be at least 1.",
-        )
+        for name in ("tensor_parallel_size", "chunk_bytes"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
         require(
             not self.sequence_parallel or self.tensor_parallel_size > 1,
             "sequence_parallel shards rows over the tensor-parallel ranks: set tensor_parallel_size to 2 or more, "
             "or drop --sequence_parallel.",
         )
+
+    def num_chunks(self, num_rows: int, row_bytes: int) -> int:
+        """Chunks in which the ranks exchange ``num_rows`` rows of ``row_bytes`` bytes each."""
+        return max(1, min(num_rows // self.tensor_parallel_size, num_rows * row_bytes // self.chunk_bytes))
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuse a model whose heads or widths the tensor-parallel size does not divide."""

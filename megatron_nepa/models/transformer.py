@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
-        tensor, sequence_parallel = build.tensor, build.parallel.sequence_parallel
+        tensor, parallel = build.tensor, build.parallel
         self.kernels = build.kernels
         self.causal = config.causal
         self.normalize = config.qk_norm != "none"
@@ -48,11 +48,11 @@ class Attention(nn.Module):
         self.num_local_heads = config.num_heads // tensor.size
         self.head_size = config.head_size
         width = config.hidden_size
-        self.qkv = ColumnParallelLinear(width, 3 * width, tensor, sequence_parallel, sections=3)
+        self.qkv = ColumnParallelLinear(width, 3 * width, tensor, parallel, sections=3)
         affine = config.qk_norm == "affine"
         self.q_norm = parameter((config.head_size,), "heads", constant=1.0) if affine else None
         self.k_norm = parameter((config.head_size,), "heads", constant=1.0) if affine else None
-        self.out = RowParallelLinear(width, width, tensor, sequence_parallel)
+        self.out = RowParallelLinear(width, width, tensor, parallel)
 
     def forward(
         self,
@@ -93,8 +93,8 @@ class FeedForward(nn.Module):
         self.call_cheap = recomputed if parallel.activation_checkpointing == "selective" else called
         width, hidden = config.hidden_size, config.mlp_hidden_size
         sections = 2 if self.gated else 1
-        self.up = ColumnParallelLinear(width, sections * hidden, tensor, parallel.sequence_parallel, sections)
-        self.down = RowParallelLinear(hidden, width, tensor, parallel.sequence_parallel)
+        self.up = ColumnParallelLinear(width, sections * hidden, tensor, parallel, sections)
+        self.down = RowParallelLinear(hidden, width, tensor, parallel)
 
     def forward(self, normed: Tensor) -> Tensor:
         """[n, D] to [n, D]."""

@@ -6,7 +6,6 @@ Every function is the identity where the group has one rank. "Rows" is dimension
 |---|---|---|
 | :func:`reduce_from_group` | all-reduce | identity |
 | :func:`gather_rows` | all-gather | own rows |
-| :func:`reduce_scatter_rows` | reduce-scatter | all-gather |
 | :func:`all_reduce_gradients` | identity | one flat all-reduce |
 
 What they call are torch's functional collectives, whose results are tensors from the start: ``--compile`` traces them
@@ -33,11 +32,6 @@ def reduce_from_group(x: Tensor, tensor: TensorGroup) -> Tensor:
 def gather_rows(x: Tensor, tensor: TensorGroup) -> Tensor:
     """Join the ranks' rows [n, D] into replicated rows [n * size, D], whose gradient is equal on all ranks."""
     return x if tensor.size == 1 else _GatherRows.apply(x, tensor.rank, tensor.size, tensor.name)
-
-
-def reduce_scatter_rows(x: Tensor, tensor: TensorGroup) -> Tensor:
-    """Sum every rank's share of [n * size, D] and keep this rank's rows [n, D]."""
-    return x if tensor.size == 1 else _ReduceScatterRows.apply(x, tensor.size, tensor.name)
 
 
 def all_reduce_gradients(parameters: Sequence[Tensor | None], tensor: TensorGroup) -> list[Tensor | None]:
@@ -112,17 +106,6 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad.narrow(0, ctx.rank * ctx.rows, ctx.rows), None, None, None
-
-
-class _ReduceScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        return wait(start_reduce_scatter(x, size, group))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return wait(start_all_gather(grad, ctx.size, ctx.group)), None, None
 
 
 class _SumGradients(torch.autograd.Function):

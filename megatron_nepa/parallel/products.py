@@ -1,5 +1,10 @@
 """The products of parallel layers, with their collectives on the way while they compute.
 
+In the forward pass rows travel in chunks. All gathers start at once, and a product waits for its own chunk alone; a sum
+over the ranks starts as soon as its chunk's product is there. So all but one chunk can hide behind products, as both
+collectives of the backward pass do. Rows do not depend on each other: chunks change no number but by the order in which
+a library adds up a product of fewer rows.
+
 Each is a plain function, and the same function as a custom op for ``--compile``, which takes it whole: a compiler that
 looked inside would keep the rows that the forward pass gathered for the backward pass, where only this rank's are kept,
 and would choose the order of products and collectives itself.
@@ -7,12 +12,13 @@ and would choose the order of products and collectives itself.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, library, nn
 
 from megatron_nepa.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
 
 
-def gathered_product(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str) -> Tensor:
+def gathered_product(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str, chunks: int) -> Tensor:
     """``x W^T + b`` of all ranks' rows.
 
     Args:
@@ -21,11 +27,49 @@ def gathered_product(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: 
         bias: [out].
         size: ranks of the group.
         group: its name.
+        chunks: in which the rows travel, n at most.
 
     Returns:
         [n * size, out].
     """
-    return nn.functional.linear(wait(start_all_gather(x, size, group)), weight, bias)
+    gathering = [start_all_gather(chunk, size, group) for chunk in x.tensor_split(chunks)]
+    parts = [nn.functional.linear(wait(chunk), weight, bias) for chunk in gathering]
+    # a chunk holds some rows of every rank
+    return _join([part.unflatten(0, (size, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def scattered_product(x: Tensor, weight: Tensor, size: int, group: str, chunks: int) -> Tensor:
+    """``x W^T``, summed over the ranks, of this rank's rows.
+
+    Args:
+        x: all ranks' rows, [n * size, in].
+        weight: [out, in].
+        size: ranks of the group.
+        group: its name.
+        chunks: in which the rows travel, n at most.
+
+    Returns:
+        [n, out].
+    """
+    summing = []
+    for chunk in x.unflatten(0, (size, -1)).tensor_split(chunks, dim=1):  # [size, n / chunks, in]
+        summing.append(start_reduce_scatter(nn.functional.linear(chunk.flatten(0, 1), weight), size, group))
+    return _join([wait(chunk) for chunk in summing])
+
+
+def summed_product(x: Tensor, weight: Tensor, group: str, chunks: int) -> Tensor:
+    """``x W^T``, summed over the ranks, of all rows on every rank: [N, in] to [N, out]."""
+    output = x.new_empty(x.shape[0], weight.shape[0])
+    summing = []
+    for chunk, result in zip(x.tensor_split(chunks), output.tensor_split(chunks), strict=True):
+        summing.append(start_all_reduce(torch.mm(chunk, weight.t(), out=result), group))
+    for result in summing:
+        wait(result)
+    return output
+
+
+def _join(chunks: list[Tensor], dim: int = 0) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim)
 
 
 def gathered_product_backward(
@@ -51,6 +95,8 @@ def replicated_product_backward(grad: Tensor, x: Tensor, weight: Tensor, group: 
     return wait(summing), grad_weight, grad_bias
 
 
+scattered_product_op = library.custom_op("megatron_nepa::scattered_product", scattered_product, mutates_args=())
+summed_product_op = library.custom_op("megatron_nepa::summed_product", summed_product, mutates_args=())
 gathered_product_op = library.custom_op("megatron_nepa::gathered_product", gathered_product, mutates_args=())
 gathered_product_backward_op = library.custom_op(
     "megatron_nepa::gathered_product_backward", gathered_product_backward, mutates_args=()
@@ -61,8 +107,18 @@ replicated_product_backward_op = library.custom_op(
 
 
 @gathered_product_op.register_fake
-def _gathered_product_fake(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str) -> Tensor:
+def _gathered_product_fake(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str, chunks: int) -> Tensor:
     return x.new_empty(x.shape[0] * size, weight.shape[0])
+
+
+@scattered_product_op.register_fake
+def _scattered_product_fake(x: Tensor, weight: Tensor, size: int, group: str, chunks: int) -> Tensor:
+    return x.new_empty(x.shape[0] // size, weight.shape[0])
+
+
+@summed_product_op.register_fake
+def _summed_product_fake(x: Tensor, weight: Tensor, group: str, chunks: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @gathered_product_backward_op.register_fake

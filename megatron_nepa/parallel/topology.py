@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,21 @@ from megatron_nepa.parallel.launcher import (
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share one replica, seen from one of them; size 1 needs no process group."""
+    """The ranks that share one replica, seen from one of them; size 1 needs no process group.
+
+    Attributes:
+        rank: this process's, of ``size``.
+        group: of the ranks.
+        name: the group's in torch's table of them, by which functional collectives find it; empty where there is none.
+    """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """Of the process group in torch's table of them, by which its functional collectives find it."""
-        assert self.group is not None
-        return self.group.group_name
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", "" if self.group is None else self.group.group_name)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ A tensor-parallel rank calls, in one micro-batch, with [N, D] all rows in bf16 (
 DeepSpeed's step adds all-reduces of single numbers, for the gradient norm of each parameter group and for what is not
 finite: 3 over either group under ZeRO 2, 1 over the tensor-parallel ranks under ZeRO 1.
 
+The rows of a forward pass, also one that is computed again, travel in chunks: as many calls more, of the same bytes.
+
 Over the data-parallel ranks, with P the rank's numbers: ZeRO 2 reduces every part of the gradients to its owner in
 fp32, 4 P bytes a micro-batch, in a call for each owner that has a part of a bucket; ZeRO 1 all-reduces 4 P bytes once a
 step; both gather 2 P bytes of new weights at its end, a call for each of the two parameter groups.
@@ -44,13 +46,13 @@ from megatron_nepa.config import (
     ObjectiveConfig,
 )
 from megatron_nepa.planning.cluster import COLLECTIVE_START, GPUS_PER_NODE, Gpu, Ring, ring_of
-from megatron_nepa.planning.layout import Layout, count_parameters
-from megatron_nepa.planning.memory import BF16, BUCKET_NUMBERS, FP32, JOINED_NUMBERS
+from megatron_nepa.planning.layout import BF16, FP32, Layout, count_parameters
+from megatron_nepa.planning.memory import BUCKET_NUMBERS, JOINED_NUMBERS
 from megatron_nepa.planning.stacks import Stack, count_copied, count_trained, stacks_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "reduce"]
 Phase = Literal["forward", "backward", "recompute", "step"]
-Behind = Literal["input_gradient", "weight_gradient", "backward", "context"] | None
+Behind = Literal["column_products", "row_products", "input_gradient", "weight_gradient", "backward", "context"] | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Collective:
         calls: in that phase.
         bytes: of the whole tensors of all calls: what an all-gather returns, what a reduction is given.
         behind: the kernels that run while it is on its way; None where the rank waits.
+        chunks: of the rows of one layer, each of which hides behind the products of the others.
     """
 
     what: str
@@ -74,6 +77,7 @@ class Collective:
     calls: int
     bytes: float
     behind: Behind = None
+    chunks: int = 1
 
     def seconds(self, ring: Ring) -> float:
         """Time of all calls, one after another, on the group's ring.
@@ -124,13 +128,13 @@ def _tensor_collectives(model: ModelConfig, layout: Layout, objective: Objective
     if layout.tensor_parallel_size == 1:
         return []
     stacks = stacks_of(model, layout, objective)
-    found: dict[tuple[str, Phase], Collective] = {}
+    found: dict[tuple[str, Phase, int], Collective] = {}
     each = [collective for stack in stacks for collective in _stack_collectives(stack)]
     if isinstance(objective, AimObjective):
         each += _head_collectives(model, layout, objective.head_layers)
     each += _outer_collectives(model, layout, objective, stacks)
     for collective in each:
-        key = (collective.what, collective.phase)
+        key = (collective.what, collective.phase, collective.chunks)
         if key in found:
             calls, numbers = found[key].calls + collective.calls, found[key].bytes + collective.bytes
             collective = replace(collective, calls=calls, bytes=numbers)
@@ -143,19 +147,28 @@ def _call(what: str, kind: Kind, phase: Phase, calls: int, of: float, behind: Be
     return [Collective(what, kind, "tensor", phase, calls, calls * of, behind)] if calls else []
 
 
+def _chunked(what: str, kind: Kind, phase: Phase, layers: int, of: float, chunks: int) -> list[Collective]:
+    """Calls of the tensor-parallel ranks for the rows of ``layers`` layers, of ``of`` bytes each, cut into chunks."""
+    behind: Behind = "column_products" if kind == "all_gather" else "row_products"
+    return [
+        replace(each, calls=layers * chunks, chunks=chunks) for each in _call(what, kind, phase, layers, of, behind)
+    ]
+
+
 def _stack_collectives(stack: Stack) -> list[Collective]:
     """Those inside the blocks, and of the norm before them."""
     model, layout = stack.model, stack.layout
     layers, rows = model.num_layers, BF16 * layout.all_rows(model) * model.hidden_size
     again = layers if layout.activation_checkpointing == "full" and stack.trained else 0
     back = layers if stack.trained else 0
+    chunks = layout.num_chunks(model)
     if layout.sequence_parallel:
         vectors = count_parameters(model, layout.tensor_parallel_size).block_replicated
         return [
-            *_call("rows before qkv and up", "all_gather", "forward", 2 * layers, rows),
-            *_call("rows after out and down", "reduce_scatter", "forward", 2 * layers, rows),
-            *_call("rows before qkv and up", "all_gather", "recompute", 2 * again, rows),
-            *_call("rows after out and down", "reduce_scatter", "recompute", 2 * again, rows),
+            *_chunked("rows before qkv and up", "all_gather", "forward", 2 * layers, rows, chunks),
+            *_chunked("rows after out and down", "reduce_scatter", "forward", 2 * layers, rows, chunks),
+            *_chunked("rows before qkv and up", "all_gather", "recompute", 2 * again, rows, chunks),
+            *_chunked("rows after out and down", "reduce_scatter", "recompute", 2 * again, rows, chunks),
             *_call("rows of qkv and up again", "all_gather", "backward", 2 * back, rows, "input_gradient"),
             *_call("gradient of out and down", "all_gather", "backward", 2 * back, rows),
             *_call("gradient of qkv and up", "reduce_scatter", "backward", 2 * back, rows, "weight_gradient"),
@@ -164,8 +177,8 @@ def _stack_collectives(stack: Stack) -> list[Collective]:
         ]
     affine = back if model.qk_norm == "affine" else 0
     return [
-        *_call("rows after out and down", "all_reduce", "forward", 2 * layers, rows),
-        *_call("rows after out and down", "all_reduce", "recompute", 2 * again, rows),
+        *_chunked("rows after out and down", "all_reduce", "forward", 2 * layers, rows, chunks),
+        *_chunked("rows after out and down", "all_reduce", "recompute", 2 * again, rows, chunks),
         *_call("gradient of qkv and up", "all_reduce", "backward", 2 * back, rows, "weight_gradient"),
         *_call("affine QK-norm", "all_reduce", "backward", affine, 2 * BF16 * model.head_size),
     ]
@@ -173,16 +186,16 @@ def _stack_collectives(stack: Stack) -> list[Collective]:
 
 def _head_collectives(model: ModelConfig, layout: Layout, layers: int) -> list[Collective]:
     """Those of the feed-forward layers of AIM's head, which are not computed again."""
-    rows = BF16 * layout.all_rows(model) * model.hidden_size
+    rows, chunks = BF16 * layout.all_rows(model) * model.hidden_size, layout.num_chunks(model)
     if not layout.sequence_parallel:
         return [
-            *_call("rows after the head's down", "all_reduce", "forward", layers, rows),
+            *_chunked("rows after the head's down", "all_reduce", "forward", layers, rows, chunks),
             *_call("gradient of the head's up", "all_reduce", "backward", layers, rows, "weight_gradient"),
         ]
     vectors = (3 * layers + 2) * model.hidden_size
     return [
-        *_call("rows before the head's up", "all_gather", "forward", layers, rows),
-        *_call("rows after the head's down", "reduce_scatter", "forward", layers, rows),
+        *_chunked("rows before the head's up", "all_gather", "forward", layers, rows, chunks),
+        *_chunked("rows after the head's down", "reduce_scatter", "forward", layers, rows, chunks),
         *_call("rows of the head's up again", "all_gather", "backward", layers, rows, "input_gradient"),
         *_call("gradient of the head's down", "all_gather", "backward", layers, rows),
         *_call("gradient of the head's up", "reduce_scatter", "backward", layers, rows, "weight_gradient"),

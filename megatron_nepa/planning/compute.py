@@ -15,8 +15,7 @@ from megatron_nepa.config import (
     ObjectiveConfig,
 )
 from megatron_nepa.planning.cluster import Gpu
-from megatron_nepa.planning.layout import Layout
-from megatron_nepa.planning.memory import BF16
+from megatron_nepa.planning.layout import BF16, Layout
 from megatron_nepa.planning.stacks import stacks_of
 
 # what reads and writes an element: AdamW gradient, master, moments in and out (28 bytes), average (12), gradient norm
@@ -66,6 +65,10 @@ def block_work(model: ModelConfig, layout: Layout, gpu: Gpu) -> list[Work]:
         work += _fused("QK-norm and RoPE", (6 if affine else 4) * heads, 6 * heads, gpu)
     work += _fused("residual and norm", 2 * 6 * stream, 2 * 9 * stream, gpu)
     work += _fused("bias gradients", 0, 3 * heads + gates * inside, gpu)
+    if layout.sequence_parallel and layout.num_chunks(model) > 1:
+        # the outputs of qkv and up, and the rows that out and down take and give
+        joined = 4 * heads + (gates + 1) * inside + 2 * stream
+        work += _fused("cutting and joining rows", 2 * joined, 0, gpu)
     return work
 
 

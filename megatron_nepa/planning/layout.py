@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from megatron_nepa.config import IMAGE_CHANNELS, ActivationCheckpointing, ModelConfig, ParallelConfig, Run
 
+BF16, FP32 = 2, 4  # bytes of a number
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,10 +50,19 @@ class Layout:
         rows = self.micro_batch_size * model.sequence_length
         return -(-rows // self.tensor_parallel_size) if self.sequence_parallel else rows
 
+    def num_chunks(self, model: ModelConfig) -> int:
+        """Chunks in which the ranks of a replica exchange a micro-batch's rows in the forward pass."""
+        if self.tensor_parallel_size == 1:
+            return 1
+        return self._parallel.num_chunks(self.all_rows(model), BF16 * model.hidden_size)
+
+    @property
+    def _parallel(self) -> ParallelConfig:
+        return ParallelConfig(self.tensor_parallel_size, self.sequence_parallel, self.activation_checkpointing)
+
     def apply(self, run: Run) -> Run:
         """``run`` spread in this way."""
-        parallel = ParallelConfig(self.tensor_parallel_size, self.sequence_parallel, self.activation_checkpointing)
-        return replace(run, parallel=parallel, micro_batch_size=self.micro_batch_size, dtype="bf16", compile=False)
+        return replace(run, parallel=self._parallel, micro_batch_size=self.micro_batch_size, dtype="bf16")
 
     def describe(self) -> str:
         """In a few words."""

@@ -46,11 +46,10 @@ from megatron_nepa.config import (
     NepaObjective,
     ObjectiveConfig,
 )
-from megatron_nepa.planning.layout import Layout
+from megatron_nepa.planning.layout import BF16, FP32, Layout
 from megatron_nepa.planning.stacks import Stack, count_all, count_copied, count_trained, stacks_of
 from megatron_nepa.training.engine.deepspeed_config import DEFAULT_CONFIG
 
-BF16, FP32 = 2, 4
 # overlap_comm fills one while the other is sent
 BUCKET_NUMBERS: int = DEFAULT_CONFIG["zero_optimization"]["reduce_bucket_size"]
 # of the squared error of a predicted number: it, its gradient and the factors of that, in fp32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -138,7 +139,8 @@ def step_time(
 ) -> StepTime:
     """Add up kernels, and the collectives that nothing hides.
 
-    The gathers and scatters of a column-parallel layer's backward pass run behind its two products. ZeRO 2's
+    The gathers and scatters of a column-parallel layer's backward pass run behind its two products. In the forward pass
+    all chunks of a layer's rows but one run behind its product, as far as that takes as long. ZeRO 2's
     reductions run behind the backward pass, but for the last bucket's: its gradients are the last ones. JEPA's gather
     of the average runs behind the context's blocks.
     """
@@ -148,9 +150,14 @@ def step_time(
     forward, backward = _seconds(outside, "forward"), 0.0
     recompute = 0.0
     hidden = {"input_gradient": 0.0, "weight_gradient": 0.0}
+    products: dict[tuple[str, str, int], float] = defaultdict(float)  # what chunks hide behind
     for stack, block in zip(stacks, blocks, strict=True):
         layers = stack.model.num_layers
         forward += layers * _seconds(block, "forward")
+        for behind, names in (("column_products", ("qkv", "up")), ("row_products", ("out", "down"))):
+            seconds = layers * _seconds([work for work in block if work.name in names], "forward")
+            products[behind, "forward", stack.layout.num_chunks(stack.model)] += seconds
+            products[behind, "recompute", stack.layout.num_chunks(stack.model)] += seconds * stack.trained
         if stack.trained:
             backward += sum(layers * work.seconds for work in block if work.phase != "forward")
             recompute += layers * _recompute_seconds(block, layout)
@@ -169,6 +176,10 @@ def step_time(
             seconds = max(last_bucket, seconds - backward - recompute)
         elif collective.behind == "context":
             seconds = max(0.0, seconds - context)
+        elif collective.behind in ("column_products", "row_products"):
+            first = seconds / collective.chunks  # or last: nothing of its layer is computed meanwhile
+            beside = products[collective.behind, collective.phase, collective.chunks]
+            seconds = first + max(0.0, seconds - beside) * (1 - 1 / collective.chunks)
         elif collective.behind is not None:
             seconds = max(0.0, seconds - hidden[collective.behind])
         waiting[collective.group] += seconds * (1 if collective.phase == "step" else accumulation_steps)

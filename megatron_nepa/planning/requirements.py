@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_nepa.config import PretrainingConfig
 from megatron_nepa.planning.cluster import GPUS_PER_NODE
-from megatron_nepa.planning.memory import FP32
+from megatron_nepa.planning.layout import FP32
 from megatron_nepa.planning.plan import Plan
 from megatron_nepa.planning.stacks import count_all
 

@@ -60,6 +60,7 @@ class Grid:
     activation_checkpointing: ActivationCheckpointing = "none"
     overlap_comm: bool = False
     reduce_bucket_size: int = 25_000_000
+    chunk_bytes: int = 2**26
 
     @property
     def world_size(self) -> int:
@@ -111,7 +112,9 @@ def build_run(case: Case) -> PretrainingConfig:
     return PretrainingConfig(
         objective=case.objective,
         model=case.model,
-        parallel=ParallelConfig(grid.tensor_size, grid.sequence_parallel, grid.activation_checkpointing),
+        parallel=ParallelConfig(
+            grid.tensor_size, grid.sequence_parallel, grid.activation_checkpointing, grid.chunk_bytes
+        ),
         # with AdamW's usual epsilon an element whose gradient is near 0 would blow rounding up to a whole step
         optimizer=OptimizerConfig(ema_decay=0.9, eps=1e-4),
         steps=case.steps,

@@ -25,7 +25,7 @@ LAYOUTS: list[Layout] = [
     (
         model,
         NepaObjective(stop_gradient=stop_gradient, mask_ratio=0.4),
-        ParallelConfig(size, sequence_parallel),
+        ParallelConfig(size, sequence_parallel, chunk_bytes=4096),  # 2 to 8 chunks
         batch,
     )
     for model in (MODEL, EVEN)

@@ -46,8 +46,9 @@ def count_step(run: PretrainingConfig, layout: Layout) -> Counted:
 FAST = [
     ("nepa_b", Layout(8, micro_batch_size=64), 2, 2),
     ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32, activation_checkpointing="full"), 1, 2),
-    ("nepa_7b", Layout(1024, 8, True, micro_batch_size=32, activation_checkpointing="selective"), 1, 2),
-    ("nepa_l_release", Layout(8, 2, zero_stage=1, micro_batch_size=16), 2, 2),
+    # rows of these two travel in chunks
+    ("nepa_7b", Layout(1024, 8, True, micro_batch_size=128, activation_checkpointing="selective"), 1, 2),
+    ("nepa_l_release", Layout(8, 2, zero_stage=1, micro_batch_size=256), 2, 2),
     ("jepa_b", Layout(8, 2, True, micro_batch_size=64), 2, 2),
     ("aim_b", Layout(8, 2, True, micro_batch_size=64), 2, 2),
     ("mae_b", Layout(8, 2, True, micro_batch_size=3), 2, 2),

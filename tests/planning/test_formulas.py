@@ -18,10 +18,11 @@ from megatron_nepa.objectives.build import build_objective
 from megatron_nepa.objectives.flops import pretraining_flops
 from megatron_nepa.parallel.topology import TensorGroup
 from megatron_nepa.planning.cluster import GPUS, ring_of
+from megatron_nepa.planning.command import start_command
 from megatron_nepa.planning.communication import Collective, data_ring, plan_collectives, tensor_ring
 from megatron_nepa.planning.compute import block_work, outer_work
 from megatron_nepa.planning.layout import Layout, count_parameters
-from megatron_nepa.planning.plan import find_plans, predict
+from megatron_nepa.planning.plan import find_plans, predict, step_time
 from megatron_nepa.planning.requirements import IMAGES_PER_CORE, requirements
 from megatron_nepa.planning.stacks import count_all, count_trained, stacks_of
 from megatron_nepa.planning.validation import IMAGENET_IMAGES, validate
@@ -172,6 +173,39 @@ def test_recomputation_trades_time_for_memory() -> None:
     model, rows = run.model, 4096 // 8 * run.model.sequence_length
     moved = 2 * rows * model.num_layers * (6 * model.hidden_size + 3 * model.mlp_hidden_size)
     assert selective.time.recompute == pytest.approx(moved / H100.memory_bandwidth)
+
+
+def test_chunks_hide_behind_products_but_for_one() -> None:
+    run = PRETRAINING_RECIPES["nepa_7b"]()
+    layout = Layout(8, 8, True, micro_batch_size=64)
+    plan = predict(run, layout, H100)
+    gathers = next(each for each in plan.collectives if each[0].what == "rows before qkv and up")
+    rows = 64 * 256 * 4096 * 2  # bytes: two chunks of the 64 MB that one has at least
+    assert layout.num_chunks(run.model) == 2
+    assert (gathers[0].calls, gathers[0].bytes) == (2 * 80, 80 * rows)
+    assert (gathers[0].chunks, gathers[0].behind) == (2, "column_products")
+
+    def waits(forward: list[float]) -> float:
+        """Of collectives alone, these calls' in the place of the plan's."""
+        chosen = [(each, 0.0) for each, _ in plan.collectives if each.behind not in ("column_products", "row_products")]
+        chosen += [(gathers[0], seconds) for seconds in forward]
+        return step_time(run.model, layout, H100, 1, chosen).tensor_collectives
+
+    products = 40 * sum(
+        work.seconds
+        for work in block_work(run.model, layout, H100)
+        if work.name in ("qkv", "up") and work.phase == "forward"
+    )
+    assert waits([products / 2]) == pytest.approx(products / 4)  # one chunk of two
+    assert waits([products]) == pytest.approx(products / 2)
+    assert waits([3 * products]) == pytest.approx(3 / 2 * products + products)
+    assert Layout(1, micro_batch_size=64).num_chunks(run.model) == 1
+
+
+def test_a_compiled_run_stays_compiled_under_tensor_parallelism() -> None:
+    run = replace(PRETRAINING_RECIPES["nepa_7b"](), compile=True)
+    assert Layout(8, 8, True).apply(run).compile
+    assert "--compile true" in start_command(run, Layout(8, 8, True))
 
 
 def test_requirements_follow_from_the_step() -> None:
