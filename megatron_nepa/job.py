@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from megatron_nepa.cli import Recipes, parse_command_line
 from megatron_nepa.config import Run, RunConfig, flag_of
+from megatron_nepa.imports import lasting_imports
 from megatron_nepa.parallel.launcher import ranks_of_this_node, speaks_for_its_node
 from megatron_nepa.training.engine.deepspeed_config import merge, read_ds_config
 from megatron_nepa.training.reporting.waiting import waiting_for
@@ -50,10 +51,10 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
     ds_config = read_ds_config(command.ds_config)
     run = merge(command.run, command.given, command.ds_config, ds_config)
 
-    # imported here: --help and a mistake in the flags do not wait for torch
-    from megatron_nepa.kernels.dispatch import select_kernels
-    from megatron_nepa.models.trunk import DTYPES
-    from megatron_nepa.parallel.topology import build_topology, init_distributed
+    with lasting_imports("torch"):  # here: --help and a mistake in the flags do not wait for torch
+        from megatron_nepa.kernels.dispatch import select_kernels
+        from megatron_nepa.models.trunk import DTYPES
+        from megatron_nepa.parallel.topology import build_topology, init_distributed
 
     _share_cores()
     _keep_freed_memory()

@@ -16,6 +16,10 @@ SCRIPTS = [
     "examples/fashion_mnist/run.py",
 ]
 HEAVY = ("torch", "nvidia.dali", "deepspeed", "wandb", "timm", "torchvision", "transformers", "matplotlib", "triton")
+TINY = (
+    *("--dtype=fp32", "--global_batch_size=2", "--micro_batch_size=2"),
+    *("--model.num_layers=1", "--model.image_size=28"),
+)
 # runs a script with the absent packages refused as an installation without them does, and says what was imported
 PROBE = """
 import os, runpy, sys
@@ -76,8 +80,7 @@ def test_a_plan_is_made_without_torch() -> None:
 
 
 def test_synthetic_images_need_no_decoder_and_a_run_only_what_it_uses(tmp_path: Path) -> None:
-    flags = ["--data=synthetic", "--steps=1", f"--output_dir={tmp_path}/run", "--dtype=fp32", "--stall_timeout=0"]
-    flags += ["--global_batch_size=2", "--micro_batch_size=2", "--model.num_layers=1", "--model.image_size=28"]
+    flags = ["--data=synthetic", "--steps=1", f"--output_dir={tmp_path}/run", "--stall_timeout=0", *TINY]
     absent = ("nvidia.dali", "wandb", "timm", "torchvision", "transformers", "skimage", "sklearn")
     status, imported, error = start("pretrain_nepa.py", *flags, absent=absent)
     assert status == 0, error
@@ -99,3 +102,24 @@ def test_a_package_that_is_not_installed_is_one_sentence(
     assert f"{absent} is not installed" in error.splitlines()[-1]
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+def test_the_first_step_has_imported_what_it_uses_and_no_compiler(tmp_path: Path) -> None:
+    code = """
+import gc, os, sys
+from megatron_nepa.benchmarks.start import reach_first_step
+
+def arrived():
+    unused = "torch._inductor.compile_fx", "networkx", "torch.distributed.checkpoint", "matplotlib", "timm", "wandb"
+    print("imported", *(name for name in unused if name in sys.modules))
+    print("garbage", gc.isenabled(), gc.get_freeze_count() > 100_000)
+    print("compiler", os.environ.get("TORCHDYNAMO_DISABLE"), flush=True)
+    os._exit(0)
+
+reach_first_step(sys.argv[1:], arrived)
+"""
+    flags = ["--data=synthetic", "--steps=1", f"--output_dir={tmp_path}/run", "--stall_timeout=0", *TINY]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-3:] == ["imported", "garbage True True", "compiler None"], done.stderr

@@ -6,6 +6,7 @@ python tools/benchmark.py forms [--threads 2] [--rounds 15] [--json]
 python tools/benchmark.py order [--batch 256] [--json]
 python tools/benchmark.py index [--batches 10000] [--json]
 python tools/benchmark.py remote [--delays 0,30] [--batch 64] [--json]
+python tools/benchmark.py start [--rounds 5] [--json]
 python tools/benchmark.py train [--recipe nepa_b_release] [--micro_batch_size 8] [--baseline] [--json FILE]
 python tools/benchmark.py suite [--only cpu_b,cpu_data]
 """
@@ -25,6 +26,7 @@ SUBJECTS = {
     "order": ("order", "time which images a batch shows"),
     "index": ("index", "time the opening of an index and the images that it serves"),
     "remote": ("remote", "time the images of shards behind a web server"),
+    "start": ("start", "measure what a rank computes and opens before its first step"),
     "train": ("train.comparison", "time training steps"),
     "suite": ("suite", "time what tools/RESULTS.md reports"),
 }

@@ -17,9 +17,8 @@ from megatron_nepa.config import ConfigError, DataConfig
 from megatron_nepa.data.decoding.crop_stream import CropStream
 from megatron_nepa.data.decoding.normalising import normalise
 from megatron_nepa.data.decoding.pipelines import DecoderOptions
-from megatron_nepa.data.index.builtin import builtin_folder
+from megatron_nepa.data.index import builtin
 from megatron_nepa.data.index.dataset_index import DatasetIndex
-from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.doctor.decoding import photographs
@@ -51,7 +50,7 @@ def builtin_index() -> DatasetIndex:
         NotRun: the packages that hold its photographs are not installed.
     """
     try:
-        return scan_folder(builtin_folder(verbose=False))
+        return builtin.builtin_index(verbose=False)
     except ConfigError as error:
         raise NotRun(str(error), PHOTOGRAPHS_REMEDY) from None
 

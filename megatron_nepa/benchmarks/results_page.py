@@ -137,6 +137,16 @@ def describe_order(report: Mapping[str, Any]) -> str:
     )
 
 
+def describe_start(report: Mapping[str, Any]) -> str:
+    """Figures of ``benchmark.py start --json``."""
+    start, alone = report["start"], report["torch"]
+    beyond = start["cpu_s"] - alone["cpu_s"]
+    return (
+        f"{beyond:.2f} s of CPU time beyond the {alone['cpu_s']:.2f} s of import torch, {start['opens']:,.0f} files "
+        f"opened or asked for, {start['modules']:,.0f} modules; medians of {report['rounds']}"
+    )
+
+
 def describe_index(report: Mapping[str, Any]) -> str:
     """Figures of ``benchmark.py index --json``."""
     return "; ".join(

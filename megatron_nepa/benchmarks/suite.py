@@ -20,6 +20,7 @@ from megatron_nepa.benchmarks.results_page import (
     describe_kernels,
     describe_order,
     describe_remote,
+    describe_start,
     describe_train,
     read_results,
     render_page,
@@ -40,6 +41,7 @@ DESCRIBE = {
     "index": describe_index,
     "forms": describe_forms,
     "remote": describe_remote,
+    "start": describe_start,
 }
 ZERO2 = ("--ds_config", "ds_configs/zero2.json")
 
@@ -63,6 +65,7 @@ ENTRIES = (
     Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),
     Entry("cpu_index", "encoded images served from an index of sparse files, batches of 64", "cpu", ("index",)),
     Entry("cpu_remote", "pre-training input, shards behind a web server beside tar shards here", "cpu", ("remote",)),
+    Entry("cpu_start", "start of a run: the quickstart up to its first step, one rank", "cpu", ("start",)),
     _train("gpu_b_peer", "NEPA-B, release recipe, against the release's step", "cuda",
            "--recipe", "nepa_b_release", "--micro_batch_size", "128", "--compile", "--baseline"),
     _train("gpu_b", "NEPA-B", "cuda", "--recipe", "nepa_b"),

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 from megatron_nepa.checkpoint.conversion.huggingface_folder import is_huggingface, read_huggingface
 from megatron_nepa.checkpoint.conversion.release_folder import read_release
 from megatron_nepa.checkpoint.described import holds_weights_alone
 from megatron_nepa.checkpoint.format.state import TrainState, empty_weights, restore_weights
+from megatron_nepa.checkpoint.format.torch_checkpoint import load_shares
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint, find_intact
 from megatron_nepa.checkpoint.reading.weights import (
     Choice,
@@ -32,7 +31,6 @@ from megatron_nepa.checkpoint.reading.weights import (
     read_consolidated,
     stored_tensors,
 )
-from megatron_nepa.checkpoint.saving.checkpoints_folder import quiet_torch_checkpoint
 from megatron_nepa.config import ModelConfig, require
 from megatron_nepa.data.index.agreement import compare_with_head
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
@@ -181,10 +179,8 @@ def _of_checkpoint(train: TrainState, path: str, choice: Choice | None) -> _Sour
     keys |= {name: f"buffer.{name}" for name in names_of("buffer", stored)}
 
     def read_into(weights: dict[str, Tensor]) -> None:
-        quiet_torch_checkpoint()
-        reader = HuggingFaceStorageReader(str(checkpoint))
         state = {keys[name]: value for name, value in weights.items()}
-        dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
+        load_shares(state, checkpoint, train.topology.host_group)
 
     shapes = {name: tuple(stored[key].shape) for name, key in keys.items()}
     run = manifest["run"]

@@ -17,7 +17,7 @@ from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.deepspeed_config import resolve
-from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine, import_deepspeed
 from megatron_nepa.training.loop import TrainingLoop
 from megatron_nepa.training.lost_source import AgreedLoader
 from megatron_nepa.training.reporting.announce import describe_end, describe_start
@@ -70,6 +70,8 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
         images = "the training images"
         unnamed = compare_with_head(f"the head of {found.checkpoint}", trained, task.classes, images, remedy)
     rates = task.learning_rates(total_steps)
+    with waiting_for("importing DeepSpeed", topology.is_main):
+        import_deepspeed()
     with waiting_for("drawing the weights", topology.is_main):
         model = task.build_model(kernels)
     with waiting_for("setting up DeepSpeed", topology.is_main):

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from megatron_nepa.config import ConfigError, DataConfig
-from megatron_nepa.data.index.builtin import PHOTOGRAPHS, builtin_folder
+from megatron_nepa.data.index import builtin
+from megatron_nepa.data.index.builtin import PHOTOGRAPHS, builtin_folder, builtin_index
 from megatron_nepa.data.index.dataset_index import PackedNames
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.loaders.pretraining import build_index
@@ -136,6 +137,24 @@ def test_builtin_set(cache: Path) -> None:
     assert np.minimum(index.width, index.height).min() >= 160
     assert np.maximum(index.width, index.height).max() <= 256
     assert not index.quarantine
+
+
+def test_builtin_set_is_opened_by_its_index_without_a_look_at_an_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    """The index says what a scan says; a damaged one, or a cache that cannot be written, costs a scan."""
+    monkeypatch.setenv("MEGATRON_NEPA_CACHE", str(tmp_path))
+    (tmp_path / cache.name).symlink_to(cache)
+    scanned = scan_folder(cache)
+    builtin_index()
+    with monkeypatch.context() as patch:
+        patch.setattr(builtin, "scan_folder", None)
+        index = builtin_index()
+    assert index.fingerprint() == scanned.fingerprint()
+    assert index.classes == scanned.classes
+    assert (index.root / index.names[5]).read_bytes() == (scanned.root / scanned.names[5]).read_bytes()
+    (tmp_path / f"{cache.name}.index/width.npy").write_bytes(b"")
+    assert builtin_index().fingerprint() == scanned.fingerprint()
 
 
 def test_builtin_set_is_written_whole_by_racing_processes(tmp_path: Path, cache: Path) -> None:

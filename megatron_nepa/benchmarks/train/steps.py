@@ -22,7 +22,7 @@ from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.tasks.pretraining import PretrainingTask
 from megatron_nepa.training.engine.deepspeed_config import resolve
-from megatron_nepa.training.engine.engine import TrainingEngine
+from megatron_nepa.training.engine.engine import TrainingEngine, import_deepspeed
 from megatron_nepa.training.task import Loader
 
 PARTS = ("data", "forward", "backward", "optimizer")  # the last with clipping and the weight average
@@ -110,6 +110,7 @@ class TrainingSteps:
 
     def __init__(self, setting: Setting) -> None:
         run, topology = setting.run, setting.topology
+        import_deepspeed()
         self.device, self.task = topology.device, PretrainingTask(run, topology)
         self.engine = TrainingEngine(self.task.build_model(setting.kernels), run, setting.ds_config, topology)
         if run.compile:

@@ -7,13 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
 from megatron_nepa.checkpoint.format.manifest import STATE_FILE, DamagedCheckpointError, verify_files
 from megatron_nepa.checkpoint.format.state import TrainState, empty_state, restore_state, set_optimizer_step
-from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress, quiet_torch_checkpoint
+from megatron_nepa.checkpoint.format.torch_checkpoint import load_shares, read_entries
+from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
 from megatron_nepa.config import ConfigError, RunConfig, require
 from megatron_nepa.data.sampling.order import require_known_order
 from megatron_nepa.parallel.topology import Topology
@@ -110,9 +108,7 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
     ]
     require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
     state = empty_state(train)
-    quiet_torch_checkpoint()
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = read_entries(checkpoint)
     missing = state.keys() - stored.keys()
     average = {key for key in missing if key.startswith("ema.")}
     missing -= average
@@ -132,7 +128,7 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
             f"{checkpoint} is of another task, its {name} has the shape {there}, here {tuple(value.shape)}: start from "
             "its weights with --init_from instead of --resume.",
         )
-    dcp.load(state, storage_reader=reader, process_group=train.topology.host_group)
+    load_shares(state, checkpoint, train.topology.host_group)
     restore_state(train, state)
     progress = Progress(**{"order": 1, **manifest["progress"]})  # older checkpoints name none
     set_optimizer_step(train, progress.applied_steps)

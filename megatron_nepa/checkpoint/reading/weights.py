@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatron_nepa.checkpoint.format.manifest import file_facts, verify_files, write_manifest
 from megatron_nepa.checkpoint.format.release_names import MASK_TOKEN
 from megatron_nepa.checkpoint.format.safetensors_file import write_safetensors
 from megatron_nepa.checkpoint.format.state import stored_dtype
+from megatron_nepa.checkpoint.format.torch_checkpoint import load_shares, read_entries, save_shares
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
 from megatron_nepa.checkpoint.reading.tensor_files import read_safetensors, unwrap
 from megatron_nepa.checkpoint.saving.checkpoints_folder import (
     Progress,
     beside,
-    quiet_torch_checkpoint,
-    sharded_writer,
     sync_folder,
 )
 from megatron_nepa.config import ModelConfig, NepaObjective, OptimizerConfig, read_objective, require
@@ -179,8 +176,7 @@ def write_state(folder: Path, state: dict[str, Tensor], model: ModelConfig, desc
         sections = layout.layout.sections if layout else 1
         value = value.to(stored_dtype(value))
         stored[key] = value.view(sections, -1, *value.shape[1:]) if sections > 1 else value
-    quiet_torch_checkpoint()
-    dcp.save(stored, storage_writer=sharded_writer(partial), no_dist=True)
+    save_shares(stored, partial)
     files = {path.name: file_facts(path) for path in sorted(partial.glob("*.safetensors"))}
     write_manifest(partial, {**description, "files": files})
     sync_folder(partial)
@@ -267,17 +263,15 @@ def load_whole(checkpoint: Path, keys: Iterable[str], stored: dict[str, Tensor])
         stored: :func:`stored_tensors` of the checkpoint.
     """
     state = {key: torch.empty_like(stored[key], device="cpu") for key in keys}
-    quiet_torch_checkpoint()
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    load_shares(state, checkpoint)
     return state
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by kind and name, whole, with shape and dtype but without memory (meta device)."""
-    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     return {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
-        for key, entry in metadata.items()
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for key, entry in read_entries(checkpoint).items()
     }
 
 

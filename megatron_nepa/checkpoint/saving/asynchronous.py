@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, PartialCheckpoint, Progress, SaveError
@@ -108,7 +107,7 @@ class CheckpointSaver:
 
 def _write(partial: PartialCheckpoint, state: dict[str, Any], start: float) -> Saved:
     with partial.complete_or_absent():
-        # not dcp.async_save, which would copy what collect_state has copied
-        dcp.save(state, storage_writer=partial.writer(), process_group=partial.topology.host_group)
+        # not torch's own saving in the background, which would copy what collect_state has copied
+        partial.write(state)
         partial.finish()
     return Saved(partial.final, time.perf_counter() - start)

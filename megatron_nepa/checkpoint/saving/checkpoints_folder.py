@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
 import json
-import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
 from megatron_nepa.checkpoint.format.agreement import RankError, on_all_ranks, on_main_rank
 from megatron_nepa.checkpoint.format.manifest import file_facts, write_manifest
 from megatron_nepa.checkpoint.format.state import TrainState, collect_state
+from megatron_nepa.checkpoint.format.torch_checkpoint import save_shares
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.sampling.order import ORDER_VERSION
 from megatron_nepa.files import replace_text
@@ -98,7 +92,7 @@ class CheckpointStore:
         partial = PartialCheckpoint(self, train, progress, zero_stage, run, train.topology)
         with partial.complete_or_absent():
             partial.begin()
-            dcp.save(collect_state(train), storage_writer=partial.writer(), process_group=partial.topology.host_group)
+            partial.write(collect_state(train))
             partial.finish()
         return partial.final
 
@@ -229,11 +223,11 @@ class PartialCheckpoint:
         """Where a rank fails inside the block, remove what was written and raise :class:`SaveError` on every rank."""
         try:
             yield
-        except (RankError, CheckpointException) as error:
+        except RankError as error:
             if self.topology.is_main:
                 shutil.rmtree(self.path, ignore_errors=True)  # it may be what fills the disk
             raise SaveError(
-                f"the checkpoint of step {self.step} could not be written ({_cause(error)}): make room or repair "
+                f"the checkpoint of step {self.step} could not be written ({error}): make room or repair "
                 f"{self.store.folder}; the same command continues from {self.store.latest() or 'the start'}."
             ) from error
 
@@ -246,10 +240,9 @@ class PartialCheckpoint:
 
         on_main_rank(self.topology, create)
 
-    def writer(self) -> HuggingFaceStorageWriter:
-        """What torch.distributed.checkpoint writes this rank's tensors with."""
-        quiet_torch_checkpoint()
-        return sharded_writer(self.path)
+    def write(self, state: dict[str, Any]) -> None:
+        """Write this rank's tensors, of :func:`collect_state`."""
+        save_shares(state, self.path, self.topology.host_group)
 
     def finish(self) -> None:
         """Checksum the files that were written, add the manifest and publish."""
@@ -264,14 +257,6 @@ class PartialCheckpoint:
         found = on_all_ranks(self.topology, lambda: {path.name: file_facts(path) for path in self.path.glob(mine)})
         files = {name: facts for part in found for name, facts in sorted(part.items())}
         on_main_rank(self.topology, seal)
-
-
-def _cause(error: RankError | CheckpointException) -> str:
-    if isinstance(error, RankError):
-        return str(error)
-    # torch adds the traceback of every rank
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {cause or type(cause).__name__}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -306,17 +291,3 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC_FOLDERS:
             raise
-
-
-def quiet_torch_checkpoint() -> None:
-    """Silence torch's reports of every save and load, and its guess that one process was meant (it was)."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
-
-
-def sharded_writer(folder: Path) -> HuggingFaceStorageWriter:
-    """What writes tensors of which every rank holds a share into safetensors files of ``folder``."""
-    names = inspect.signature(HuggingFaceStorageWriter).parameters
-    sharded = "save_distributed" if "save_distributed" in names else "save_sharded"  # its name in torch 2.8
-    options: dict[str, Any] = {sharded: True}
-    return HuggingFaceStorageWriter(str(folder), **options)

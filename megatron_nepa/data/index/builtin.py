@@ -6,6 +6,7 @@ serves to see a run work, not to learn features worth keeping. The photograph's 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -17,6 +18,9 @@ import numpy as np
 from PIL import Image
 
 from megatron_nepa.config import ConfigError
+from megatron_nepa.data.index.dataset_index import DatasetIndex
+from megatron_nepa.data.index.folder import scan_folder
+from megatron_nepa.data.index.index_file import load_index, save_index
 
 # part of the folder's name: raise it whenever a crop changes, so that an old cache is never mistaken for the new set
 VERSION = 1
@@ -44,6 +48,25 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("MEGATRON_NEPA_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_nepa"
+
+
+def builtin_index(verbose: bool = True) -> DatasetIndex:
+    """The built-in set. Its index is kept beside it, so that a start opens no image.
+
+    Args:
+        verbose: say in one line that the set is being made.
+
+    Raises:
+        ConfigError: as :func:`builtin_folder`.
+    """
+    folder = builtin_folder(verbose)
+    path = folder.with_name(f"{folder.name}.index")
+    with contextlib.suppress(ConfigError):  # there is none yet, or it is damaged
+        return load_index(path)
+    index = scan_folder(folder)
+    with contextlib.suppress(ConfigError, OSError):  # another process was first, or the cache cannot be written
+        save_index(index, path)
+    return index
 
 
 def builtin_folder(verbose: bool = True) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_nepa.config import DataConfig, require
 from megatron_nepa.data.decoding.normalising import normalise
-from megatron_nepa.data.index.builtin import builtin_folder
+from megatron_nepa.data.index.builtin import builtin_index
 from megatron_nepa.data.index.dataset_index import DatasetIndex
 from megatron_nepa.data.index.folder import scan_folder
 from megatron_nepa.data.index.index_file import is_index, load_index
@@ -179,23 +179,25 @@ def open_set(config: DataConfig, verbose: bool) -> DatasetIndex:
     Raises:
         ConfigError: a missing or empty folder, or one without a readable image.
     """
-    if config.path is not None and is_index(config.path):
+    if config.path is None:
+        index = builtin_index(verbose)
+    elif is_index(config.path):
         index = load_index(config.path)
         if isinstance(index.root, RemoteFolder):
             index = replace(index, root=replace(index.root, access=Access.of(config)))
             check_remote(index, every_shard=verbose)
     else:
         require(
-            config.path is None or not is_url(config.path),
+            not is_url(config.path),
             f"{config.path} is a URL: index its shards with tools/index_dataset.py, and give the index as --data.",
         )
-        folder = Path(config.path) if config.path is not None else builtin_folder(verbose)
+        folder = Path(config.path)
         start = time.monotonic()
         index = scan_folder(folder)
         seconds = time.monotonic() - start
         if verbose and seconds > _LONG_SCAN:
             print(f"reading {len(index)} headers took {seconds:.0f} s: tools/index_dataset.py makes this instant.")
-        if verbose and config.path is not None and index.notes:
+        if verbose and index.notes:
             images, classes = counted(len(index), "image"), counted(index.num_classes, "class", "classes")
             print(f"{folder}: {images}, {classes}; {'; '.join(index.notes)}")
     if index.quarantine and verbose:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_nepa.checkpoint.format.masters import Masters, find_masters, join_fragments
 from megatron_nepa.checkpoint.format.state import TrainState
 from megatron_nepa.config import AverageDecay, ConfigError, RunConfig
+from megatron_nepa.imports import lasting_imports
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.training.engine.average_copy import AverageCopy, ComputesWithAverage
 from megatron_nepa.training.engine.ema import ExponentialMovingAverage
@@ -209,6 +210,24 @@ def _initialize(
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"DeepSpeed refuses this configuration: {reason}") from error
     return engine
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed and what every engine of it imports; call it before the model is built.
+
+    Every engine imports its Muon, whose functions are given to torch.compile as they are defined. No run uses them:
+    here they stay as they are written, and torch's compiler, a second and 600 modules, is left to ``--compile``.
+    """
+    own = os.environ.get("TORCHDYNAMO_DISABLE")
+    with lasting_imports("deepspeed"), quiet_deepspeed():
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        try:
+            with contextlib.suppress(ImportError):  # as where DeepSpeed imports it
+                import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        finally:
+            os.environ.pop("TORCHDYNAMO_DISABLE")
+            if own is not None:
+                os.environ["TORCHDYNAMO_DISABLE"] = own
 
 
 @contextlib.contextmanager
