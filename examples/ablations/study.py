@@ -201,7 +201,11 @@ class Study:
                     if outcome.stopped is not None:
                         raise ConfigError(f"stopped; the same command goes on ({outcome.stopped})")
                     bar.update(_steps(running[done]))
-        finally:  # what they train at an error is left for the next start
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()  # it saves what it trains, for the next start
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
 
     def _tasks(self, cells: Iterable[Cell]) -> list[Task]:

@@ -99,10 +99,11 @@ def _train(script: Callable[[Sequence[str]], None], flags: Flags) -> Record:
         script([f"--{name}={value}" for name, value in flags.items()])
     except TrainingError as error:
         failed = str(error)
-    rows = read_metrics(Path(str(flags["output_dir"])) / "metrics.jsonl")
+    logged = read_metrics(Path(str(flags["output_dir"])) / "metrics.jsonl")
+    rows = [row for row in logged if "step_ms" in row]  # an evaluation that a continued run made up for has its own row
     # every step's own time, so that a training which was continued counts whole
     seconds = sum(row["step_ms"] for row in rows) / 1e3 if rows else time.monotonic() - started
-    last = rows[-1] if rows else {}
+    last = {name: value for row in logged if row["step"] == logged[-1]["step"] for name, value in row.items()}
     return {
         **_blank(),
         "flags": {name: str(value) for name, value in flags.items() if not isinstance(value, Path)},

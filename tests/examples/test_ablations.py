@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from examples.ablations.report import write_report
 from examples.ablations.results import Results
 from examples.ablations.study import Scale, Study
 from examples.ablations.tables import FIRST, SECOND, Row
+from examples.ablations.worker import _train
 from examples.fashion_mnist.data import prepare
 from megatron_nepa.config import ConfigError, override
 from megatron_nepa.recipes import CLASSIFICATION_RECIPES, PRETRAINING_RECIPES, PROBING_RECIPES
@@ -190,3 +192,16 @@ def test_the_command(source: Path, tmp_path: Path) -> None:  # noqa: F811
     again = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     assert "steps/s" not in again.stderr  # nothing is trained twice
     assert (tmp_path / "out/results.json").read_text() == results
+
+
+def test_an_evaluation_after_a_stop_belongs_to_the_last_step(tmp_path: Path) -> None:
+    def script(arguments: Sequence[str]) -> None:
+        rows = [{"step": 1, "loss": 2.0, "grad_norm": 1.0, "step_ms": 500.0, "tflops_per_device": 1.0}]
+        rows += [{"step": 2, "loss": 1.0, "grad_norm": 0.5, "step_ms": 500.0, "tflops_per_device": 1.0}]
+        rows += [{"step": 2, "val_top1": 0.75}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    record = _train(script, {"output_dir": tmp_path})
+    assert record["seconds"] == 1.0
+    assert (record["last"]["loss"], record["last"]["val_top1"]) == (1.0, 0.75)
+    assert record["curves"]["loss"] == [2.0, 1.0]
