@@ -237,6 +237,32 @@ def test_names_tell_splits(name: str, split: str) -> None:
     assert split_of(name) == split
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "labels", "note"),
+    [
+        ("label", pa.array([2.0, 0.0, float("nan")]), [2, 0, -1], "1 image without a label"),
+        ("label", pa.array(["ox", "ant", None]).dictionary_encode(), [1, 0, -1], "1 image without a label"),
+        ("label", pa.array([True, False, True]), [1, 0, 1], ""),
+        ("Label", pa.array([0, 1, 1]), [0, 1, 1], ""),
+        ("label", pa.array([[0], [1], [1]]), [-1] * 3, "no labels are taken from column label, which holds list<"),
+        ("label", pa.nulls(3), [-1] * 3, "no labels are taken from column label, which holds null"),
+        ("label", pa.array([0.5, 0.0, 1.0]), None, "holds the label 0.5; a class number is whole"),
+        ("label", pa.array([2**40, 0, 1]), None, "holds the label 1099511627776"),
+    ],
+)
+def test_labels_of_every_type(name: str, values: pa.Array, labels: list[int] | None, note: str, tmp_path: Path) -> None:
+    """Are read as what they mean, or it is said that they are not."""
+    images = [{"bytes": encoded(i), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"image": images, name: values}), tmp_path / "a.parquet", compression="NONE")
+    if labels is None:
+        with pytest.raises(ConfigError, match=note):
+            list_source(tmp_path)
+        return
+    index = list_source(tmp_path)
+    assert index.label.tolist() == labels
+    assert note in "; ".join(index.notes)
+
+
 def test_shards_as_timm_has_them(tmp_path: Path) -> None:
     """timm/imagenet-1k-wds: jpg, cls and json of a key, both splits in one folder."""
     for split, numbers in (("train", range(4)), ("validation", range(4, 7))):

@@ -99,13 +99,19 @@ def _label(schema: pa.Schema, kinds: dict[str, str], taken: set[str | None]) -> 
     import pyarrow as pa
 
     def is_label(kind: pa.DataType) -> bool:
-        return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        types = pa.types
+        kind = kind.value_type if types.is_dictionary(kind) else kind  # such as pandas' categories
+        tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
+        return any(test(kind) for test in tests)
 
+    named = [name for word in _LABEL_NAMES for name in schema.names if name.lower() == word and name not in taken]
     possible = [name for name in schema.names if name not in taken and is_label(schema.field(name).type)]
-    named = [name for name in _LABEL_NAMES if name in possible]
     classes = [name for name in possible if kinds.get(name) == "ClassLabel"]
-    if named:
-        return named[0], ()
+    labels = [name for name in named if name in possible]
+    if labels:
+        return labels[0], ()
+    if named and not classes:
+        return None, (f"no labels are taken from column {named[0]}, which holds {schema.field(named[0]).type}",)
     if len(classes) > 1:
         return None, (f"no labels are taken, since {', '.join(classes)} could be them: rename one to label",)
     return (classes[0] if classes else None), ()

@@ -274,10 +274,11 @@ def _labels(batch: pa.RecordBatch, columns: Columns) -> list[Label]:
         return [None] * batch.num_rows
     values = batch.column(columns.label).to_pylist()
     where = f"column {columns.label}"
-    # -1 is what a ClassLabel holds of an unlabelled test set
+    # -1 is what a ClassLabel holds of an unlabelled test set, nan what pandas makes of a missing number
+    missing = [value is None or value in (-1, "") or value != value for value in values]
     return [
-        None if value is None or value == -1 else read_label(str(value), where) if str(value).strip() else None
-        for value in values
+        None if absent or not str(value).strip() else read_label(str(value), where)
+        for value, absent in zip(values, missing, strict=True)
     ]
 
 
