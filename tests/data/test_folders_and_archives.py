@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from megatron_nepa.config import ConfigError
 from megatron_nepa.data.index import walk as walking
 from megatron_nepa.data.index.dataset_index import DatasetIndex, PackedNames
 from megatron_nepa.data.index.folder import read_sizes
+from megatron_nepa.data.index.headers import InaccessibleImageError
 from megatron_nepa.data.index.sources import list_source
+from megatron_nepa.data.index.storage import ImageStore, read_mask
 from megatron_nepa.data.indexing.write_shards import write_shards
 
 PIXEL = b"\xff\xd8\xff images are not decoded here"
@@ -304,6 +307,19 @@ def test_an_image_that_the_system_does_not_give_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(ConfigError, match=r"cat/1\.jpg cannot be read: permission denied\."):
         read_sizes(list_source(tmp_path))
+
+
+def test_what_becomes_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """An image, a mask and a shard that were files when they were listed."""
+    fill(tmp_path, "flat/1.jpg", "pairs/images/1.jpg", "pairs/annotations/1.png")
+    write_tar(tmp_path / "s.tar", [("1.jpg", PIXEL)])
+    sources = [list_source(tmp_path / name) for name in ("flat", "pairs", "s.tar")]
+    for name in ("flat/1.jpg", "pairs/annotations/1.png", "s.tar"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    for read in (ImageStore(sources[0]).read, partial(read_mask, sources[1]), ImageStore(sources[2]).read):
+        with pytest.raises(InaccessibleImageError, match="no regular file"):
+            read(0)
 
 
 entries = st.tuples(

@@ -174,7 +174,11 @@ class SampleReader(Generic[T]):
                         self._record(sample, images[i], f"{self._index.where(images[i])}: {reason}")
                 skip += 1
                 choices = self._order.choices(self._source(sample))
-                require(skip < choices, f"none of the {choices} images{self._of(sample)} can be read or decoded.")
+                require(
+                    skip < choices,
+                    f"none of the {choices} images{self._of(sample)} can be read or decoded: see whether their disk is "
+                    "still there.",
+                )
                 images[i] = self._image(sample, skip)
         return items, images
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -50,7 +52,7 @@ class ImageStore:
                 read = self._read_local if self._remote is None else self._remote.read
                 data = read(shard, offset, size)
             else:
-                with open(index.folder / index.names[i], "rb", buffering=0) as file:
+                with open(index.folder / index.names[i], "rb", buffering=0, opener=_open_regular) as file:
                     data = file.readall() if at_most is None else file.read(at_most)
         except OSError as error:
             raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
@@ -112,11 +114,25 @@ def read_mask(index: DatasetIndex, i: int) -> bytes:
     """
     try:
         if not len(index.mask_offset):
-            return (index.folder / index.masks[i]).read_bytes()
+            with open(index.folder / index.masks[i], "rb", opener=_open_regular) as file:
+                return file.read()
         shard = _opened(index, int(index.shard[i]))
         return shard.read(int(index.mask_offset[i]), int(index.mask_size[i]))
     except OSError as error:
         raise InaccessibleImageError((error.strerror or str(error)).lower()) from error
+
+
+def _open_regular(path: str | os.PathLike[str], flags: int) -> int:
+    """A file's descriptor; what has become a pipe would be waited for without end.
+
+    Raises:
+        OSError: it is no file, or cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file")
+    return descriptor
 
 
 def shard_stamp(path: Path | RemoteFolder) -> Stamp:
@@ -160,7 +176,7 @@ class _Shard:
     """One open shard, closed when nothing refers to it."""
 
     def __init__(self, path: os.PathLike[str]) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = _open_regular(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
         # pread rather than a memory map: a shard cut short under a map would end the process with a bus error
