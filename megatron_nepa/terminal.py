@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_nepa.config import ConfigError
@@ -105,6 +106,20 @@ class _Tolerant:
         return getattr(self._stream, name)
 
 
+def _open_closed_streams() -> None:
+    """Have standard streams that were closed before the start (``>&-``, a daemon's) lead nowhere.
+
+    Python has None for them, and the next file that is opened would get the number of one and what is printed there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, for what native code prints
+            setattr(sys, name, Path(os.devnull).open("w" if number else "r"))
+
+
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
     """Print file names that are no UTF-8, and letters that the terminal lacks, with escapes; survive a closed pipe.
@@ -112,6 +127,7 @@ def tolerant_output() -> Iterator[None]:
     ``command | head -1`` and a lost connection then leave the command to finish its work and its exit status to say
     how that went.
     """
+    _open_closed_streams()
     former = sys.stdout, sys.stderr
     for stream in former:
         if hasattr(stream, "reconfigure"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,18 @@ def test_a_closed_pipe_ends_nothing() -> None:
     line = f"{sys.executable} -c '{code}' | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a line\n", "to the end\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_streams_that_were_closed_before_the_start_end_nothing(closed: str, tmp_path: Path) -> None:
+    """As a daemon's; a file that is opened is not what is printed into."""
+    body = f"print(sys.stdout.isatty(), sys.stderr.isatty(), file=open({str(tmp_path / 'out')!r}, 'w'))"
+    code = f"import sys\nfrom megatron_nepa.terminal import tool\nwith tool('try'):\n    print('a line')\n    {body}"
+    (tmp_path / "code.py").write_text(code)
+    line = f"{sys.executable} {tmp_path}/code.py {closed}"
+    environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
+    assert subprocess.run(["bash", "-c", line], stderr=subprocess.DEVNULL, env=environment, check=False).returncode == 0
+    assert (tmp_path / "out").read_text() == "False False\n"
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,9 @@ def test_what_cannot_be_read_is_said_before_the_first_step(
     ("source", "said"),
     [
         ("s3://", "s3:// names no place"),
+        ("http://[::1/a.tar", "is no URL (Invalid IPv6 URL)"),
+        ("zip://a.tar::{url}/b.zip", "is a chain of URLs"),
+        ("github://folder/a.tar", "cannot be opened (GithubFileSystem.__init__() missing"),
         ("s4://bucket/shards", "begins with s4://, which fsspec does not know"),
         ("{url}/none-{{0..3}}.tar", "{url}/none-0.tar cannot be read: there is no such file"),
         ("{url}/a.tar?signature=1", "with a signature or a password"),

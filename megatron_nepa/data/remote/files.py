@@ -156,6 +156,11 @@ def _open(url: str) -> Any:
         raise ConfigError(
             f"{url} needs a package that is not installed ({error}): pip install 'megatron_nepa[remote]'."
         ) from error
+    except (TypeError, ValueError) as error:  # a host, a repository: what such a file system asks for beside the URL
+        raise ConfigError(
+            f"{url} cannot be opened ({error}): put what is missing into fsspec's configuration files, or give the "
+            "shards under s3://, gs:// or https://."
+        ) from error
 
 
 @functools.cache

@@ -87,12 +87,19 @@ def shard_urls(source: str | Path) -> list[str] | None:
     """
     text = str(source)
     if is_url(text):
+        try:
+            urlsplit(text)
+        except ValueError as error:
+            raise ConfigError(f"{text} is no URL ({error}).") from None
+        require(
+            "::" not in text.partition("[")[0], f"{text} is a chain of URLs: give that of a tar file, or of a folder."
+        )
         urls = _expanded(text)
         return urls if urlsplit(urls[0]).path.lower().endswith(".tar") else None
     if not text.lower().endswith(".txt") or not Path(text).is_file():
         return None
     try:
-        lines = Path(text).read_text().split()
+        lines = Path(text).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{text} cannot be read as a list of URLs: {error}.") from error
     require(bool(lines), f"{text} names no shards: put the URL of one in each line.")

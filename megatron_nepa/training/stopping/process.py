@@ -28,8 +28,8 @@ def exit_on_user_error() -> Iterator[None]:
     start the same command again. A path that the system refuses is told as a mistake is; an unforeseen error ends with
     its traceback and 1.
     """
-    _StopAtOnce()
     with tolerant_output():
+        _StopAtOnce()
         yield from _ended_in_order()
 
 
