@@ -7,7 +7,6 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_nepa.config import ConfigError
@@ -117,7 +116,7 @@ def _open_closed_streams() -> None:
                 os.fstat(number)
             except OSError:
                 os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, for what native code prints
-            setattr(sys, name, Path(os.devnull).open("w" if number else "r"))
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  # until the process ends
 
 
 @contextlib.contextmanager
