@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_nepa.config import ConfigError, require
 from megatron_nepa.data.index.dataset_index import PackedNames
-from megatron_nepa.data.index.headers import MODES, UnreadableImageError
+from megatron_nepa.data.index.headers import MODES, UnreadableImageError, open_image
 from megatron_nepa.data.index.index_file import is_index, load_index
 from megatron_nepa.data.index.sources import list_source
 from megatron_nepa.data.index.storage import ImageStore
@@ -86,7 +86,7 @@ def find_pictures(source: Path) -> Pictures:
     def read(number: int) -> Image.Image:
         try:
             return _decode(store.read(number).tobytes())
-        except (UnreadableImageError, OSError, ValueError, SyntaxError) as error:
+        except (UnreadableImageError, OSError) as error:
             raise ConfigError(f"{index.where(number)} cannot be read: {error}; repair it or leave it out.") from None
 
     return Pictures(index.names, read, index.notes)
@@ -105,14 +105,23 @@ def _listed(file: Path) -> Pictures:
         path = file.parent / names[number]
         try:
             return _decode(path.read_bytes())
-        except (UnreadableImageError, OSError, ValueError, SyntaxError) as error:
+        except (UnreadableImageError, OSError) as error:
             raise ConfigError(f"{path} cannot be read: {error}; repair it or leave it out.") from None
 
     return Pictures(PackedNames.pack(names), read)
 
 
 def _decode(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode not in MODES:  # Pillow would cut 16 bits to 8 by making all that is brighter white
-            raise UnreadableImageError(f"pixels of mode {image.mode} are not supported")
-        return image.convert("RGB")
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            if image.mode in MODES:
+                return image.convert("RGB")
+            mode = image.mode
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError:  # whose words name an object in memory
+        raise UnreadableImageError("it is no image, or a damaged one") from None
+    except Exception as error:  # PIL raises a dozen types on damaged files
+        raise UnreadableImageError(str(error) or type(error).__name__) from error
+    # Pillow would cut 16 bits to 8 by making all that is brighter white
+    raise UnreadableImageError(f"pixels of mode {mode} are not supported")

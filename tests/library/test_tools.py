@@ -220,3 +220,15 @@ def test_pixels_of_16_bits_are_refused_by_name(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "list.txt"):
         with pytest.raises(ConfigError, match=r"deep\.png cannot be read: pixels of mode I;16"):
             find_pictures(source).read(0)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff" + b"0" * 50, b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_damaged_images_are_refused_in_words(content: bytes, tmp_path: Path) -> None:
+    """Pillow's name an object in memory."""
+    (tmp_path / "a.png").write_bytes(content)
+    (tmp_path / "list.txt").write_text("a.png")
+    for source in (tmp_path, tmp_path / "list.txt"):
+        with pytest.raises(ConfigError) as error:
+            find_pictures(source).read(0)
+        said = f"{tmp_path}/a.png cannot be read: it is no image, or a damaged one; repair it or leave it out."
+        assert str(error.value) == said
