@@ -52,7 +52,7 @@ def contests(model: ModelConfig, batch: int, device: torch.device, dtype: torch.
         if operation.serves(model):
             entrants = _eager_and_compiled(operation.reference)
             entrants |= {"triton": operation.fused()} if on_gpu else {}
-            entrants |= {} if on_gpu or operation.on_cpu is None else {"few rows": operation.on_cpu}
+            entrants |= {} if on_gpu or operation.on_cpu is None else {"few_rows": operation.on_cpu}
             entrants |= others[operation.name]() if operation.name in others else {}
             minimum = sum(operation.minimum_bytes(model, rows, dtype.itemsize))
             inputs = operation.inputs(model, batch, new)

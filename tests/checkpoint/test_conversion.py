@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_nepa import terminal
 from megatron_nepa.checkpoint.conversion.compare import compare
 from megatron_nepa.checkpoint.conversion.release_folder import read_release, write_release
 from megatron_nepa.checkpoint.initial import start_from
@@ -306,9 +307,10 @@ def test_the_tool(
 
     def call(*arguments: str) -> tuple[Any, str]:
         monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ended, terminal.tool("convert_checkpoint"):
             tool.main()
-        return ended.value.code, capsys.readouterr().out
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out or printed.err
 
     status, out = call("inspect", source)
     assert status == 0
@@ -328,10 +330,12 @@ def test_the_tool(
     assert "step 7 of" in call("universal", f"{tmp_path}/universal", f"{tmp_path}/back")[1]
     assert call("verify", f"{tmp_path}/back", source, "--tolerance=0")[0] == 0
     for arguments in (["to_release", source, f"{tmp_path}/raw"], ["from_release", source, f"{tmp_path}/new"]):
-        status, _ = call(*arguments)
-        assert str(status).startswith("convert_checkpoint: ")
+        status, said = call(*arguments)
+        assert status == 2
+        assert said.startswith("convert_checkpoint: ")
     (tmp_path / "file").write_text("")
-    status, _ = call("to_release", source, f"{tmp_path}/file/below")
-    assert status == f"convert_checkpoint: {tmp_path}/file/.below.partial: Not a directory."
-    assert "must not be negative" in call("verify", source, source, "--tolerance=nan")[0]
+    status, said = call("to_release", source, f"{tmp_path}/file/below")
+    assert status == 2
+    assert said.startswith(f"convert_checkpoint: {tmp_path}/file/.below.partial: not a directory; ")
+    assert "must not be negative" in call("verify", source, source, "--tolerance=nan")[1]
     assert call("inspect", "")[0] == 2

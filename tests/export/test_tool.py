@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from megatron_nepa import terminal
 from megatron_nepa.checkpoint.reading.weights import read_weights
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import DataConfig, ModelConfig
@@ -47,9 +48,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run_tool(*arguments: object) -> tuple[Any, str]:
         monkeypatch.setattr("sys.argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ended, terminal.tool(TOOL.stem):
             runpy.run_path(str(TOOL), run_name="tool")["main"]()
-        return ended.value.code, capsys.readouterr().out
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out or printed.err
 
     return run_tool
 
@@ -69,9 +71,10 @@ def test_to_transformers_and_back(run: Path, call: Any, tmp_path: Path) -> None:
     ):
         assert said in card, said
     assert str(tmp_path.parent) not in card, "a path of this machine"
-    status, _ = call("to_hf", run, tmp_path / "hf")
-    assert "exists: choose another name" in str(status)
-    assert "holds no checkpoint" in str(call("to_hf", tmp_path, tmp_path / "none")[0])
+    status, said = call("to_hf", run, tmp_path / "hf")
+    assert status == 2
+    assert "exists: choose another name" in said
+    assert "holds no checkpoint" in call("to_hf", tmp_path, tmp_path / "none")[1]
 
 
 def test_a_run_starts_from_the_folder(run: Path, call: Any, tmp_path: Path) -> None:
@@ -114,11 +117,11 @@ def test_to_timm_and_to_a_graph(run: Path, call: Any, tmp_path: Path) -> None:
     status, out = call("to_timm", run, tmp_path / "timm")
     assert status == 0
     assert "computes the same" in out
-    assert "the model is causal" in str(call("to_timm", run, tmp_path / "stock", "--stock")[0])
+    assert "the model is causal" in call("to_timm", run, tmp_path / "stock", "--stock")[1]
     status, out = call("to_onnx", run, tmp_path / "model.pt2")
     assert status == 0
     assert "to tokens [17, 32], last [32], mean [32]" in out
-    assert "no head that gives classes" in str(call("to_onnx", run, tmp_path / "a.pt2", "--output", "classes")[0])
+    assert "no head that gives classes" in call("to_onnx", run, tmp_path / "a.pt2", "--output", "classes")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2", "timm"]
 
 
