@@ -35,6 +35,7 @@ from megatron_nepa.data.loaders.pretraining import PretrainingLoader, build_inde
 from megatron_nepa.data.remote.cache import RangeCache
 from megatron_nepa.data.remote.folder import Access, RemoteFolder, SourceLostError, shard_urls
 from megatron_nepa.data.sampling.order import crop_boxes
+from megatron_nepa.files import Hold
 from tests.data.grids import GLOBAL, GRIDS, SEED, Grid, check_grids, seen_on
 from tests.data.index_tool import run_tool
 from tests.data.range_server import RangeServer, serving
@@ -328,6 +329,17 @@ def fill(folder: Path, first: int) -> None:
     for number in range(first, first + 200):
         content = bytes([number % 256]) * 1000
         assert cache.get(f"range {number}", 1000, lambda content=content: content) == content
+
+
+def test_a_cache_asks_again_where_another_process_trims(tmp_path: Path) -> None:
+    """That one may have looked before what was written meanwhile."""
+    cache = RangeCache(tmp_path, 50_000)
+    other = Hold(tmp_path / "trim.lock")
+    for number in range(60):
+        cache.get(f"range {number}", 1000, lambda: bytes(1000))
+    other.release()
+    cache.get("the last", 1000, lambda: bytes(1000))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*.range")) <= 50_000
 
 
 def test_a_cache_is_bounded_and_shared(tmp_path: Path) -> None:

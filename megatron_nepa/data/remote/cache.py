@@ -79,17 +79,16 @@ class RangeCache:
         with self._lock:
             self._written += len(data)
             looks = self._written > _LOOK_SHARE * self._most_bytes
-            if looks:
+        if looks and self.trim():  # where another process does, the next range asks again: it has not seen this one
+            with self._lock:
                 self._written = 0
-        if looks:
-            self.trim()
 
-    def trim(self) -> None:
-        """Remove the oldest ranges where all together are too large; nothing where another process does."""
+    def trim(self) -> bool:
+        """Remove the oldest ranges where all together are too large; False where another process does."""
         try:
             hold = Hold(self._folder / "trim.lock")
         except (AlreadyHeldError, OSError):
-            return
+            return False
         try:
             files = []
             for folder in os.scandir(self._folder):
@@ -100,13 +99,14 @@ class RangeCache:
                             files.append((facts.st_mtime_ns, facts.st_size, file.path))
             total = sum(size for _, size, _ in files)
             if total <= self._most_bytes:
-                return
+                return True
             for _, size, path in sorted(files):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                 total -= size
                 if total <= _KEPT_SHARE * self._most_bytes:
-                    return
+                    break
+            return True
         finally:
             hold.release()
 
