@@ -190,6 +190,19 @@ def test_gradients_are_reduced_in_fp32_where_there_is_something_to_sum(tmp_path:
         assert resolved["communication_data_type"] == dtype
 
 
+def test_one_rank_scatters_nothing(tmp_path: Path) -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for stage, more, data_parallel_size, kept in (
+        (2, {}, 1, False),
+        (2, {}, 2, True),
+        (1, {}, 1, True),
+        (2, offload, 1, True),
+    ):
+        config: dict[str, Any] = {"zero_optimization": {"stage": stage, "reduce_scatter": True, **more}}
+        _, resolved = merged(config, tmp_path, data_parallel_size=data_parallel_size)
+        assert resolved["zero_optimization"]["reduce_scatter"] is kept
+
+
 def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
     config: dict[str, Any] = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5}
     config["bf16"] = {"enabled": False}

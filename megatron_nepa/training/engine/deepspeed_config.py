@@ -190,9 +190,13 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         "zero_optimization": {**zero, "stage": stage},
     }
     merged.setdefault("steps_per_print", None)
-    if data_parallel_size == 1 and run.trained_dtype == "bf16":
-        # no sum over ranks that rounding could hurt: spare DeepSpeed a copy of all gradients to fp32 and back
-        merged["communication_data_type"] = "bf16"
+    if data_parallel_size == 1:
+        if stage == 2 and "offload_optimizer" not in zero:
+            # no sum over ranks: spare DeepSpeed a division by 1 and two copies of all gradients
+            merged["zero_optimization"]["reduce_scatter"] = False
+        if run.trained_dtype == "bf16":
+            # nor one that rounding could hurt: spare it a copy to fp32 and back
+            merged["communication_data_type"] = "bf16"
     unresolved = _find_auto(merged)
     require(
         not unresolved,
