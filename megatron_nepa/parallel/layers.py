@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nepa.config import ParallelConfig
-from megatron_nepa.parallel import products
 from megatron_nepa.parallel.collectives import start_all_gather, wait
 from megatron_nepa.parallel.parameters import ParameterLayout, parameter
+from megatron_nepa.parallel.products import (
+    gathered_product,
+    gathered_product_backward,
+    replicated_product_backward,
+    scattered_product,
+    summed_product,
+)
 from megatron_nepa.parallel.topology import TensorGroup
 
 
@@ -90,18 +96,12 @@ class _GatheredProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str, chunks: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.size, ctx.group = size, group
-        product = products.gathered_product
-        if torch.compiler.is_compiling():
-            product = products.gathered_product_op
-        return product(x, weight, bias, size, group, chunks)
+        return gathered_product(x, weight, bias, size, group, chunks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        backward = products.gathered_product_backward
-        if torch.compiler.is_compiling():
-            backward = products.gathered_product_backward_op
-        return *backward(grad, x, weight, ctx.size, ctx.group), None, None, None
+        return *gathered_product_backward(grad, x, weight, ctx.size, ctx.group), None, None, None
 
 
 class _ReplicatedProduct(torch.autograd.Function):
@@ -116,10 +116,7 @@ class _ReplicatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        backward = products.replicated_product_backward
-        if torch.compiler.is_compiling():
-            backward = products.replicated_product_backward_op
-        return *backward(grad, x, weight, ctx.group), None
+        return *replicated_product_backward(grad, x, weight, ctx.group), None
 
 
 class _Shares(torch.autograd.Function):
@@ -149,12 +146,9 @@ class _Sum(torch.autograd.Function):
         ctx: Any, shares: Tensor, x: Tensor, weight: Tensor, size: int, group: str, sequence_parallel: bool, chunks: int
     ) -> Tensor:
         ctx.size, ctx.group, ctx.sequence_parallel = size, group, sequence_parallel
-        is_compiling = torch.compiler.is_compiling()
         if sequence_parallel:
-            scattered = products.scattered_product_op if is_compiling else products.scattered_product
-            return scattered(x, weight, size, group, chunks)
-        summed = products.summed_product_op if is_compiling else products.summed_product
-        return summed(x, weight, group, chunks)
+            return scattered_product(x, weight, size, group, chunks)
+        return summed_product(x, weight, group, chunks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:

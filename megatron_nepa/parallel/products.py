@@ -12,12 +12,38 @@ and would choose the order of products and collectives itself.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor, library, nn
 
 from megatron_nepa.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
+
+def _taken_whole(
+    fake: Callable[Arguments, Result],
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """A function that a compiler takes as one operation; ``fake`` makes what it returns of tensors without memory."""
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        operation = library.custom_op(f"megatron_nepa::{function.__name__}", function, mutates_args=())
+        operation.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+            return (operation if torch.compiler.is_compiling() else function)(*arguments, **named)
+
+        return call
+
+    return decorate
+
+
+@_taken_whole(lambda x, weight, bias, size, group, chunks: x.new_empty(x.shape[0] * size, weight.shape[0]))
 def gathered_product(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str, chunks: int) -> Tensor:
     """``x W^T + b`` of all ranks' rows.
 
@@ -38,6 +64,7 @@ def gathered_product(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: 
     return _join([part.unflatten(0, (size, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
+@_taken_whole(lambda x, weight, size, group, chunks: x.new_empty(x.shape[0] // size, weight.shape[0]))
 def scattered_product(x: Tensor, weight: Tensor, size: int, group: str, chunks: int) -> Tensor:
     """``x W^T``, summed over the ranks, of this rank's rows.
 
@@ -57,6 +84,7 @@ def scattered_product(x: Tensor, weight: Tensor, size: int, group: str, chunks: 
     return _join([wait(chunk) for chunk in summing])
 
 
+@_taken_whole(lambda x, weight, group, chunks: x.new_empty(x.shape[0], weight.shape[0]))
 def summed_product(x: Tensor, weight: Tensor, group: str, chunks: int) -> Tensor:
     """``x W^T``, summed over the ranks, of all rows on every rank: [N, in] to [N, out]."""
     output = x.new_empty(x.shape[0], weight.shape[0])
@@ -72,6 +100,12 @@ def _join(chunks: list[Tensor], dim: int = 0) -> Tensor:
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim)
 
 
+def _gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like the gradients of a product's input, weight and bias."""
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+@_taken_whole(lambda grad, x, weight, size, group: _gradients(x, weight))
 def gathered_product_backward(
     grad: Tensor, x: Tensor, weight: Tensor, size: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,49 +121,10 @@ def gathered_product_backward(
     return wait(summing), grad_weight, grad_bias
 
 
+@_taken_whole(lambda grad, x, weight, group: _gradients(x, weight))
 def replicated_product_backward(grad: Tensor, x: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a product of rows that every rank holds: the input's is summed behind the weight's product."""
     summing = start_all_reduce(grad @ weight, group)
     grad_weight = grad.t() @ x
     grad_bias = grad.sum(0)
     return wait(summing), grad_weight, grad_bias
-
-
-scattered_product_op = library.custom_op("megatron_nepa::scattered_product", scattered_product, mutates_args=())
-summed_product_op = library.custom_op("megatron_nepa::summed_product", summed_product, mutates_args=())
-gathered_product_op = library.custom_op("megatron_nepa::gathered_product", gathered_product, mutates_args=())
-gathered_product_backward_op = library.custom_op(
-    "megatron_nepa::gathered_product_backward", gathered_product_backward, mutates_args=()
-)
-replicated_product_backward_op = library.custom_op(
-    "megatron_nepa::replicated_product_backward", replicated_product_backward, mutates_args=()
-)
-
-
-@gathered_product_op.register_fake
-def _gathered_product_fake(x: Tensor, weight: Tensor, bias: Tensor, size: int, group: str, chunks: int) -> Tensor:
-    return x.new_empty(x.shape[0] * size, weight.shape[0])
-
-
-@scattered_product_op.register_fake
-def _scattered_product_fake(x: Tensor, weight: Tensor, size: int, group: str, chunks: int) -> Tensor:
-    return x.new_empty(x.shape[0] // size, weight.shape[0])
-
-
-@summed_product_op.register_fake
-def _summed_product_fake(x: Tensor, weight: Tensor, group: str, chunks: int) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@gathered_product_backward_op.register_fake
-def _gathered_product_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, size: int, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-
-
-@replicated_product_backward_op.register_fake
-def _replicated_product_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
