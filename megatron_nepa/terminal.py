@@ -34,12 +34,19 @@ _WAYS_OUT = {
 }
 
 
-def refused_by_system(error: OSError) -> str | None:
-    """The sentence for a path that the system does not let be looked at, read or written; None for other errors.
+def foreseen(error: Exception) -> str | None:
+    """The sentence for an error of the surroundings that a user can mend; None for any other.
 
     Args:
-        error: that nothing nearer to the path has made a sentence of.
+        error: that nothing nearer to its cause has made a sentence of: a package that is not installed, or a path that
+            the system does not let be looked at, read or written.
     """
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
+    return _refused_by_system(error) if isinstance(error, OSError) else None
+
+
+def _refused_by_system(error: OSError) -> str | None:
     if error.errno is None or error.strerror is None or error.filename is None:
         return None
     places = " and ".join(str(place) for place in (error.filename, error.filename2) if place is not None)
@@ -154,14 +161,8 @@ def tool(name: str) -> Iterator[None]:
         except ConfigError as error:
             print(f"{name}: {error}", file=sys.stderr)
             sys.exit(2)
-        except ModuleNotFoundError as error:
-            sentence = missing_package(error)
-            if sentence is None:
-                raise
-            print(f"{name}: {sentence}", file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:
-            sentence = refused_by_system(error)
+        except (ModuleNotFoundError, OSError) as error:
+            sentence = foreseen(error)
             if sentence is None:
                 raise
             print(f"{name}: {sentence}", file=sys.stderr)

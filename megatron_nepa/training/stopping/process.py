@@ -13,7 +13,7 @@ from types import FrameType
 
 from megatron_nepa.config import ConfigError, RankConfigError
 from megatron_nepa.parallel.launcher import speaks_for_its_node
-from megatron_nepa.terminal import missing_package, refused_by_system, tolerant_output
+from megatron_nepa.terminal import foreseen, tolerant_output
 from megatron_nepa.training.stopping.errors import RankTrainingError, RunStopped, TrainingError
 from megatron_nepa.training.stopping.exit_codes import EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_TRAINING_FAILED
 from megatron_nepa.training.stopping.signals import heard_signals
@@ -50,9 +50,7 @@ def _ended_in_order() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_TRAINING_FAILED
     except Exception as error:
-        sentence = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
-        if isinstance(error, OSError):
-            sentence = refused_by_system(error)
+        sentence = foreseen(error)
         if sentence is not None:  # at once: where it is so on this machine alone, the other ranks wait
             if speaks_for_its_node(os.environ) or isinstance(error, OSError):
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
