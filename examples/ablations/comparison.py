@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from examples.ablations.cells import Cell
 from examples.ablations.judge import Verdict, compare
@@ -59,8 +58,7 @@ class Comparison:
 
     def scratch(self) -> list[Cell]:
         """The network trained on the labels alone."""
-        best = self.study.best(self.sweep[SCRATCH])
-        return [replace(best, seed=seed, split="test") for seed in self.study.scale.seeds]
+        return self.study.with_all_seeds(self.study.best(self.sweep[SCRATCH]))
 
     def describe(self) -> str:
         """The section of the report."""
@@ -97,11 +95,7 @@ class Comparison:
         return "\n".join(lines)
 
     def _cells(self, objective: str, steps: int) -> list[Cell]:
-        best = self.study.best(self.sweep[objective])
-        return [
-            replace(best, start=replace(best.pretrained, steps=steps, seed=seed), seed=seed, split="test")
-            for seed in self.study.scale.seeds
-        ]
+        return self.study.with_all_seeds(self.study.best(self.sweep[objective]), steps)
 
     def _flops(self, objective: str) -> float:
         start = self.sweep[objective][0].pretrained

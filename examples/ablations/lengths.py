@@ -11,9 +11,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from examples.ablations.cells import FINETUNING_RATE, Cell, frozen
-from examples.ablations.judge import compare
 from examples.ablations.study import SWEEP, Study
-from examples.fashion_mnist.spread import deviation, in_percent
+from examples.ablations.tables import Claim
+from examples.fashion_mnist.spread import deviation
 from megatron_nepa.training.reporting.plot_style import BLUE, STYLE, save_figure
 
 CAUSAL = {"model.causal": "true"}  # as the paper fine-tunes for this figure
@@ -53,11 +53,7 @@ class Lengths:
 
     def best(self, steps: int) -> list[Cell]:
         """The cells of one length, on the test photographs."""
-        best = self.study.best(self.sweep[steps])
-        return [
-            replace(best, start=replace(best.pretrained, seed=seed), seed=seed, split="test")
-            for seed in self.study.scale.seeds
-        ]
+        return self.study.with_all_seeds(self.study.best(self.sweep[steps]))
 
     def draw(self, path: Path) -> None:
         """Mean accuracy with its deviation against the steps of pre-training."""
@@ -74,7 +70,8 @@ class Lengths:
 
     def describe(self, picture: str) -> str:
         """The section of the report."""
-        study, lengths = self.study, list(self.sweep)
+        study = self.study
+        cells = {f"{steps:,}": self.best(steps) for steps in self.sweep}
         lines = [
             "## Figure 4: length of pre-training",
             "",
@@ -83,17 +80,14 @@ class Lengths:
             "| steps of pre-training | here, % |",
             "|---|---|",
         ]
-        found = {steps: study.accuracies(self.best(steps)) for steps in lengths}
-        for steps, values in found.items():
-            lines.append(f"| {steps:,} | {in_percent(float(np.mean(values)), deviation(values))} |")
+        lines += [f"| {steps} | {study.spread(found)} |" for steps, found in cells.items()]
         lines += [
             "",
             f"Causal fine-tuning; for each length the best of {len(SWEEP)} learning rates on 5,000 training "
             "photographs that fine-tuning does not see.",
             "",
         ]
-        for shorter, longer in pairwise(lengths):
-            verdict = compare(found[longer], found[shorter], study.noise)
-            gain = 100 * float(np.mean(found[longer]) - np.mean(found[shorter]))
-            lines.append(f"- {longer:,} steps are better than {shorter:,}. **{verdict}**: {gain:+.2f} points.")
+        for shorter, longer in pairwise(cells):
+            claim = Claim(f"{longer} steps are better than {shorter}.", longer, shorter)
+            lines.append(f"- {study.judged(claim, cells)}")
         return "\n".join(lines)

@@ -10,10 +10,10 @@ import numpy as np
 from examples.ablations.cells import Cell
 from examples.ablations.comparison import Comparison
 from examples.ablations.figures import draw_figures
-from examples.ablations.judge import STANDARD_ERRORS, compare, level
+from examples.ablations.judge import STANDARD_ERRORS
 from examples.ablations.lengths import Lengths
 from examples.ablations.study import NEEDED_GAIN, QUICK, Study
-from examples.ablations.tables import Claim, Table
+from examples.ablations.tables import Table
 from examples.fashion_mnist.spread import in_percent
 from megatron_nepa.files import replace_text
 from megatron_nepa.terminal import counted
@@ -89,16 +89,8 @@ def _table(study: Study, table: Table) -> str:
     for row in table.rows:
         found = cells[row.label]
         lines.append(f"| {row.label} | {row.paper} | {study.spread(found)} | {_health(study, found)} |")
-    lines += ["", *(f"- {judged(study, claim, cells)}" for claim in table.claims)]
+    lines += ["", *(f"- {study.judged(claim, cells)}" for claim in table.claims)]
     return "\n".join(lines)
-
-
-def judged(study: Study, claim: Claim, cells: dict[str, list[Cell]]) -> str:
-    """A claim, whether it holds here, and the difference."""
-    better, worse = (study.accuracies(cells[label]) for label in (claim.better, claim.worse))
-    difference = 100 * (float(np.mean(better)) - float(np.mean(worse)))
-    verdict = (level if claim.is_level else compare)(better, worse, study.noise)
-    return f"{claim.sentence} **{verdict}**: {difference:+.2f} points."
 
 
 def _health(study: Study, cells: Sequence[Cell]) -> str:

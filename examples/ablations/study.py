@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.ablations.cells import FINETUNING_RATE, PRETRAINING_RATE, Cell, Pretraining, frozen
-from examples.ablations.judge import STANDARD_ERRORS, standard_error
+from examples.ablations.judge import STANDARD_ERRORS, compare, level, standard_error
 from examples.ablations.results import Results, today
-from examples.ablations.tables import Row, Table
+from examples.ablations.tables import Claim, Row, Table
 from examples.ablations.worker import Outcome, Task, begin, carry_out
 from examples.fashion_mnist.spread import deviation, in_percent
 from megatron_nepa.config import ConfigError, require
@@ -165,6 +165,21 @@ class Study:
         """The cell with the highest accuracy, the first of equal ones; a failed training counts as 0."""
         return max(cells, key=lambda cell: self.results.accuracy(cell) or 0.0)
 
+    def with_all_seeds(self, chosen: Cell, steps: int | None = None) -> list[Cell]:
+        """A setting that was chosen on held-out photographs, on the test's: a cell for each seed.
+
+        Args:
+            chosen: with the setting.
+            steps: of pre-training; None: its own.
+        """
+        cells = []
+        for seed in self.scale.seeds:
+            start = chosen.start
+            if start is not None:
+                start = replace(start, steps=steps or start.steps, seed=seed)
+            cells.append(replace(chosen, start=start, seed=seed, split="test"))
+        return cells
+
     def accuracies(self, cells: Iterable[Cell]) -> list[float]:
         """Of cells that were trained; a failed one counts as 0.1, the accuracy of a guess."""
         return [0.1 if value is None else value for value in map(self.results.accuracy, cells)]
@@ -179,6 +194,13 @@ class Study:
         failed = sum(self.results.accuracy(cell) is None for cell in cells)
         note = f" ({failed} of {len(cells)} failed)" if failed else ""
         return f"{in_percent(float(np.mean(found)), deviation(found))}{note}"
+
+    def judged(self, claim: Claim, cells: Mapping[str, Sequence[Cell]]) -> str:
+        """A claim about the rows of ``cells``, whether it holds here, and the difference."""
+        better, worse = (self.accuracies(cells[label]) for label in (claim.better, claim.worse))
+        difference = 100 * (float(np.mean(better)) - float(np.mean(worse)))
+        verdict = (level if claim.is_level else compare)(better, worse, self.noise)
+        return f"{claim.sentence} **{verdict}**: {difference:+.2f} points."
 
     def run(self, cells: Iterable[Cell], title: str) -> None:
         """Train those of the cells that no one has trained, with a progress bar in steps.
