@@ -63,12 +63,13 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     )
     unnamed = None
     if found.checkpoint is not None:
-        trained, remedy = (
+        unnamed = compare_with_head(
+            f"the head of {found.checkpoint}",
             found.manifest["run"].get("classes"),
+            task.classes,
+            "the training images",
             "label the images as those were, or start from it with --init_from and --reset_head",
         )
-        images = "the training images"
-        unnamed = compare_with_head(f"the head of {found.checkpoint}", trained, task.classes, images, remedy)
     rates = task.learning_rates(total_steps)
     with waiting_for("importing DeepSpeed", topology.is_main):
         import_deepspeed()

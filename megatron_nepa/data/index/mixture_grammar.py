@@ -114,9 +114,9 @@ def _readings(text: str) -> Iterator[list[tuple[str, str]]]:
 def _of_file(path: Path) -> list[tuple[str, Any]]:
     try:
         named = json.loads(decode_text(path.read_bytes(), f"the mixture {path}"), object_pairs_hook=list)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"the mixture {path} cannot be read as JSON: {error}.") from None
     require(
         isinstance(named, list) and all(isinstance(entry, tuple) for entry in named),

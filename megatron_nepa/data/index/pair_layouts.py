@@ -92,8 +92,9 @@ def list_pairs(root: Path, layout: PairLayout, split: str) -> DatasetIndex:
     passed_over = PassedOver()
     images = _files(root, os.path.join(layout.images, part), layout.image_ending, passed_over)
     masks = _files(root, os.path.join(layout.masks, part), layout.mask_ending, passed_over)
-    if layout is CITYSCAPES:
-        _require_train_ids(root, part, images.keys() - masks.keys())
+    without = images.keys() - masks.keys()
+    if layout is CITYSCAPES and without:
+        _require_train_ids(root, part, without)
     where = f"{root / layout.images / part} has a mask of its name in {root / layout.masks / part}"
     if names is None:
         require(bool(images), f"{root / layout.images / part} holds no images ({', '.join(sorted(EXTENSIONS))}).")
