@@ -55,6 +55,7 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
         from megatron_nepa.kernels.dispatch import select_kernels
         from megatron_nepa.models.trunk import DTYPES
         from megatron_nepa.parallel.topology import build_topology, init_distributed
+        from megatron_nepa.training.dtype import settle_dtype
 
     _share_cores()
     _keep_freed_memory()
@@ -63,6 +64,7 @@ def start_job(arguments: Sequence[str], description: str, recipes: Recipes[Run])
     if command.followed and topology.is_main:
         fields = (f"{flag_of(name)} {str(value).lower()}" for name, value in command.followed.items())
         print(f"as the checkpoint says, not as --recipe {run.recipe}: {', '.join(fields)}", flush=True)
+    run = settle_dtype(run, topology)
     model = run.model
     heads = model.num_heads // topology.tensor.size
     kernels = select_kernels(

@@ -99,7 +99,7 @@ def describe_train(report: Mapping[str, Any]) -> str:
     first, *others = report["contests"]
     speeds = [first["images_per_step"] / time["seconds"] for time in first["times"]]
     text = (
-        f"{first['images_per_second']:.4g} images/s ({min(speeds):.4g} to {max(speeds):.4g}; "
+        f"{report['dtype']}: {first['images_per_second']:.4g} images/s ({min(speeds):.4g} to {max(speeds):.4g}; "
         f"{report['rounds']}), "
         f"{first['tflops_per_device']:.3g} TFLOP/s = {first['share_of_matmul']:.0%} of a large matrix product, "
         f"peak {first['peak_memory_gb']:.2f} GB"

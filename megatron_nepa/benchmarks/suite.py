@@ -56,10 +56,11 @@ def _accepted(name: str, title: str, part: str) -> Entry:
 
 ENTRIES = (
     _train(
-        "cpu_b", "NEPA-B, release recipe, bf16, batch 8", "cpu",
+        "cpu_b", "NEPA-B, release recipe, batch 8", "cpu",
         "--recipe", "nepa_b_release", "--micro_batch_size", "8", "--compile", "--baseline",
     ),
-    _train("cpu_quickstart", "quickstart, fp32, batch 32", "cpu", "--recipe", "quickstart", "--baseline"),
+    _train("cpu_quickstart", "quickstart, batch 32", "cpu",
+           "--recipe", "quickstart", "--timed_steps", "10", "--baseline"),
     Entry("cpu_data", "pre-training input", "cpu", ("data",)),
     Entry("cpu_forms", "pre-training input over the same images in several forms", "cpu", ("forms",)),
     Entry("cpu_order", "order of the images, batches of 256", "cpu", ("order",)),

@@ -30,8 +30,8 @@ class ProbingConfig(RunConfig):
 
     trunk: FrozenTrunkConfig = field(default_factory=FrozenTrunkConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    # dtype that the trunk computes in; its features and the layer that is trained on them are fp32
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    # dtype that the trunk computes in; its features and the layer that is trained on them are fp32. auto: as a training
+    dtype: Literal["auto", "bf16", "fp32"] = "bf16"
     # classify the validation images by so many nearest training images, write neighbours.json and end (the bare
     # flag: 20); none trains
     knn: int | None = None

@@ -32,8 +32,9 @@ class RunConfig:
     global_batch_size: int = 4096
     # images of one forward pass of one replica
     micro_batch_size: int = 256
-    # dtype of weights and branch activations; masters, moments and the stream stay fp32
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    # dtype of weights and branch activations; masters, moments and the stream stay fp32. auto: bf16 on a GPU and on a
+    # CPU with units for it, else fp32; a run that is continued keeps its own
+    dtype: Literal["auto", "bf16", "fp32"] = "bf16"
     # seed of the weights, the data order and every other draw
     seed: int = 1337
     # auto continues output_dir's newest checkpoint, none starts afresh, a path continues that checkpoint
@@ -112,7 +113,7 @@ class RunConfig:
         return (self.model.head_size,)
 
     @property
-    def trained_dtype(self) -> Literal["bf16", "fp32"]:
+    def trained_dtype(self) -> Literal["auto", "bf16", "fp32"]:
         """Dtype of the weights that are trained, beside their fp32 masters; the trunk computes in ``dtype``."""
         return self.dtype
 

@@ -43,7 +43,7 @@ def quickstart() -> PretrainingConfig:
         global_batch_size=64,
         micro_batch_size=32,
         # CPUs without bf16 units multiply several times faster in fp32
-        dtype="fp32",
+        dtype="auto",
         save_every=100,
         log_every=1,
     )

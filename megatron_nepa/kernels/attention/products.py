@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, library
 
 MAX_TOKENS = 512  # whole matrices of scores: their bytes grow with the square of the tokens
-HEADS_AT_ONCE = 24  # their scores stay in the cache from one operation to the next, and a call has enough to do
-ROWS = 32  # a block of queries is a multiple: oneDNN's products of an odd number of rows and columns take longer
+SCORES_AT_ONCE = 2**21  # they stay in the cache from one operation to the next, and a call has enough to do
+ROWS = 64  # a block of queries is a multiple: oneDNN's products of an odd number of rows and columns take longer
 
 
 def attention_products(qkv: Tensor, causal: bool) -> Tensor:
@@ -36,7 +36,7 @@ def attention_products(qkv: Tensor, causal: bool) -> Tensor:
 def _forward(qkv: Tensor, causal: bool) -> Tensor:
     batch, tokens, _, heads, size = qkv.shape
     out, mask = qkv.new_empty(batch, tokens, heads, size), _mask(qkv)
-    samples = _samples_at_once(heads)
+    samples = max(1, SCORES_AT_ONCE // (heads * tokens**2))
     for part, part_out in zip(qkv.split(samples), out.split(samples), strict=True):
         for start, stop, seen in _blocks(tokens, causal):
             q, k, v = _matrices(part[:, start:stop, 0]), _matrices(part[:, :seen, 1]), _matrices(part[:, :seen, 2])
@@ -48,7 +48,7 @@ def _forward(qkv: Tensor, causal: bool) -> Tensor:
 def _backward(grad: Tensor, qkv: Tensor, causal: bool) -> Tensor:
     _, tokens, _, heads, size = qkv.shape
     result, mask, zero = qkv.new_empty(qkv.shape), _mask(qkv), qkv.new_zeros(())
-    samples = _samples_at_once(heads)
+    samples = max(1, SCORES_AT_ONCE // (heads * tokens**2))
     for part, part_grad, part_result in zip(
         qkv.split(samples), grad.split(samples), result.split(samples), strict=True
     ):
@@ -78,10 +78,6 @@ def _blocks(tokens: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     if middle:
         yield 0, middle, middle
     yield middle, tokens, tokens
-
-
-def _samples_at_once(heads: int) -> int:
-    return max(1, HEADS_AT_ONCE // heads)
 
 
 def _mask(qkv: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def merge(run: Run, given: Collection[str], path: str | None, config: dict[str, 
         require(isinstance(bf16, bool), f'"bf16.enabled" in {place} is {bf16!r}; it must be true, false or "auto".')
         dtype = "bf16" if bf16 else "fp32"
         require(
-            "dtype" not in given or run.dtype == dtype,
+            "dtype" not in given or run.dtype in ("auto", dtype),
             f'--dtype is {run.dtype} but "bf16.enabled" in {place} is {str(bf16).lower()}: make them agree, '
             'or set the latter to "auto".',
         )
