@@ -40,6 +40,7 @@ TRAIN: dict[str, Any] = {
     ],
     "rounds": "2 rounds",
     "share_of_ceiling": 0.9,
+    "dtype": "bf16",
 }
 
 
@@ -56,8 +57,8 @@ def test_a_measured_row_is_filled_and_the_others_stay_empty(monkeypatch: pytest.
     assert len(rows) == len(ENTRIES)
     filled = [row for row in rows if row[1].strip()]
     assert len(filled) == 1
-    assert filled[0][0] == "| NEPA-B, release recipe, bf16, batch 8"
-    assert "6 images/s (4 to 8; 2 rounds)" in filled[0][1]
+    assert filled[0][0] == "| NEPA-B, release recipe, batch 8"
+    assert "bf16: 6 images/s (4 to 8; 2 rounds)" in filled[0][1]
     assert "1.25x other (peak 5.00 GB)" in filled[0][1]
     assert torch.__version__ in filled[0][2]
     # a second row keeps the first

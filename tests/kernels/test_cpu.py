@@ -5,6 +5,8 @@ import torch
 
 from megatron_nepa.kernels.qk_norm_rope import cpu as rope
 from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
+from megatron_nepa.kernels.residual_norm import cpu as seam
+from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
 from megatron_nepa.kernels.swiglu import cpu as swiglu
 from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 
@@ -27,6 +29,7 @@ def output_and_gradients(function, *arguments):
 def at_once(request, monkeypatch):
     """One sample or row at a time, two, of which the last part has one, or all."""
     monkeypatch.setattr(rope, "CACHED_BYTES", request.param * TOKENS * HEADS * SIZE * 4)
+    monkeypatch.setattr(seam, "CACHED_BYTES", request.param * 32 * 4)
     monkeypatch.setattr(swiglu, "CACHED_BYTES", request.param * 32 * 4)
 
 
@@ -65,6 +68,29 @@ def test_swiglu_is_the_reference():
     found = output_and_gradients(swiglu.swiglu_cpu, gate_up)
     for ours, theirs in zip(found, output_and_gradients(swiglu_reference, gate_up), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("layer_scale", [True, False])
+@pytest.mark.parametrize("row_scale", [True, False])
+def test_the_seam_is_the_references(layer_scale, row_scale):
+    """But for the gradients of bias, LayerScale and norm, which are summed over the parts."""
+    torch.manual_seed(0)
+    (stream, branch), vectors = torch.randn(2, 9, 32), torch.randn(4, 32).to(BF16)
+    inputs = [stream, branch.to(BF16), vectors[0], vectors[1] if layer_scale else None, *vectors[2:]]
+    inputs = [None if each is None else each.detach().requires_grad_() for each in inputs]
+    leaves = [each for each in inputs if each is not None]
+    rows = torch.rand(9) if row_scale else None
+    upstream = torch.randn(9, 32), torch.randn(9, 32).to(BF16)
+    found, wanted = [], []
+    for function, results in ((seam.residual_norm_cpu, found), (residual_norm_reference, wanted)):
+        outputs = function(*inputs[:4], rows, *inputs[4:], 1e-5)
+        results += [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+    for ours, theirs in zip(found[:4], wanted[:4], strict=True):  # stream, its norm, gradients of stream and branch
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(found[4:], wanted[4:], strict=True):
+        assert ours.abs().max() > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.01)
 
 
 def test_compilers_get_what_they_can_join():

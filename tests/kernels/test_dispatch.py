@@ -27,7 +27,7 @@ def test_a_cpu_takes_the_reference(choice, dtype):
 
 
 def test_a_cpu_in_bf16_takes_a_few_rows_at_a_time():
-    served = {"qk_norm_rope": "qk_norm_rope_cpu", "swiglu": "swiglu_cpu"}
+    served = {name: f"{name}_cpu" for name in ("qk_norm_rope", "swiglu", "residual_norm")}
     assert select_kernels("auto", "cpu").describe() == REFERENCE | served
 
 

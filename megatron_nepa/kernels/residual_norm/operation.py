@@ -10,6 +10,7 @@ import torch
 
 from megatron_nepa.config import ModelConfig
 from megatron_nepa.kernels.record import Case, NewTensor, Operation
+from megatron_nepa.kernels.residual_norm.cpu import residual_norm_cpu
 from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
 
 
@@ -61,4 +62,5 @@ RESIDUAL_NORM = Operation(
     trained=("stream", "branch", "branch_bias", "layer_scale", "norm_weight", "norm_bias"),
     minimum_bytes=_minimum_bytes,
     launches=_launches,
+    on_cpu=residual_norm_cpu,
 )
