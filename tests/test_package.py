@@ -38,6 +38,7 @@ ROOMS = {
         "engine",
         "reporting",
         "task",
+        "dtype",
         "lost_source",
         "results",
         "evaluation",

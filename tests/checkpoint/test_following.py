@@ -132,7 +132,7 @@ def test_a_flag_may_resample_but_not_contradict(tmp_path: Path) -> None:
 
 def test_a_trunk_that_is_not_trained_is_followed_in_all_that_changes_its_outputs(tmp_path: Path) -> None:
     run = override(PRETRAINING_RECIPES["quickstart"](), {"model.causal": False, "model.residual_dtype": "bf16"})
-    path = write_run(run, tmp_path / "run")
+    path = write_run(replace(run, dtype="fp32"), tmp_path / "run")
     probe = parse("probe", f"--trunk={path}", "--trunk.block=3")
     assert (probe.model.causal, probe.model.residual_dtype, probe.model.image_size) == (False, "bf16", 112)
     assert probe.dtype == "fp32"
