@@ -6,6 +6,8 @@ DALI ?= cuda13
 EXTRAS ?= test,dev,docs
 WHEELHOUSE ?=
 BIN := .venv/bin
+# file by file, on two cores
+DEFAULT_TESTS := -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
 # pip's own variables, so that what it builds in an environment of its own obeys them, too
 OFFLINE := $(if $(WHEELHOUSE),PIP_NO_INDEX=1 PIP_FIND_LINKS=$(abspath $(WHEELHOUSE)))
 comma := ,
@@ -45,7 +47,7 @@ pretrain: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed pretrain_nepa.py --ds_config ds_configs/zero2.json
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest $(DEFAULT_TESTS)
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "not gpu and not slurm"
@@ -59,7 +61,7 @@ test-all: .venv/installed
 	touch $@
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -m "not slow and not gpu and not slurm"
+	.venv-oldest/bin/python -m pytest $(DEFAULT_TESTS)
 
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest -m slurm

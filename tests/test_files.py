@@ -58,6 +58,7 @@ def test_without_locks_a_note_holds(number: int, tmp_path: Path, monkeypatch: py
         (socket.gethostname(), GONE, 0.0, True),
         (socket.gethostname(), os.getpid(), 0.0, False),
     ],
+    ids=["new, elsewhere", "refreshed, elsewhere", "stale, elsewhere", "gone, here", "alive, here"],
 )
 def test_a_note_that_is_not_refreshed_is_taken_over(
     host: str, process: int, age: float, taken: bool, tmp_path: Path, no_locks: None

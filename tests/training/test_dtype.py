@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_nepa.training.dtype import fastest_dtype
+from megatron_nepa.recipes import PRETRAINING_RECIPES
+from megatron_nepa.training.dtype import begun_with, fastest_dtype
 from tests.distributed.ranks import run_ranks
 from tests.runs import TINY, make_images, pretrain
 
@@ -34,25 +36,26 @@ def trained_in(output: Path) -> str:
 
 
 @pytest.mark.parametrize("has_units", [True, False])
-def test_a_run_starts_in_what_the_main_ranks_cpu_multiplies_fastest(has_units: bool, tmp_path: Path) -> None:
+def test_a_run_keeps_what_the_main_ranks_cpu_multiplied_fastest(has_units: bool, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    flags = [*FLAGS, f"--data={make_images(tmp_path / 'images')}", f"--output_dir={output}"]
-    both = (has_units, not has_units)
-    told = run_ranks(2, partial(train, [*flags, "--steps=1"], both))
+    flags = [*FLAGS, f"--data={make_images(tmp_path / 'images')}"]
+    first = partial(train, [*flags, f"--output_dir={output}", "--steps=1"], (has_units, not has_units))
     dtype = "bf16" if has_units else "fp32"
-    assert [error for error, _ in told] == [None, None]
-    assert told[0][1].startswith(f"--dtype auto: {dtype}, ")
-    assert told[1][1] == ""
+    (error, said), (other_error, silent) = run_ranks(2, first)
+    assert (error, other_error, silent) == (None, None, "")
+    assert said.startswith(f"--dtype auto: {dtype}, ")
     assert trained_in(output) == dtype
 
-    # its folder on other CPUs, and another run that starts from its checkpoint
-    elsewhere = (not has_units,)
-    begun = (None, f"--dtype auto: {dtype}, as the run began")
-    assert run_ranks(1, partial(train, [*flags, "--steps=1"], elsewhere))[0] == begun
-    another = tmp_path / "another"
-    flags = [*flags, "--steps=2", f"--resume={output}", f"--output_dir={another}"]
-    assert run_ranks(1, partial(train, flags, elsewhere))[0] == begun
-    assert trained_in(another) == dtype
+    # goes on on another CPU, in its folder or from its checkpoint
+    here = replace(PRETRAINING_RECIPES["quickstart"](), output_dir=str(output))
+    there = replace(here, output_dir=str(tmp_path / "another"))
+    assert begun_with(here) == dtype
+    assert begun_with(replace(there, resume=str(output))) == dtype
+    for resume in ("auto", "none", "no/such/checkpoint"):
+        assert begun_with(replace(there, resume=resume)) is None
+    if has_units:
+        flags += [f"--output_dir={there.output_dir}", f"--resume={output}", "--steps=2"]
+        assert run_ranks(1, partial(train, flags, (False,)))[0] == (None, "--dtype auto: bf16, as the run began")
 
 
 def test_a_gpu_without_bf16_gets_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
