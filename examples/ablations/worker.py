@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,8 +102,9 @@ def _train(script: Callable[[Sequence[str]], None], flags: Flags) -> Record:
         failed = str(error)
     logged = read_metrics(Path(str(flags["output_dir"])) / "metrics.jsonl")
     rows = [row for row in logged if "step_ms" in row]  # an evaluation that a continued run made up for has its own row
-    # every step's own time, so that a training which was continued counts whole
-    seconds = sum(row["step_ms"] for row in rows) / 1e3 if rows else time.monotonic() - started
+    # by the steps' own times, so that a training which was continued counts whole, and one that was suspended no more
+    steps_ms = [row["step_ms"] for row in rows]
+    seconds = len(rows) * statistics.median(steps_ms) / 1e3 if rows else time.monotonic() - started
     last = {name: value for row in logged if row["step"] == logged[-1]["step"] for name, value in row.items()}
     return {
         **_blank(),

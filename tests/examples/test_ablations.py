@@ -195,13 +195,17 @@ def test_the_command(source: Path, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_an_evaluation_after_a_stop_belongs_to_the_last_step(tmp_path: Path) -> None:
+    """And a process that was suspended has computed no longer than its other steps say."""
+
     def script(arguments: Sequence[str]) -> None:
-        rows = [{"step": 1, "loss": 2.0, "grad_norm": 1.0, "step_ms": 500.0, "tflops_per_device": 1.0}]
-        rows += [{"step": 2, "loss": 1.0, "grad_norm": 0.5, "step_ms": 500.0, "tflops_per_device": 1.0}]
-        rows += [{"step": 2, "val_top1": 0.75}]
+        common = {"grad_norm": 1.0, "tflops_per_device": 1.0}
+        rows = [{"step": 1, "loss": 2.0, "step_ms": 500.0, **common}]
+        rows += [{"step": 2, "loss": 1.5, "step_ms": 60_000.0, **common}]
+        rows += [{"step": 3, "loss": 1.0, "step_ms": 500.0, **common}]
+        rows += [{"step": 3, "val_top1": 0.75}]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     record = _train(script, {"output_dir": tmp_path})
-    assert record["seconds"] == 1.0
+    assert record["seconds"] == 1.5
     assert (record["last"]["loss"], record["last"]["val_top1"]) == (1.0, 0.75)
-    assert record["curves"]["loss"] == [2.0, 1.0]
+    assert record["curves"]["loss"] == [2.0, 1.5, 1.0]
