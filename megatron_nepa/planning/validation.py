@@ -63,8 +63,8 @@ def validate() -> list[Anchor]:
     takes 4,096 images a step, and its best layout. Of stable-pretraining's run, two views of 384 images a step, the
     planner has the trunk without the projector, and no data loading, which the published rate includes.
 
-    V-JEPA 2's published times of a step are left out: the planner knows images, not clips of video, and what is
-    published does not say what its context and its targets hold.
+    V-JEPA 2's published times of a step are left out: the planner knows images, not clips of 2,048 tokens of which two
+    views with masks of different shares pass the encoder.
     """
     vit_g = replace(PRETRAINING_RECIPES["nepa_g"](), model=VIT_G)
     nepa_b = PRETRAINING_RECIPES["nepa_b_release"]()
