@@ -66,7 +66,7 @@ class RunConfig:
     profile: str | None = None
     # torch.compile each block
     compile: bool = False
-    # fused operations: auto takes Triton on a GPU and the torch reference elsewhere
+    # fused operations: auto takes Triton on a GPU and plain torch elsewhere
     kernels: Literal["auto", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
