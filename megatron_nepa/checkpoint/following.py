@@ -102,11 +102,15 @@ def _evaluated(asked: Values) -> str:
 
 def _continued(asked: Values) -> str | None:
     """The checkpoint of this run's own that it goes on with: what it once started from may be gone."""
-    if asked["resume"] == "auto":
-        for checkpoint in CheckpointStore.of(Path(asked["output_dir"])).newest_first():
-            with contextlib.suppress(ConfigError):  # a damaged one: an older one will serve
-                describe_checkpoint(str(checkpoint))
-                return str(checkpoint)
+    return newest_described(asked["output_dir"]) if asked["resume"] == "auto" else None
+
+
+def newest_described(output_dir: str) -> str | None:
+    """The newest checkpoint of a run's folder that says what it holds: a damaged one is passed over."""
+    for checkpoint in CheckpointStore.of(Path(output_dir)).newest_first():
+        with contextlib.suppress(ConfigError):
+            describe_checkpoint(str(checkpoint))
+            return str(checkpoint)
     return None
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_nepa.checkpoint.described import describe_checkpoint
+from megatron_nepa.checkpoint.following import newest_described
 from megatron_nepa.checkpoint.format.agreement import on_all_ranks
 from megatron_nepa.checkpoint.reading.resume import find_checkpoint
-from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore
 from megatron_nepa.config import ConfigError, Run, RunConfig
 from megatron_nepa.parallel.topology import Topology
 
@@ -43,13 +42,12 @@ def begun_with(run: RunConfig) -> Dtype | None:
     """The dtype of the checkpoint that a run would continue; None where it starts."""
     if run.resume == "none":
         return None
-    found = CheckpointStore.of(Path(run.output_dir)).newest_first()
-    with contextlib.suppress(ConfigError):  # which the run will say when it looks for its checkpoint
-        if not found and run.resume != "auto":
-            found = [find_checkpoint(run.resume)]
-    for checkpoint in found:
-        with contextlib.suppress(ConfigError):  # a damaged one: an older one will serve
-            dtype: Dtype | None = describe_checkpoint(str(checkpoint)).settings.get("dtype")
+    with contextlib.suppress(ConfigError, OSError):  # which the run will say when it looks for its checkpoint
+        found = newest_described(run.output_dir)
+        if found is None and run.resume != "auto":
+            found = str(find_checkpoint(run.resume))
+        if found is not None:
+            dtype: Dtype | None = describe_checkpoint(found).settings.get("dtype")
             return dtype
     return None
 

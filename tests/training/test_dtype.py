@@ -51,8 +51,9 @@ def test_a_run_keeps_what_the_main_ranks_cpu_multiplied_fastest(has_units: bool,
     there = replace(here, output_dir=str(tmp_path / "another"))
     assert begun_with(here) == dtype
     assert begun_with(replace(there, resume=str(output))) == dtype
-    for resume in ("auto", "none", "no/such/checkpoint"):
+    for resume in ("auto", "none", "no/such/checkpoint", "a" * 300):
         assert begun_with(replace(there, resume=resume)) is None
+    assert begun_with(replace(there, output_dir="a" * 300)) is None  # which is refused later, in one sentence
     if has_units:
         flags += [f"--output_dir={there.output_dir}", f"--resume={output}", "--steps=2"]
         assert run_ranks(1, partial(train, flags, (False,)))[0] == (None, "--dtype auto: bf16, as the run began")
