@@ -21,6 +21,7 @@ ROOMS = {
         *(
             "launching",
             "record",
+            "cached_parts",
             "swiglu",
             "residual_norm",
             "cosine_loss",

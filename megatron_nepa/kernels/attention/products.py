@@ -36,7 +36,7 @@ def attention_products(qkv: Tensor, causal: bool) -> Tensor:
 def _forward(qkv: Tensor, causal: bool) -> Tensor:
     batch, tokens, _, heads, size = qkv.shape
     out, mask = qkv.new_empty(batch, tokens, heads, size), _mask(qkv)
-    samples = max(1, SCORES_AT_ONCE // (heads * tokens**2))
+    samples = _samples_at_once(tokens, heads)
     for part, part_out in zip(qkv.split(samples), out.split(samples), strict=True):
         for start, stop, seen in _blocks(tokens, causal):
             q, k, v = _matrices(part[:, start:stop, 0]), _matrices(part[:, :seen, 1]), _matrices(part[:, :seen, 2])
@@ -48,7 +48,7 @@ def _forward(qkv: Tensor, causal: bool) -> Tensor:
 def _backward(grad: Tensor, qkv: Tensor, causal: bool) -> Tensor:
     _, tokens, _, heads, size = qkv.shape
     result, mask, zero = qkv.new_empty(qkv.shape), _mask(qkv), qkv.new_zeros(())
-    samples = max(1, SCORES_AT_ONCE // (heads * tokens**2))
+    samples = _samples_at_once(tokens, heads)
     for part, part_grad, part_result in zip(
         qkv.split(samples), grad.split(samples), result.split(samples), strict=True
     ):
@@ -78,6 +78,10 @@ def _blocks(tokens: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     if middle:
         yield 0, middle, middle
     yield middle, tokens, tokens
+
+
+def _samples_at_once(tokens: int, heads: int) -> int:
+    return max(1, SCORES_AT_ONCE // (heads * tokens**2))
 
 
 def _mask(qkv: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_nepa.kernels.cached_parts import cached_parts
 from megatron_nepa.kernels.qk_norm_rope.reference import qk_norm_rope_reference
 
 CACHED_BYTES = 2**19  # of queries or keys in fp32 that are worked on at once
@@ -104,9 +105,7 @@ class _QKNormRoPE(torch.autograd.Function):
 def _parts(qkv: Tensor, wide: torch.dtype) -> Iterator[slice]:
     """Samples that are worked on at once."""
     batch, tokens, _, heads, size = qkv.shape
-    samples = max(1, CACHED_BYTES // max(1, tokens * heads * size * wide.itemsize))
-    for start in range(0, batch, samples):
-        yield slice(start, start + samples)
+    return cached_parts(batch, tokens * heads * size * wide.itemsize, CACHED_BYTES)
 
 
 def _tables(turn: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

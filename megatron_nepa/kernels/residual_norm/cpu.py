@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_nepa.kernels.cached_parts import cached_parts
 from megatron_nepa.kernels.residual_norm.reference import residual_norm_reference
 
 CACHED_BYTES = 2**19  # of the stream that are worked on at once
@@ -53,11 +54,14 @@ class _ResidualNorm(torch.autograd.Function):
         rows, width = stream.shape
         total, normed = torch.empty_like(stream), stream.new_empty(rows, width, dtype=norm_weight.dtype)
         mean, rstd = stream.new_empty(2, rows, 1)
-        weight, shift = norm_weight.float(), norm_bias.float()
+        bias, weight, shift = branch_bias.float(), norm_weight.float(), norm_bias.float()
+        scale = None if layer_scale is None else layer_scale.float()
         for part in _parts(stream):
-            update = branch[part].float() + branch_bias.float()
-            for factor in _factors(layer_scale, row_scale, part):
-                update *= factor
+            update = branch[part].float() + bias
+            if scale is not None:
+                update *= scale
+            if row_scale is not None:
+                update *= row_scale[part, None]
             torch.add(stream[part], update, out=total[part])
             found, mean[part], rstd[part] = torch.native_layer_norm(total[part], (width,), weight, shift, eps)
             normed[part] = found
@@ -70,7 +74,8 @@ class _ResidualNorm(torch.autograd.Function):
         width = total.shape[1:]
         stream_grad, branch_grad = torch.empty_like(total), torch.empty_like(branch)
         bias_sum, scale_sum, weight_sum, shift_sum = total.new_zeros(4, *width)
-        weight, shift = norm_weight.float(), norm_bias.float()
+        bias, weight, shift = branch_bias.float(), norm_weight.float(), norm_bias.float()
+        scale = None if layer_scale is None else layer_scale.float()
         for part in _parts(total):
             found, weight_grad, shift_grad = torch.ops.aten.native_layer_norm_backward(
                 normed_grad[part].float(), total[part], width, mean[part], rstd[part], weight, shift, [True] * 3
@@ -80,9 +85,9 @@ class _ResidualNorm(torch.autograd.Function):
             update = torch.add(found, total_grad[part], out=stream_grad[part])
             if row_scale is not None:
                 update = update * row_scale[part, None]
-            if layer_scale is not None:
-                scale_sum += ((branch[part].float() + branch_bias.float()) * update).sum(0)
-                update = update * layer_scale.float()
+            if scale is not None:
+                scale_sum += ((branch[part].float() + bias) * update).sum(0)
+                update = update * scale
             bias_sum += update.sum(0)
             branch_grad[part] = update
         scale_grad = None if layer_scale is None else scale_sum.to(layer_scale.dtype)
@@ -91,15 +96,4 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def _parts(stream: Tensor) -> Iterator[slice]:
-    """Rows that are worked on at once."""
-    rows = max(1, CACHED_BYTES // max(1, stream.shape[1] * stream.itemsize))
-    for start in range(0, stream.shape[0], rows):
-        yield slice(start, start + rows)
-
-
-def _factors(layer_scale: Tensor | None, row_scale: Tensor | None, part: slice) -> Iterator[Tensor]:
-    """Of the branch, in the reference's order."""
-    if layer_scale is not None:
-        yield layer_scale.float()
-    if row_scale is not None:
-        yield row_scale[part, None]
+    return cached_parts(stream.shape[0], stream.shape[1] * stream.itemsize, CACHED_BYTES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_nepa.kernels.cached_parts import cached_parts
 from megatron_nepa.kernels.swiglu.reference import swiglu_reference
 
 CACHED_BYTES = 2**19  # of gate_up in fp32 that are worked on at once
@@ -28,21 +30,19 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        rows = _rows_at_once(gate_up)
-        for part, part_out in zip(gate_up.split(rows), out.split(rows), strict=True):
-            gate, up = part.to(_wide(part)).chunk(2, dim=-1)
-            part_out.copy_(torch.nn.functional.silu(gate).mul_(up))
+        for part in _parts(gate_up):
+            gate, up = gate_up[part].to(_wide(gate_up)).chunk(2, dim=-1)
+            out[part].copy_(torch.nn.functional.silu(gate).mul_(up))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         result = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        rows = _rows_at_once(gate_up)
-        for part, part_grad, part_result in zip(gate_up.split(rows), grad.split(rows), result.split(rows), strict=True):
-            gate, up = part.to(_wide(part)).chunk(2, dim=-1)
-            upstream = part_grad.to(gate.dtype)
-            gate_grad, up_grad = part_result.chunk(2, dim=-1)
+        for part in _parts(gate_up):
+            gate, up = gate_up[part].to(_wide(gate_up)).chunk(2, dim=-1)
+            upstream = grad[part].to(gate.dtype)
+            gate_grad, up_grad = result[part].chunk(2, dim=-1)
             gate_grad.copy_(torch.ops.aten.silu_backward(upstream * up, gate))
             up_grad.copy_(torch.nn.functional.silu(gate).mul_(upstream))
         return result
@@ -52,5 +52,5 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _rows_at_once(gate_up: Tensor) -> int:
-    return max(1, CACHED_BYTES // max(1, gate_up.shape[1] * _wide(gate_up).itemsize))
+def _parts(gate_up: Tensor) -> Iterator[slice]:
+    return cached_parts(gate_up.shape[0], gate_up.shape[1] * _wide(gate_up).itemsize, CACHED_BYTES)
