@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -24,8 +25,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         AssertionError: with the traceback of every rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        alive = [rank for rank, status in enumerate(_run(world_size, folder, function, arguments)) if status is None]
-        outcomes = [_read(Path(folder) / f"{rank}.pickle") for rank in range(world_size)]
+        statuses = _run(world_size, folder, function, arguments)
+        outcomes = [_read(Path(folder) / f"{rank}.pickle", status) for rank, status in enumerate(statuses)]
+    alive = [rank for rank, status in enumerate(statuses) if status is None]
     errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
     if errors or alive:
         raise AssertionError(f"ranks still running: {alive}\n" + "\n".join(errors))
@@ -59,6 +61,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     torch.set_num_threads(1)
+    faulthandler.enable()  # a rank that a signal ends says where
     outcome: tuple[Any, str | None]
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
@@ -74,7 +77,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     os._exit(0)  # the other ranks may be gone: there is nothing left to shut down together
 
 
-def _read(path: Path) -> tuple[Any, str | None]:
+def _read(path: Path, status: int | None) -> tuple[Any, str | None]:
     if not path.exists():
-        return None, "it ended without a result"
+        return None, f"it ended without a result, with exit status {status} (a signal's number where it is below 0)"
     return pickle.loads(path.read_bytes())  # type: ignore[no-any-return]
