@@ -16,6 +16,7 @@ from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.kernels.dispatch import Kernels
 from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
+from megatron_nepa.training.engine.compiled_blocks import compile_blocks
 from megatron_nepa.training.engine.deepspeed_config import resolve
 from megatron_nepa.training.engine.engine import TrainingEngine, import_deepspeed
 from megatron_nepa.training.loop import TrainingLoop
@@ -88,8 +89,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
                 engine.train_state, run.init_from, run.init_weights, run.model, task.reset_head, classes=task.classes
             )
     if run.compile:
-        for block in engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
-            block.compile()
+        compile_blocks(engine.module)
     if progress.samples % run.global_batch_size:
         raise ConfigError(
             f"{found.checkpoint} stands at sample {progress.samples}, which is no multiple of global_batch_size "

@@ -61,7 +61,8 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     torch.set_num_threads(1)
-    faulthandler.enable()  # a rank that a signal ends says where
+    faulthandler.enable()  # a rank that a signal ends says where, and one that hangs
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10)
     outcome: tuple[Any, str | None]
     try:
         store = dist.FileStore(f"{folder}/store", world_size)

@@ -21,8 +21,11 @@ from torch.fx import GraphModule
 from megatron_nepa.models import transformer
 from megatron_nepa.parallel.parameters import sum_split_gradients
 from megatron_nepa.parallel.topology import TensorGroup, Topology
+from megatron_nepa.training.engine.compiled_blocks import compile_blocks
 from tests.distributed.cases import Case, Mutation, Outcome, differences, train_case
+from tests.distributed.jepa_cases import CASE as JEPA
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_objectives import CASES
 
 # three steps of two micro-batches, whose rows travel in four chunks
 PLAIN = Case().on(tensor_size=2, chunk_bytes=4096)
@@ -70,13 +73,12 @@ def compiled(case: Case, mutation: Mutation | None, backend: str | None) -> Comp
         partition_fn=min_cut_rematerialization_partition,
     )
 
-    def compile_blocks(model: nn.Module, topology: Topology) -> None:
+    def mutate_and_compile(model: nn.Module, topology: Topology) -> None:
         if mutation is not None:
             mutation(model, topology)
-        for block in model.trunk.blocks:  # type: ignore[union-attr]
-            block.compile(backend=backend or counting)
+        compile_blocks(model, backend or counting)
 
-    outcome = train_case(case, compile_blocks)
+    outcome = train_case(case, mutate_and_compile)
     operations = {part: dict(counts) for part, counts in found.items()}
     return Compiled(outcome, counters["stats"]["unique_graphs"], dict(counters["graph_break"]), operations)
 
@@ -85,9 +87,9 @@ def compare(case: Case, mutation: Mutation | None = None, backend: str | None = 
     return train_case(case), compiled(case, mutation, backend)
 
 
-def problems(eager: Outcome, run: Compiled) -> list[str]:
-    """Where a compiled run is not one graph for all its blocks, steps and micro-batches, or not the eager run's."""
-    found = [f"{run.graphs} graphs"] * (run.graphs != 1) + [f"graph break: {reason}" for reason in run.breaks]
+def problems(eager: Outcome, run: Compiled, graphs: int = 1) -> list[str]:
+    """Where a compiled run has not these graphs for all its blocks, steps and micro-batches, or not eager numbers."""
+    found = [f"{run.graphs} graphs"] * (run.graphs != graphs) + [f"graph break: {reason}" for reason in run.breaks]
     if run.outcome.losses != eager.losses or run.outcome.grad_norms != eager.grad_norms:
         found.append(f"losses {run.outcome.losses} and {eager.losses}")
     for ours, theirs in ((run.outcome.gradients, eager.gradients), (run.outcome.state, eager.state)):
@@ -114,6 +116,16 @@ def test_sequence_parallel_blocks_are_one_graph_and_equal_eager_ones_bit_by_bit(
         # is computed again
         backward = {"gathered_product_backward": 2, "mm": 4, "all_gather_into_tensor": 2, "all_reduce": 1}
         assert run.operations["backward"] == backward | {"wait_tensor": 3}
+
+
+@pytest.mark.parametrize(
+    ("case", "graphs"),
+    [(CASES["mae"], 2), (JEPA, 3)],  # trunk and decoder; trunk, predictor and targets
+    ids=["mae", "jepa"],
+)
+def test_an_objectives_own_blocks_are_compiled_too(case: Case, graphs: int) -> None:
+    for eager, run in run_ranks(2, compare, case.on(tensor_size=2, sequence_parallel=True)):
+        assert problems(eager, run, graphs) == []
 
 
 def break_the_graph(model: nn.Module, topology: Topology) -> None:

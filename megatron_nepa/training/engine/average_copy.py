@@ -22,7 +22,13 @@ from megatron_nepa.parallel.topology import Topology
 
 
 class Follower(Protocol):
-    """What computes with the average."""
+    """What computes with the average.
+
+    Attributes:
+        trunk: the module that holds it.
+    """
+
+    trunk: nn.Module
 
     def attach(self, average: AverageCopy) -> None:
         """Take the copy, before the first forward pass."""
