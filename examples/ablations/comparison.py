@@ -82,7 +82,8 @@ class Comparison:
         lines += [
             "",
             f"The learning rate of each is the best of {len(SWEEP)} on 5,000 training photographs that fine-tuning "
-            f"does not see ({seconds / 3600:.1f} core-hours). Equal FLOPs count forward, backward and target encoders.",
+            f"does not see ({seconds / 3600:.1f} core-hours). {self._ends()}Equal FLOPs count forward, backward and "
+            "target encoders.",
             "",
         ]
         nepa = study.accuracies(self.at_steps("nepa"))
@@ -93,6 +94,15 @@ class Comparison:
         verdict = compare(nepa, study.accuracies(self.scratch()), study.noise)
         lines.append(f"- NEPA {_STANDING[verdict]} training from scratch.")
         return "\n".join(lines)
+
+    def _ends(self) -> str:
+        """Whose best learning rate is the lowest or the highest that was tried."""
+        found = []
+        for end, name in ((0, "lowest"), (-1, "highest")):
+            here = [NAMES[o] for o in self.objectives if self.study.best(self.sweep[o]) == self.sweep[o][end]]
+            if here:
+                found.append(f"the {name} for {' and '.join(here)}")
+        return f"It is {', '.join(found)}: a wider search may favour them. " if found else ""
 
     def _cells(self, objective: str, steps: int) -> list[Cell]:
         return self.study.with_all_seeds(self.study.best(self.sweep[objective]), steps)
