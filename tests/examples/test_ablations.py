@@ -155,7 +155,8 @@ def test_the_report(study: Study) -> None:
     assert "The causal mask helps. **holds**: +5.00 points." in text
     assert "The stop-gradient is needed. **within noise**: +0.00 points." in text
     assert "- NEPA is ahead of training from scratch." in text
-    assert "It is the lowest for NEPA and MAE and JEPA and AIM: a wider search may favour them." in text  # all are equal there
+    # all are equal there
+    assert "It is the lowest for NEPA and MAE and JEPA and AIM: a wider search may favour them." in text
     assert "QK-norm changes MAE little. **holds**: +0.00 points." in text
     assert "A probe reaches far less than fine-tuning. **within noise**: +0.00 points." in text
     # the made-up world gains 0.05 points a step
