@@ -9,6 +9,7 @@ import pickle
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,29 @@ TIMEOUT_SECONDS = 300
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call ``function(*arguments)`` on ``world_size`` fresh gloo ranks; returns what each rank returned.
 
+    Ranks of which a signal ended one are started a second time, with a warning.
+
     Raises:
         AssertionError: with the traceback of every rank that failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        statuses = _run(world_size, folder, function, arguments)
-        outcomes = [_read(Path(folder) / f"{rank}.pickle", status) for rank, status in enumerate(statuses)]
+    statuses, outcomes = _outcomes(world_size, function, arguments)
+    if any(status is not None and status < 0 for status in statuses):
+        # torch's gloo was seen to corrupt its heap (malloc aborts in a reduce-scatter, one start in hundreds)
+        warnings.warn(f"ranks ended by signals, exit statuses {statuses}: they are started once more", stacklevel=2)
+        statuses, outcomes = _outcomes(world_size, function, arguments)
     alive = [rank for rank, status in enumerate(statuses) if status is None]
     errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
     if errors or alive:
         raise AssertionError(f"ranks still running: {alive}\n" + "\n".join(errors))
     return [value for value, _ in outcomes]
+
+
+def _outcomes(
+    world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[list[int | None], list[tuple[Any, str | None]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        statuses = _run(world_size, folder, function, arguments)
+        return statuses, [_read(Path(folder) / f"{rank}.pickle", status) for rank, status in enumerate(statuses)]
 
 
 def exit_statuses(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
