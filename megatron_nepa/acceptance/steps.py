@@ -18,6 +18,7 @@ from megatron_nepa.config import ActivationCheckpointing, ModelConfig, ParallelC
 from megatron_nepa.kernels.dispatch import select_kernels
 from megatron_nepa.models.build import Build
 from megatron_nepa.objectives.nepa import NepaForPretraining
+from megatron_nepa.training.engine.compiled_blocks import compile_blocks
 
 LEARNING_RATE, CLIP, EMA_DECAY = 1e-4, 1.0, 0.9999
 WARMUP_STEPS = 3
@@ -56,8 +57,7 @@ class PlainSteps:
         self.model = NepaForPretraining(model, build=build).to(calls.device).bfloat16().train()
         if compiled:
             torch._dynamo.reset()  # a second shape would be compiled as one of any size
-            for block in self.model.trunk.blocks:
-                block.compile(backend=calls.compile_backend)
+            compile_blocks(self.model, calls.compile_backend)
         self.parameters: list[Tensor] = [each for each in self.model.parameters() if each.requires_grad]
         self.masters = [each.detach().float().requires_grad_() for each in self.parameters]
         self.average = [each.detach().clone() for each in self.masters]

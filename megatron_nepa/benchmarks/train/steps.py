@@ -21,6 +21,7 @@ from megatron_nepa.models.trunk import DTYPES
 from megatron_nepa.parallel.topology import Topology
 from megatron_nepa.recipes import PRETRAINING_RECIPES
 from megatron_nepa.tasks.pretraining import PretrainingTask
+from megatron_nepa.training.engine.compiled_blocks import compile_blocks
 from megatron_nepa.training.engine.deepspeed_config import resolve
 from megatron_nepa.training.engine.engine import TrainingEngine, import_deepspeed
 from megatron_nepa.training.task import Loader
@@ -114,8 +115,7 @@ class TrainingSteps:
         self.device, self.task = topology.device, PretrainingTask(run, topology)
         self.engine = TrainingEngine(self.task.build_model(setting.kernels), run, setting.ds_config, topology)
         if run.compile:
-            for block in self.engine.module.trunk.blocks:  # type: ignore[union-attr, operator]
-                block.compile()
+            compile_blocks(self.engine.module)
         self.loader = loader_of(self.task, run, topology)
 
     def step(self, clock: PartClock) -> None:
