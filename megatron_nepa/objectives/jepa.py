@@ -70,12 +70,27 @@ class JepaForPretraining(PretrainingModel):
             means = reduce_from_group(means, self.build.tensor)
         loss, prediction_norm, target_norm = means.unbind()
         losses = self._sample_losses(distance.detach(), weight, masks) if by_sample else None
+        embeddings = {"target": target, "prediction": prediction.detach()}
+        if weight is not None:
+            predicted = self._predicted_rows(masks, target.device)
+            embeddings = {name: rows[predicted] for name, rows in embeddings.items()}
         return PretrainingOutput(
             loss,
             metrics={"prediction_norm": prediction_norm.detach(), "target_norm": target_norm.detach()},
-            embeddings={"target": target, "prediction": prediction.detach()},
+            embeddings=embeddings,
             sample_loss=losses,
         )
+
+    def _predicted_rows(self, masks: BlockMasks, device: torch.device) -> Tensor:
+        """Of this rank's rows where they cut a sample, those of target patches, int64: a rank may hold none."""
+        (num_samples, num_context), (num_blocks, block) = masks.context.shape, masks.targets.shape[1:]
+        period = num_context + block
+        rows = shard_rows(num_samples * num_blocks * period, self.build.tensor, self.build.parallel.sequence_parallel)
+        ends = rows.first, min(rows.first + rows.count, rows.num_rows)
+        start, stop = (end // period * block + max(0, end % period - num_context) for end in ends)
+        # numbers that the host knows: choosing by a mask would make it wait for the device
+        patch = torch.arange(start, max(start, stop), device=device)
+        return patch // block * period + num_context + patch % block - rows.first
 
     def _sample_losses(self, distance: Tensor, weight: Tensor | None, masks: BlockMasks) -> Tensor:
         """Of what :meth:`_pairs` gave, the loss of each sample, [B]."""

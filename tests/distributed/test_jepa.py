@@ -78,6 +78,22 @@ def test_a_run_that_continues_on_another_grid_computes_the_same(tmp_path: Path) 
     assert differences(found, rest) == []
 
 
+def shown(case: Case) -> dict[str, Tensor]:
+    """This rank's rows of which the log shows the health."""
+    engine, micro = build_engine(case), case.grid.micro_batch_size
+    images = sample_images(local_samples(0, micro, engine.topology), case.model, torch.float32)
+    rows: dict[str, Tensor] = engine.forward(images, torch.arange(micro), 0).embeddings
+    return rows
+
+
+def test_the_health_is_that_of_what_is_predicted() -> None:
+    """Also where a rank's rows cut a sample, and are the context's in part."""
+    whole: dict[str, Tensor] = run_ranks(1, shown, CASE.on(zero_stage=0, micro_batch_size=1))[0]
+    parts = run_ranks(2, shown, CASE.on(tensor_size=2, sequence_parallel=True, zero_stage=0, micro_batch_size=1))
+    for name, rows in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), rows, atol=1e-5, rtol=1e-4)
+
+
 class GatherCount:
     """Counts the all-gathers that the copy starts."""
 
