@@ -228,6 +228,7 @@ def test_a_number_in_the_file_replaces_the_recipes(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 2, "offload_optimizer": None}}, [], "it must be an object"),
         ({"zero_optimization": {"stage": "2"}}, [], "it must be the number 0, 1 or 2"),
         ({"zero_optimization": {"stage": 3}}, [], "ZeRO stage 3 is not supported"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, [], "round_robin_gradients.* Drop it"),
         ({"zero_optimization": {"stage": 0}}, ["--dtype", "bf16"], "ZeRO stage 0 serves as the fp32 reference only"),
         ({"fp16": {"enabled": True}}, [], "half precision is not supported"),
         ({"optimizer": {"type": "Adam"}}, [], "the optimizer is set by --base_lr"),

@@ -180,6 +180,11 @@ def resolve(run: RunConfig, config: dict[str, Any], data_parallel_size: int) -> 
         "ZeRO stage 0 serves as the fp32 reference only: DeepSpeed keeps no fp32 master weights there. "
         "Use --dtype fp32, or stage 1 or 2.",
     )
+    require(
+        not zero.get("round_robin_gradients"),
+        '"zero_optimization.round_robin_gradients" in the DeepSpeed config is not supported: it reorders the weights '
+        "that checkpoints and averages find by their places. Drop it.",
+    )
     merged = {
         **config,
         "train_batch_size": run.global_batch_size,
