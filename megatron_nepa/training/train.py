@@ -81,7 +81,7 @@ def train(run: RunConfig, ds_config: dict[str, Any], task: Task, kernels: Kernel
     progress, start = Progress(), None
     if found.checkpoint is not None:
         with waiting_for(f"reading {found.checkpoint}", topology.is_main):
-            progress = load(engine.train_state, found.checkpoint, found.manifest, run.to_dict()["model"])
+            progress = load(engine.train_state, found.checkpoint, found.manifest, run.to_dict())
         engine.applied_steps, engine.skipped_in_a_row = progress.applied_steps, progress.skipped_in_a_row
     elif run.init_from is not None:
         with waiting_for(f"reading {run.init_from}", topology.is_main):

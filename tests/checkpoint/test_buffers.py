@@ -56,7 +56,7 @@ def save_with_statistics(folder: Path, case: Case) -> dict[str, Tensor]:
 
 def load_on(case: Case, checkpoint: Path) -> dict[str, Tensor]:
     engine = build(case)
-    load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
+    load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict())
     return persistent_buffers(engine.module)
 
 

@@ -23,7 +23,7 @@ def order_of(checkpoint: Path, recorded: int | None) -> int | str:
     if recorded is not None:
         manifest["progress"]["order"] = recorded
     try:
-        return load(build_engine(case).train_state, checkpoint, manifest, build_run(case).to_dict()["model"]).order
+        return load(build_engine(case).train_state, checkpoint, manifest, build_run(case).to_dict()).order
     except ConfigError as error:
         return str(error)
 
@@ -31,7 +31,7 @@ def order_of(checkpoint: Path, recorded: int | None) -> int | str:
 def load_on(grid: Grid, checkpoint: Path) -> tuple[dict[str, Tensor], list[float]]:
     case = Case(grid=grid, model=MASKED)
     engine = build_engine(case)
-    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
+    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict())
     assert (progress.step, progress.samples, progress.applied_steps) == (STEPS + 1, 24, STEPS)
     masters = engine.masters
     return join_state(engine), [float(masters.optimizer.state[flat]["step"]) for flat in masters.flats]

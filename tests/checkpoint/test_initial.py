@@ -22,7 +22,7 @@ from megatron_nepa.checkpoint.initial import start_from
 from megatron_nepa.checkpoint.reading.resume import load
 from megatron_nepa.checkpoint.reading.weights import read_weights, write_weights
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
-from megatron_nepa.config import ConfigError
+from megatron_nepa.config import AimObjective, ConfigError
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.topology import Topology
 from tests.checkpoint.test_conversion import RELEASABLE, save_on
@@ -169,13 +169,26 @@ def test_a_head_that_the_model_has_not_is_left_out(classifier: Path) -> None:
 def resume_as_classifier(checkpoint: Path) -> str:
     engine = build_engine(ONE, partial(add_classifier, 5))
     with pytest.raises(ConfigError) as error:
-        load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(ONE).to_dict()["model"])
+        load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(ONE).to_dict())
     return str(error.value)
 
 
 def test_a_run_of_another_task_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
     error = run_ranks(1, resume_as_classifier, saved[0] / "step_00000007")[0]
     assert "is of another task, it holds no classifier.bias: start from its weights with --init_from" in error
+
+
+def resume_as_aim(checkpoint: Path) -> str:
+    engine, case = build_engine(ONE), replace(ONE, objective=AimObjective())
+    with pytest.raises(ConfigError) as error:
+        load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict())
+    return str(error.value)
+
+
+def test_a_run_of_another_objective_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    """Whose tensors would do: those of NEPA are the trunk's alone."""
+    error = run_ranks(1, resume_as_aim, saved[0] / "step_00000007")[0]
+    assert "is of the objective nepa, this run of aim: start from its trunk with --init_from" in error
 
 
 def test_another_patch_and_image_size_are_resampled_to(tmp_path: Path) -> None:

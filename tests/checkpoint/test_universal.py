@@ -55,8 +55,8 @@ def load_with_deepspeed(case: Case, folder: Path) -> tuple[dict[str, Tensor], li
 
 def load_ours(checkpoint: Path) -> tuple[dict[str, Tensor], Progress]:
     engine = build_engine(Case(model=MASKED))
-    model = build_run(Case(model=MASKED)).to_dict()["model"]
-    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), model)
+    run = build_run(Case(model=MASKED)).to_dict()
+    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), run)
     return join_state(engine), progress
 
 

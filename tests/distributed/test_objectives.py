@@ -109,7 +109,7 @@ def load_and_train_all(folder: Path) -> list[Outcome]:
 
 def load_and_train(case: Case, checkpoint: Path) -> Outcome:
     engine = build_engine(case)
-    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict()["model"])
+    progress = load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict())
     engine.applied_steps = progress.applied_steps
     outcome = Outcome()
     for step in range(1, case.steps):

@@ -12,7 +12,7 @@ from megatron_nepa.checkpoint.format.manifest import STATE_FILE, DamagedCheckpoi
 from megatron_nepa.checkpoint.format.state import TrainState, empty_state, restore_state, set_optimizer_step
 from megatron_nepa.checkpoint.format.torch_checkpoint import load_shares, read_entries
 from megatron_nepa.checkpoint.saving.checkpoints_folder import CheckpointStore, Progress
-from megatron_nepa.config import ConfigError, RunConfig, require
+from megatron_nepa.config import ConfigError, RunConfig, read_objective, require
 from megatron_nepa.data.sampling.order import require_known_order
 from megatron_nepa.parallel.topology import Topology
 
@@ -85,17 +85,17 @@ def find_checkpoint(path: str) -> Path:
     )
 
 
-def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: dict[str, Any]) -> Progress:
+def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], run: dict[str, Any]) -> Progress:
     """Restore a run on any grid from a checkpoint; every rank calls it.
 
     Args:
         train: filled in place.
         checkpoint: folder of a complete checkpoint.
         manifest: that checkpoint's manifest.
-        model: this run's model config as plain values, which the checkpoint's must equal.
+        run: this run's config as plain values, whose model and objective the checkpoint's must be.
 
     Raises:
-        ConfigError: where the checkpoint belongs to another model or task, or to a run in an unknown order.
+        ConfigError: where the checkpoint belongs to another model, task or objective, or to a run in an unknown order.
     """
     require(
         manifest["has_optimizer"],
@@ -104,9 +104,17 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], model: d
     require_known_order(manifest["progress"].get("order", 1), str(checkpoint))
     theirs = manifest["run"]["model"]
     differing = [
-        f"{key} {theirs.get(key)} there, {value} here" for key, value in model.items() if theirs.get(key) != value
+        f"{key} {theirs.get(key)} there, {value} here"
+        for key, value in run["model"].items()
+        if theirs.get(key) != value
     ]
     require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
+    there, here = (read_objective(config) for config in (manifest["run"], run))
+    require(
+        there is None or here is None or there.name == here.name,
+        f"{checkpoint} is of the objective {there and there.name}, this run of {here and here.name}: start from its "
+        "trunk with --init_from instead of --resume.",
+    )
     state = empty_state(train)
     stored = read_entries(checkpoint)
     missing = state.keys() - stored.keys()
