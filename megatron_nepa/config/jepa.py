@@ -55,14 +55,17 @@ class JepaObjective:
             "stand in that order in (0, 1).",
         )
         require(
-            0 < self.target_aspect_min <= self.target_aspect_max,
+            0.01 <= self.target_aspect_min <= self.target_aspect_max <= 100,
             f"objective.target_aspect_min {self.target_aspect_min} and target_aspect_max {self.target_aspect_max} "
-            "must be positive and stand in that order.",
+            "must stand in that order in [0.01, 100].",
         )
         for name in ("context_scale_min", "context_ratio"):
             value = getattr(self, name)
             require(0 < value <= 1, f"objective.{name} is {value}; it must lie in (0, 1].")
-        require(0 <= self.momentum < 1, f"objective.momentum is {self.momentum}; it must lie in [0, 1).")
+        require(
+            0 < self.momentum < 1,
+            f"objective.momentum is {self.momentum}; it must lie in (0, 1): the targets are an average's features.",
+        )
 
     def average_decay(self, total_steps: int) -> AverageDecay:
         """How the targets' average follows the weights of a run of that many steps (I-JEPA's schedule)."""
@@ -117,7 +120,14 @@ class JepaObjective:
             "the objective jepa shows the trunk a few patches without an order: set model.causal to false.",
         )
         require(
-            not model.bos_token, "the objective jepa predicts the features of patches: set model.bos_token to false."
+            not model.bos_token,
+            "the objective jepa predicts the features of patches: set model.bos_token to false, and start from no "
+            "checkpoint that has one.",
+        )
+        require(
+            model.mlp_hidden_size * self.predictor_hidden_size >= model.hidden_size,
+            f"model.mlp_hidden_size {model.mlp_hidden_size} leaves the predictor's feed-forward layers no width: "
+            "raise it.",
         )
         predictor = self.predictor_model(model)
         require(
@@ -137,10 +147,15 @@ class JepaObjective:
     def check_average(self, optimizer: OptimizerConfig) -> None:
         """Refuse a weight average that is not the targets'."""
         require(
-            optimizer.ema_decay == self.momentum and not optimizer.ema_warmup,
+            optimizer.ema_decay == self.momentum,
             "the targets of the objective jepa come from the run's weight average, whose decay rises from "
             f"objective.momentum {self.momentum:g} to 1: set optimizer.ema_decay to {self.momentum:g}, not "
-            f"{optimizer.ema_decay:g}, and leave optimizer.ema_warmup off.",
+            f"{optimizer.ema_decay:g}.",
+        )
+        require(
+            not optimizer.ema_warmup,
+            "the weight average of the objective jepa has a schedule of its own, objective.momentum's: leave "
+            "optimizer.ema_warmup off.",
         )
 
     def _check_grid(self, side: int) -> None:
@@ -152,7 +167,7 @@ class JepaObjective:
             left >= wanted,
             f"objective.context_ratio {self.context_ratio} asks for {wanted} of {side} x {side} patches, but a context "
             f"block of {rows} x {columns} may have {left} left beside a target block: lower objective.context_ratio or "
-            "objective.target_scale_max, or cut the image into more patches.",
+            "objective.target_scale_max, raise objective.context_scale_min, or cut the image into more patches.",
         )
 
     def most_target_patches(self, height: int, width: int) -> int:

@@ -126,13 +126,11 @@ class MaeObjective:
             f"{one_of(multiples_around(width, math.lcm(heads * unit, 4)))}.",
         )
         size = parallel.tensor_parallel_size
-        for name in ("decoder_heads", "decoder_mlp_hidden_size"):
-            value = getattr(self, name)
-            require(
-                value % size == 0,
-                f"tensor_parallel_size {size} does not divide objective.{name} {value}: take a multiple, such as "
-                f"{one_of(multiples_around(value, size))}.",
-            )
+        require(
+            heads % size == 0 and self.decoder_mlp_hidden_size % size == 0,
+            f"tensor_parallel_size {size} does not divide objective.decoder_heads {heads} and "
+            f"objective.decoder_mlp_hidden_size {self.decoder_mlp_hidden_size}: take a size that divides both.",
+        )
 
 
 ObjectiveConfig = NepaObjective | AimObjective | MaeObjective | JepaObjective

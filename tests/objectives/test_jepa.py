@@ -173,6 +173,7 @@ def run(**changes: Any) -> PretrainingConfig:
         ({"optimizer": OptimizerConfig(ema_decay=0.9999)}, "set optimizer.ema_decay to 0.996, not 0.9999"),
         ({"optimizer": OptimizerConfig(ema_decay=0.996, ema_warmup=True)}, "leave optimizer.ema_warmup off"),
         ({"optimizer": OptimizerConfig(ema_decay=0.0)}, "set optimizer.ema_decay to 0.996, not 0"),
+        ({"model": replace(MODEL, mlp_hidden_size=1)}, "mlp_hidden_size 1 leaves the predictor"),
         ({"model": ModelConfig(image_size=84)}, "set model.causal to false"),
         ({"model": ModelConfig(image_size=84, causal=False, bos_token=True)}, "set model.bos_token to false"),
         ({"objective": JepaObjective(context_ratio=0.8)}, "asks for 29 of 6 x 6 patches"),
@@ -183,6 +184,23 @@ def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], said: str) -
     run()
     with pytest.raises(ConfigError, match=said):
         run(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"momentum": 0.0}, "objective.momentum is 0.0; it must lie in"),
+        ({"momentum": 1.0}, "objective.momentum is 1.0; it must lie in"),
+        ({"target_aspect_max": 1e308}, "must stand in that order in"),
+        ({"target_aspect_min": 5e-324}, "must stand in that order in"),
+        ({"predictor_num_heads": 5}, "must be a multiple of 4"),
+        ({"num_targets": 0}, "must be at least 1"),
+        ({"context_ratio": 0.0}, "it must lie in"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        JepaObjective(**changes)
 
 
 def test_the_decay_rises_linearly_to_one() -> None:
