@@ -12,6 +12,7 @@ import torch
 
 from megatron_nepa.config import (
     ClassificationConfig,
+    JepaObjective,
     MaeObjective,
     NepaObjective,
     PretrainingConfig,
@@ -32,6 +33,7 @@ from megatron_nepa.data.sampling.feed import Feed
 from megatron_nepa.data.sampling.order import crop_boxes, flips
 from megatron_nepa.data.sampling.rank_share import Share
 from megatron_nepa.models.draws import patch_mask
+from megatron_nepa.objectives.block_masks import block_masks
 from megatron_nepa.objectives.mae import mae_mask
 from megatron_nepa.tasks.probing import CROPS_ONLY
 from megatron_nepa.tasks.segmentation_overlay import class_colours, coloured
@@ -160,6 +162,10 @@ def _masked(run: PretrainingConfig, seen: list[Pixels], samples: npt.NDArray[np.
             mask = patch_mask(ratio, grid * grid, run.seed, numbers)
         case MaeObjective():
             mask = mae_mask(run.objective, grid * grid, run.seed, numbers)
+        case JepaObjective():
+            step = int(samples[0]) // run.global_batch_size
+            context = block_masks(run.objective, (grid, grid), run.seed, step, numbers).context
+            mask = torch.ones(len(samples), grid * grid, dtype=torch.bool).scatter_(1, context, False)
         case _:
             return seen
     covered = mask.view(-1, grid, grid).numpy().repeat(patch, axis=1).repeat(patch, axis=2)

@@ -85,6 +85,18 @@ def test_masked_patches_are_grey(folder: Path) -> None:
         assert np.array_equal(covered.seen[seen], plain.seen[seen])
 
 
+@pytest.mark.parametrize(("recipe", "visible"), [("mae_b", 9), ("jepa_b", 9), ("aim_b", 36)])
+def test_patches_that_the_trunk_does_not_see_are_grey(recipe: str, visible: int, folder: Path) -> None:
+    run = PRETRAINING_RECIPES[recipe]()
+    run = replace(run, model=replace(run.model, image_size=48, patch_size=8))
+    index = scan_folder(folder)
+    samples = first_samples(run, index, 3)
+    grey = [(sample.seen == 128).all(axis=2).reshape(6, 8, 6, 8).all(axis=(1, 3)) for sample in samples]
+    assert [36 - int(hidden.sum()) for hidden in grey] == [visible] * 3
+    if visible < 36:
+        assert not np.array_equal(grey[0], grey[1])  # each sample's own
+
+
 def test_soft_targets_and_augmentation(folder: Path) -> None:
     """Fine-tuning: mixing groups are the run's, so that a sample's target does not depend on how many are shown."""
     run = small(CLASSIFICATION_RECIPES["imagenet_ft_b"]())
