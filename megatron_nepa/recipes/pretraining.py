@@ -18,6 +18,7 @@ from megatron_nepa.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainingConfig,
+    ProbeConfig,
 )
 
 
@@ -124,6 +125,7 @@ def mae_b() -> PretrainingConfig:
         data=DataConfig(crop_scale_min=0.2, horizontal_flip=True),
         # 40 of 1,600 epochs of warm-up; MAE neither clips gradients nor averages weights
         optimizer=OptimizerConfig(base_lr=1.5e-4, clip_grad=0.0, ema_decay=0.0),
+        probe=ProbeConfig(pooling="mean"),  # no token is the last where all see all
         output_dir="runs/mae_b",
         epochs=1600,
         global_batch_size=4096,
@@ -155,6 +157,7 @@ def jepa_b() -> PretrainingConfig:
             clip_grad=0.0,
             ema_decay=0.996,
         ),
+        probe=ProbeConfig(pooling="mean"),
         output_dir="runs/jepa_b",
         epochs=600,
         global_batch_size=2048,
