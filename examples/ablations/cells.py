@@ -22,6 +22,7 @@ Use = Literal["fine-tuning", "probe"]  # of a trunk
 Split = Literal["test", "held_out"]  # the 10,000 test photographs; 5,000 training photographs without use otherwise
 FINETUNING_RATE = 12e-3  # before scaling by the batch; so are those of pre-training
 PRETRAINING_RATE = 4e-3
+FINETUNING_BATCH_SIZE = int(str(FINETUNING["global_batch_size"]))
 
 # the trunk is that of examples/fashion_mnist for all objectives; decoder and predictor are as narrow and shallow beside
 # it as their papers' beside ViT-B
@@ -157,6 +158,13 @@ class Cell:
         """Its name in the results."""
         start = self.start.key if self.start is not None else None
         return key_of([start, self.flags, self.split, self.percent])
+
+    @property
+    def learning_rate(self) -> float:
+        """At its peak, after scaling by the batch: of the pre-training or, from scratch, of its own."""
+        if self.start is not None:
+            return self.start.learning_rate
+        return float(str(self.flags["optimizer.base_lr"])) * FINETUNING_BATCH_SIZE / 256
 
     @property
     def pretrained(self) -> Pretraining:

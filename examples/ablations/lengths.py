@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from examples.ablations.cells import FINETUNING_RATE, Cell, frozen
+from examples.ablations.judge import Finding
 from examples.ablations.study import SWEEP, Study
 from examples.ablations.tables import Claim
 from examples.fashion_mnist.spread import deviation
@@ -87,7 +88,11 @@ class Lengths:
             "photographs that fine-tuning does not see.",
             "",
         ]
-        for shorter, longer in pairwise(cells):
-            claim = Claim(f"{longer} steps are better than {shorter}.", longer, shorter)
-            lines.append(f"- {study.judged(claim, cells)}")
+        lines += [f"- {claim.sentence} {finding}" for claim, finding in self.findings()]
         return "\n".join(lines)
+
+    def findings(self) -> list[tuple[Claim, Finding]]:
+        """Whether each length is better than the one before."""
+        cells = {f"{steps:,}": self.best(steps) for steps in self.sweep}
+        claims = [Claim(f"{long} steps are better than {short}.", long, short) for short, long in pairwise(cells)]
+        return [(claim, self.study.judge(claim, cells)) for claim in claims]

@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
     # imported here: --help does not wait for them
-    from examples.ablations.cells import OBJECTIVES, Cell
+    from examples.ablations.cells import OBJECTIVES
     from examples.ablations.comparison import Comparison
-    from examples.ablations.figures import pretrainings
+    from examples.ablations.figures import cells as shown
     from examples.ablations.lengths import Lengths
     from examples.ablations.report import write_report
     from examples.ablations.results import Results
@@ -53,10 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def report() -> None:
         write_report(study, (*FIRST, *SECOND), comparison, lengths, output / "RESULTS.md")
 
-    cells = study.all_cells(FIRST)
-    for start in pretrainings(study):
-        cells.append(Cell(start, study.scale.finetuning, start.seed, percent=study.scale.percent))
-    study.run(cells, "tables and curves")
+    study.run([*study.all_cells(FIRST), *shown(study)], "tables and curves")
     report()
     comparison.train()
     report()

@@ -12,16 +12,15 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.ablations.cells import FINETUNING_RATE, PRETRAINING_RATE, Cell, Pretraining, frozen
-from examples.ablations.judge import STANDARD_ERRORS, compare, level, standard_error
+from examples.ablations.judge import Finding, Noise, compare, pool
 from examples.ablations.results import Results, today
-from examples.ablations.tables import Claim, Row, Table
+from examples.ablations.tables import SCRATCH, Claim, Row, Table
 from examples.ablations.worker import Outcome, Task, begin, carry_out
 from examples.fashion_mnist.spread import deviation, in_percent
 from megatron_nepa.config import ConfigError, require
 
 NEEDED_GAIN = 4.0  # standard deviations of the baseline, that pre-training must be worth over training from scratch
 SWEEP = (0.5, 1.0, 2.0)  # factors of the learning rate
-SCRATCH = "from scratch"
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,9 @@ class Study:
             found = self.accuracies(cells)
             tried.append((steps, float(np.mean(found)), deviation(found)))
         enough = [t for t in tried if t[1] - np.mean(floor) >= NEEDED_GAIN * max(t[2], deviation(floor))]
-        steps, _, noise = enough[0] if enough else tried[-1]
-        seeds = [0.0] * len(scale.seeds)
+        steps, *_ = enough[0] if enough else tried[-1]
         self.results.plan = {
             "steps": steps,
-            "noise": noise,
-            "detectable": STANDARD_ERRORS * standard_error(seeds, seeds, noise),
             "candidates": [list(t) for t in tried],
             "scratch": [float(np.mean(floor)), deviation(floor)],
             "finetuning_steps": scale.finetuning,
@@ -114,17 +110,19 @@ class Study:
         return int(self.results.plan["steps"])
 
     @property
-    def noise(self) -> float:
-        """Standard deviation of the baseline's accuracy over its seeds."""
-        assert self.results.plan is not None
-        return float(self.results.plan["noise"])
+    def noise(self) -> Noise:
+        """Of the baseline at every length, and without pre-training."""
+        plan = self.results.plan
+        assert plan is not None
+        settings = [*(spread for _, _, spread in plan["candidates"]), plan["scratch"][1]]
+        return pool(settings, len(self.scale.noise_seeds))
 
     def baseline(self, seed: int, steps: int) -> Cell:
         """NEPA as the study trains it."""
         return self.cell(Row("", ""), seed, steps)
 
     def from_scratch(self, seed: int) -> Cell:
-        """The network trained on the labels alone."""
+        """The network trained on the labels alone, for the steps of fine-tuning."""
         return Cell(None, self.scale.finetuning, seed, percent=self.scale.percent)
 
     def cell(self, row: Row, seed: int, steps: int | None = None) -> Cell:
@@ -195,12 +193,11 @@ class Study:
         note = f" ({failed} of {len(cells)} failed)" if failed else ""
         return f"{in_percent(float(np.mean(found)), deviation(found))}{note}"
 
-    def judged(self, claim: Claim, cells: Mapping[str, Sequence[Cell]]) -> str:
-        """A claim about the rows of ``cells``, whether it holds here, and the difference."""
-        better, worse = (self.accuracies(cells[label]) for label in (claim.better, claim.worse))
-        difference = 100 * (float(np.mean(better)) - float(np.mean(worse)))
-        verdict = (level if claim.is_level else compare)(better, worse, self.noise)
-        return f"{claim.sentence} **{verdict}**: {difference:+.2f} points."
+    def judge(self, claim: Claim, cells: Mapping[str, Sequence[Cell]]) -> Finding:
+        """Whether a claim about the rows of ``cells``, or about training from scratch, holds here."""
+        scratch = {SCRATCH: [self.from_scratch(seed) for seed in self.scale.noise_seeds]}
+        better, worse = (self.accuracies({**scratch, **cells}[label]) for label in (claim.better, claim.worse))
+        return compare(better, worse, self.noise, claim.is_level)
 
     def run(self, cells: Iterable[Cell], title: str) -> None:
         """Train those of the cells that no one has trained, with a progress bar in steps.

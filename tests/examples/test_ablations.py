@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ import pytest
 from examples.ablations import study as studies
 from examples.ablations.cells import OBJECTIVES, PRETRAINING_RATE, Cell, Pretraining
 from examples.ablations.comparison import Comparison
-from examples.ablations.judge import compare, level, standard_error
+from examples.ablations.judge import Noise, compare, pool
 from examples.ablations.lengths import Lengths
 from examples.ablations.report import write_report
 from examples.ablations.results import Results
 from examples.ablations.study import Scale, Study
-from examples.ablations.tables import FIRST, SECOND, Row
+from examples.ablations.tables import FIRST, SCRATCH, SECOND, Row
 from examples.ablations.worker import _train
 from examples.fashion_mnist.data import prepare
 from megatron_nepa.config import ConfigError, override
@@ -47,7 +48,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     def run(self: Study, cells: list[Cell], title: str) -> None:
         record = {"seconds": 36.0, "machine": "a CPU", "date": "2026-01-01", "failed": None}
         for cell in cells:
-            self.results.cells[cell.key] = {**record, "accuracy": accuracy_of(cell)}
+            self.results.cells[cell.key] = {**record, "accuracy": accuracy_of(cell), "flops_per_image": 1e6}
             if cell.start is not None:
                 last = {"loss": -0.9, "target_effective_rank": 20.0}
                 curves = {"step": [1.0, 2.0], "loss": [-0.5, -0.9], "grad_norm": [1.0, 0.1]}
@@ -68,7 +69,8 @@ def test_noise_chooses_the_fewest_steps_that_pay(study: Study) -> None:
     study.measure_noise()
     # the seeds' deviation is 0.0017 here: four of them are gained with 20 steps (0.010), not with 10 (0.005)
     assert study.steps == 20
-    assert study.noise == pytest.approx(0.0016733, rel=1e-3)
+    assert study.noise.deviation == pytest.approx(0.0016733, rel=1e-3)
+    assert study.noise.degrees_of_freedom == 4 * (5 - 1)  # three lengths, and from scratch
     chosen = json.loads((study.results.path).read_text())["plan"]
     study.results.plan = {**chosen, "steps": 40}
     study.measure_noise()
@@ -76,14 +78,28 @@ def test_noise_chooses_the_fewest_steps_that_pay(study: Study) -> None:
 
 
 def test_verdicts() -> None:
-    assert compare([0.90, 0.91, 0.92], [0.80, 0.81, 0.82], noise=0.01) == "holds"
-    assert compare([0.80, 0.81, 0.82], [0.90, 0.91, 0.92], noise=0.01) == "does not hold"
-    assert compare([0.90, 0.91, 0.92], [0.89, 0.90, 0.91], noise=0.01) == "within noise"
-    assert level([0.90, 0.91, 0.92], [0.89, 0.90, 0.91], noise=0.01) == "holds"
-    assert level([0.90, 0.91, 0.92], [0.80, 0.81, 0.82], noise=0.01) == "does not hold"
+    noise = Noise(0.01, 4)
+    high, low, near = [0.90, 0.91, 0.92], [0.80, 0.81, 0.82], [0.89, 0.90, 0.91]
+    assert compare(high, low, noise).verdict == "holds"
+    assert compare(low, high, noise).verdict == "does not hold"
+    assert compare(high, near, noise).verdict == "within noise"
+    # that two are level is refuted by a difference, and proved by none
+    assert [compare(high, other, noise, is_level=True).verdict for other in (low, near)] == [
+        "does not hold",
+        "within noise",
+    ]
     # three equal accuracies do not mean that there is no noise
-    assert compare([0.81] * 3, [0.80] * 3, noise=0.01) == "within noise"
-    assert standard_error([0.5] * 2, [0.5] * 8, noise=0.01) == pytest.approx((0.0001 / 2 + 0.0001 / 8) ** 0.5)
+    found = compare([0.82] * 3, [0.80] * 3, noise)
+    assert (found.verdict, found.difference) == ("within noise", pytest.approx(0.02))
+    # Student's t of 4 degrees of freedom, where a normal distribution's 1.96 would have found one
+    assert found.bound == pytest.approx(2.7764 * 0.01 * (2 / 3) ** 0.5, rel=1e-4)
+    assert noise.bound([0.5, 0.5], [0.4, 0.6]) == pytest.approx(2.7764 * (0.0001 / 2 + 0.02 / 2) ** 0.5, rel=1e-4)
+    assert str(found) == "**within noise** (+2.00 points, noise up to 2.27)"
+
+
+def test_the_noise_is_that_of_all_settings() -> None:
+    found = pool([0.3, 0.4], num_seeds=5)
+    assert (found.deviation, found.degrees_of_freedom) == (pytest.approx((0.25 / 2) ** 0.5), 8)
 
 
 def test_cells_are_known_by_their_settings(study: Study) -> None:
@@ -152,16 +168,31 @@ def test_the_report(study: Study) -> None:
     write_report(study, (*FIRST, *SECOND), comparison, lengths, path)
     text = path.read_text()
     assert "| 20 steps | 80.96 ± 0.17 |" in text
-    assert "The causal mask helps. **holds**: +5.00 points." in text
-    assert "The stop-gradient is needed. **within noise**: +0.00 points." in text
-    assert "- NEPA is ahead of training from scratch." in text
+    assert "The causal mask helps. **holds** (+5.00 points, noise up to 0." in text
+    # twenty steps are worth a point over training from scratch there, also without the stop-gradient
+    assert "Without the stop-gradient it fails in the same way. **does not hold** (-1.04 points" in text
+    assert "- At equal steps NEPA is ahead of training from scratch. **holds** (+1.00 points" in text
     # all are equal there
-    assert "It is the lowest for NEPA and MAE and JEPA and AIM: a wider search may favour them." in text
-    assert "QK-norm changes MAE little. **holds**: +0.00 points." in text
-    assert "A probe reaches far less than fine-tuning. **within noise**: +0.00 points." in text
+    assert "It is the lowest for NEPA and MAE and JEPA and AIM and training from scratch: a wider search" in text
+    assert "QK-norm changes MAE little. **within noise** (+0.00 points" in text
+    assert "A probe reaches less than fine-tuning. **within noise** (+0.00 points" in text
     # the made-up world gains 0.05 points a step
-    assert "- 40 steps are better than 20. **holds**: +1.00 points." in text
+    assert "- 40 steps are better than 20. **holds** (+1.00 points" in text
+    verdicts = [text.count(f"**{verdict}**") for verdict in ("holds", "within noise", "does not hold")]
+    told = "Of {} claims {} hold here, {} are within noise and {} do not hold."
+    assert told.format(sum(verdicts), *verdicts) in text
     assert path.with_name("lengths.png").is_file()
+
+
+def test_equal_steps_and_flops(study: Study) -> None:
+    study.measure_noise()
+    comparison = Comparison(study, tuple(OBJECTIVES))
+    comparison.train()
+    # a step of the others takes half of NEPA's FLOPs there, one of 64 photographs with labels as many an image
+    assert [cell.pretrained.steps for cell in comparison.at_flops("mae")] == [40] * 3
+    steps, flops = comparison.at_steps(SCRATCH), comparison.at_flops(SCRATCH)
+    assert {cell.steps for cell in steps} == {20 + 10}
+    assert {cell.steps for cell in flops} == {40 + 10}
 
 
 def test_a_probe_is_another_cell_than_a_fine_tuning(study: Study) -> None:
@@ -207,7 +238,24 @@ def test_an_evaluation_after_a_stop_belongs_to_the_last_step(tmp_path: Path) -> 
         rows += [{"step": 3, "val_top1": 0.75}]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    record = _train(script, {"output_dir": tmp_path})
+    record = _train(script, {"output_dir": tmp_path, "global_batch_size": 64})
     assert record["seconds"] == 1.5
     assert (record["last"]["loss"], record["last"]["val_top1"]) == (1.0, 0.75)
     assert record["curves"]["loss"] == [2.0, 1.5, 1.0]
+
+
+def test_what_is_committed_is_the_results(tmp_path: Path) -> None:
+    """The report and its figures are those of results.json, and every accuracy that the pages name is in the report."""
+    folder = PROJECT / "examples/ablations"
+    results = Results(folder / "results.json")
+    study = Study(results, Scale(), tmp_path, tmp_path, jobs=1)
+    comparison, lengths = Comparison(study, tuple(OBJECTIVES)), Lengths(study)
+    write_report(study, (*FIRST, *SECOND), comparison, lengths, tmp_path / "RESULTS.md")
+    report = (folder / "RESULTS.md").read_text()
+    assert (tmp_path / "RESULTS.md").read_text() == report
+    pages = {"README.md": ("**NEPA beside", "\n\n"), "docs/paper_and_release.md": ("claims hold on a small", "\n## ")}
+    for page, (first, last) in pages.items():
+        told = (PROJECT / page).read_text().partition(first)[2].partition(last)[0]
+        accuracies = re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", told)
+        assert accuracies
+        assert [accuracy for accuracy in accuracies if accuracy not in report] == []
