@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from examples.ablations.cells import Cell
 from examples.ablations.comparison import Comparison
 from examples.ablations.figures import describe_curves
-from examples.ablations.judge import CONFIDENCE, Finding
+from examples.ablations.judge import CONFIDENCE, Finding, Verdict
 from examples.ablations.lengths import Lengths
 from examples.ablations.study import NEEDED_GAIN, QUICK, Study
 from examples.ablations.tables import Claim, Table
@@ -85,8 +86,8 @@ def _noise(study: Study, findings: Sequence[tuple[Claim, Finding]]) -> str:
         "where their own seeds lie further apart. Where nothing differs, one verdict in twenty is beyond noise by "
         "chance.",
         "",
-        f"Of {len(verdicts)} claims {verdicts.count('holds')} hold here, {verdicts.count('within noise')} are within "
-        f"noise and {verdicts.count('does not hold')} do not hold.",
+        f"Verdicts on {len(verdicts)} claims: "
+        f"{', '.join(f'{verdict} {verdicts.count(verdict)}' for verdict in get_args(Verdict))}.",
     ]
     return "\n".join(lines)
 

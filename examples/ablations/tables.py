@@ -146,9 +146,7 @@ COMPONENTS = Table(
         Claim("LayerScale costs a little accuracy.", "plain ViT", "LayerScale"),
         Claim("RoPE helps.", "LayerScale, RoPE", "LayerScale"),
         Claim("QK-norm helps.", "LayerScale, RoPE, QK-norm", "LayerScale, RoPE"),
-        Claim(
-            "SwiGLU without QK-norm fails: it is worth less than no pre-training.", SCRATCH, "LayerScale, RoPE, SwiGLU"
-        ),
+        Claim("SwiGLU needs QK-norm.", "LayerScale, RoPE, QK-norm, SwiGLU", "LayerScale, RoPE, SwiGLU"),
         Claim("SwiGLU helps beside QK-norm.", "LayerScale, RoPE, QK-norm, SwiGLU", "LayerScale, RoPE, QK-norm"),
     ),
     _LAYER_SCALE,

@@ -179,7 +179,7 @@ def test_the_report(study: Study) -> None:
     # the made-up world gains 0.05 points a step
     assert "- 40 steps are better than 20. **holds** (+1.00 points" in text
     verdicts = [text.count(f"**{verdict}**") for verdict in ("holds", "within noise", "does not hold")]
-    told = "Of {} claims {} hold here, {} are within noise and {} do not hold."
+    told = "Verdicts on {} claims: holds {}, within noise {}, does not hold {}."
     assert told.format(sum(verdicts), *verdicts) in text
     assert path.with_name("lengths.png").is_file()
 

@@ -109,12 +109,13 @@ def load(train: TrainState, checkpoint: Path, manifest: dict[str, Any], run: dic
         if theirs.get(key) != value
     ]
     require(not differing, f"{checkpoint} holds another model: {'; '.join(differing)}.")
-    there, here = (read_objective(config) for config in (manifest["run"], run))
-    require(
-        there is None or here is None or there.name == here.name,
-        f"{checkpoint} is of the objective {there and there.name}, this run of {here and here.name}: start from its "
-        "trunk with --init_from instead of --resume.",
-    )
+    written, asked = (read_objective(config) for config in (manifest["run"], run))
+    if written is not None and asked is not None:
+        require(
+            written.name == asked.name,
+            f"{checkpoint} is of the objective {written.name}, this run of {asked.name}: start from its trunk with "
+            "--init_from instead of --resume.",
+        )
     state = empty_state(train)
     stored = read_entries(checkpoint)
     missing = state.keys() - stored.keys()
