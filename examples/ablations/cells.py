@@ -22,7 +22,6 @@ Use = Literal["fine-tuning", "probe"]  # of a trunk
 Split = Literal["test", "held_out"]  # the 10,000 test photographs; 5,000 training photographs without use otherwise
 FINETUNING_RATE = 12e-3  # before scaling by the batch; so are those of pre-training
 PRETRAINING_RATE = 4e-3
-FINETUNING_BATCH_SIZE = int(str(FINETUNING["global_batch_size"]))
 
 # the trunk is that of examples/fashion_mnist for all objectives; decoder and predictor are as narrow and shallow beside
 # it as their papers' beside ViT-B
@@ -63,6 +62,16 @@ _WEIGHTS = {"jepa": "ema"}
 def frozen(flags: Flags) -> tuple[tuple[str, object], ...]:
     """Flags as a value that can be compared and hashed."""
     return tuple(sorted(flags.items()))
+
+
+def batch_size(flags: Flags) -> int:
+    """Photographs of a step of the training that the flags make."""
+    return int(str(flags["global_batch_size"]))
+
+
+def peak_rate(flags: Flags) -> float:
+    """The highest learning rate of that training, after scaling by the batch."""
+    return float(str(flags["optimizer.base_lr"])) * batch_size(flags) / 256
 
 
 def key_of(value: object) -> str:
@@ -109,7 +118,7 @@ class Pretraining:
     @property
     def learning_rate(self) -> float:
         """At its peak, after scaling by the batch."""
-        return float(str(self.flags["optimizer.base_lr"])) * GLOBAL_BATCH_SIZE / 256
+        return peak_rate(self.flags)
 
 
 @dataclass(frozen=True)
@@ -162,9 +171,7 @@ class Cell:
     @property
     def learning_rate(self) -> float:
         """At its peak, after scaling by the batch: of the pre-training or, from scratch, of its own."""
-        if self.start is not None:
-            return self.start.learning_rate
-        return float(str(self.flags["optimizer.base_lr"])) * FINETUNING_BATCH_SIZE / 256
+        return peak_rate(self.flags) if self.start is None else self.start.learning_rate
 
     @property
     def pretrained(self) -> Pretraining:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from examples.ablations.cells import FINETUNING_BATCH_SIZE, Cell
+from examples.ablations.cells import Cell, batch_size
 from examples.ablations.judge import Finding
 from examples.ablations.study import SWEEP, Study
 from examples.ablations.tables import SCRATCH, Claim
-from examples.fashion_mnist.run import GLOBAL_BATCH_SIZE
 
 NAMES = {"nepa": "NEPA", "mae": "MAE", "jepa": "JEPA", "aim": "AIM", SCRATCH: "training from scratch"}
 PAPER = {"nepa": "85.3", "mae": "85.6", "jepa": "85.2", "aim": ""}  # Large
@@ -34,13 +33,13 @@ class Comparison:
     def train(self) -> None:
         """The learning rates first; the rest with the best of each."""
         self.study.run([cell for cells in self.sweep.values() for cell in cells], "Table 2: learning rates")
-        self.study.run([*self._at_steps(), *self._at_flops()], "Table 2")
+        self.study.run(self._compared(), "Table 2")
 
     @property
     def is_trained(self) -> bool:
         """Whether all of it was."""
         has = self.study.has
-        return all(map(has, self.sweep.values())) and has(self._at_steps()) and has(self._at_flops())
+        return all(map(has, self.sweep.values())) and has(self._compared())
 
     def at_steps(self, name: str) -> list[Cell]:
         """Cells of an objective, or from scratch, with as many steps as NEPA's, pre-training and fine-tuning."""
@@ -52,10 +51,10 @@ class Comparison:
     def at_flops(self, name: str) -> list[Cell]:
         """Cells with as many FLOPs as NEPA's: forward, backward and what else a step computes."""
         study = self.study
-        share = max(1, round(study.steps / self._flops(name)))
+        steps = max(1, round(study.steps / self._flops(name)))
         if name == SCRATCH:
-            return self._from_scratch(share + study.scale.finetuning)
-        return self._cells(name, share)
+            return self._from_scratch(steps + study.scale.finetuning)
+        return self._cells(name, steps)
 
     def describe(self) -> str:
         """The section of the report."""
@@ -94,11 +93,8 @@ class Comparison:
         label = NAMES[name] if name in PAPER else name
         return f"| {label} | {PAPER.get(name, '')} | {steps} | {flops} | {self._flops(name):.2f} | {rate:.1e} |"
 
-    def _at_steps(self) -> list[Cell]:
-        return [cell for name in self.sweep for cell in self.at_steps(name)]
-
-    def _at_flops(self) -> list[Cell]:
-        return [cell for name in self.sweep for cell in self.at_flops(name)]
+    def _compared(self) -> list[Cell]:
+        return [cell for name in self.sweep for cell in (*self.at_steps(name), *self.at_flops(name))]
 
     def _sweep_hours(self) -> float:
         results = self.study.results
@@ -124,8 +120,12 @@ class Comparison:
 
     def _flops(self, name: str) -> float:
         """Of a step, NEPA's being 1."""
-        results, first, nepa = self.study.results, self.sweep[name][0], self.sweep["nepa"][0]
-        own = results.cells[first.key] if first.start is None else results.pretraining(first.start)
-        batch = FINETUNING_BATCH_SIZE if first.start is None else GLOBAL_BATCH_SIZE
-        theirs = results.pretraining(nepa.pretrained)
-        return float(own["flops_per_image"] * batch / (theirs["flops_per_image"] * GLOBAL_BATCH_SIZE))
+        return self._step_flops(self.sweep[name][0]) / self._step_flops(self.sweep["nepa"][0])
+
+    def _step_flops(self, cell: Cell) -> float:
+        """Of a step of the cell's pre-training or, from scratch, of its own."""
+        results, start = self.study.results, cell.start
+        record, flags = (
+            (results.cells[cell.key], cell.flags) if start is None else (results.pretraining(start), start.flags)
+        )
+        return float(record["flops_per_image"]) * batch_size(flags)

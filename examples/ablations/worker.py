@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.ablations.cells import Cell, Flags, Pretraining
+from examples.ablations.cells import Cell, Flags, Pretraining, batch_size
 from examples.ablations.results import Record, today
 
 _POINTS = 100  # of a curve
@@ -104,7 +104,6 @@ def _train(script: Callable[[Sequence[str]], None], flags: Flags) -> Record:
     # by the steps' own times, so that a training which was continued counts whole, and one that was suspended no more
     steps_ms = [row["step_ms"] for row in rows]
     seconds = len(rows) * statistics.median(steps_ms) / 1e3 if rows else time.monotonic() - started
-    images = int(str(flags["global_batch_size"]))
     last = {name: value for row in logged if row["step"] == logged[-1]["step"] for name, value in row.items()}
     return {
         **_blank(),
@@ -112,7 +111,7 @@ def _train(script: Callable[[Sequence[str]], None], flags: Flags) -> Record:
         "seconds": round(seconds, 1),
         "failed": failed,
         "last": last,
-        "flops_per_image": last.get("tflops_per_device", 0.0) * 1e9 * last.get("step_ms", 0.0) / images,
+        "flops_per_image": last.get("tflops_per_device", 0.0) * 1e9 * last.get("step_ms", 0.0) / batch_size(flags),
         "curves": _curves(rows),
     }
 

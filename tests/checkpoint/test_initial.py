@@ -26,7 +26,7 @@ from megatron_nepa.config import AimObjective, ConfigError
 from megatron_nepa.models.resampling import resample_patch_kernel, resample_positions
 from megatron_nepa.parallel.topology import Topology
 from tests.checkpoint.test_conversion import RELEASABLE, save_on
-from tests.distributed.cases import Case, Grid, build_engine, build_run, join_state
+from tests.distributed.cases import Case, Grid, Mutation, build_engine, build_run, join_state
 from tests.distributed.ranks import run_ranks
 
 ONE = Case(model=RELEASABLE)
@@ -166,28 +166,22 @@ def test_a_head_that_the_model_has_not_is_left_out(classifier: Path) -> None:
     assert "left out, of a head that this model does not have: classifier.* (2 tensors), fc_norm.* (2 tensors)" in said
 
 
-def resume_as_classifier(checkpoint: Path) -> str:
-    engine = build_engine(ONE, partial(add_classifier, 5))
-    with pytest.raises(ConfigError) as error:
-        load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(ONE).to_dict())
-    return str(error.value)
-
-
-def test_a_run_of_another_task_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    error = run_ranks(1, resume_as_classifier, saved[0] / "step_00000007")[0]
-    assert "is of another task, it holds no classifier.bias: start from its weights with --init_from" in error
-
-
-def resume_as_aim(checkpoint: Path) -> str:
-    engine, case = build_engine(ONE), replace(ONE, objective=AimObjective())
+def refusal(checkpoint: Path, case: Case, *change: Mutation) -> str:
+    """What is said when a run of ``case`` is to go on from it, with a model that ``change`` was made to."""
+    engine = build_engine(ONE, *change)
     with pytest.raises(ConfigError) as error:
         load(engine.train_state, checkpoint, read_manifest(checkpoint), build_run(case).to_dict())
     return str(error.value)
 
 
+def test_a_run_of_another_task_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    error = run_ranks(1, refusal, saved[0] / "step_00000007", ONE, partial(add_classifier, 5))[0]
+    assert "is of another task, it holds no classifier.bias: start from its weights with --init_from" in error
+
+
 def test_a_run_of_another_objective_is_not_continued(saved: tuple[Path, dict[str, Tensor]]) -> None:
     """Whose tensors would do: those of NEPA are the trunk's alone."""
-    error = run_ranks(1, resume_as_aim, saved[0] / "step_00000007")[0]
+    error = run_ranks(1, refusal, saved[0] / "step_00000007", replace(ONE, objective=AimObjective()))[0]
     assert "is of the objective nepa, this run of aim: start from its trunk with --init_from" in error
 
 
